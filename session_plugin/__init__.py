@@ -1,0 +1,39 @@
+"""Request-scoped SQLAlchemy sessions whose response tells the truth.
+
+A success means committed, an error means nothing was written, and no connection is held for
+longer than it is used.
+"""
+
+from .database import AsyncDatabase, Database
+from .exceptions import (
+    ConcurrentUseError,
+    ConfigurationError,
+    NoScopeError,
+    PolicyError,
+    ReadOnlyError,
+    ScopeClosedError,
+    SessionPluginError,
+    TransactionAbortedError,
+)
+from .policy import Decision, Outcome, Policy, commit_on_success, manual, read_only
+from .scope import SessionScope
+
+__all__ = [
+    "AsyncDatabase",
+    "ConcurrentUseError",
+    "ConfigurationError",
+    "Database",
+    "Decision",
+    "NoScopeError",
+    "Outcome",
+    "Policy",
+    "PolicyError",
+    "ReadOnlyError",
+    "ScopeClosedError",
+    "SessionPluginError",
+    "SessionScope",
+    "TransactionAbortedError",
+    "commit_on_success",
+    "manual",
+    "read_only",
+]

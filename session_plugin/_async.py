@@ -1,0 +1,150 @@
+"""The interface of an async database."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from sqlalchemy import MetaData
+
+from .access import DEFAULT, Access, Configuration, PolicyLike, ScopeRegistry, Source, caller
+from .policy import Outcome, commit_on_success
+from .scope import SessionScope, find_scope
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+
+    from .database import AsyncDatabase
+
+AsyncS = TypeVar("AsyncS", bound="AsyncSession")
+
+
+class AsyncAccess(Access[AsyncS]):
+    """What an async database adds."""
+
+    @overload
+    def __init__(
+        self: AsyncAccess[AsyncSession],
+        source: Source | None = None,
+        *,
+        policy: PolicyLike = ...,
+        metadata: MetaData | None = None,
+        binds: Mapping[Any, Any] | None = None,
+        **options: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        source: Source | None = None,
+        *,
+        class_: type[AsyncS],
+        policy: PolicyLike = ...,
+        metadata: MetaData | None = None,
+        binds: Mapping[Any, Any] | None = None,
+        **options: Any,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        source: Source | None = None,
+        *,
+        class_: Any = None,
+        policy: PolicyLike = commit_on_success,
+        metadata: MetaData | None = None,
+        binds: Mapping[Any, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Configure a database; nothing connects yet.
+
+        Args:
+            source: a URL, an engine, a session factory, a `AsyncDatabase` made elsewhere, or named
+                engines: ``{"default": ..., "reports": {"url": ..., "pool_size": 2}}``.  A plugin also
+                takes a function that answers one of these when the app starts.
+            class_: the session class.
+            policy: how units of work begin and end unless they say otherwise.
+            metadata: for ``create_all()`` and for migration tools.
+            binds: from a mapped class or a table to an engine or the name of one.
+            **options: of the session class and of ``create_engine()``, under SQLAlchemy's names.
+
+        Raises:
+            ConfigurationError: any of it cannot work.
+        """
+        from sqlalchemy.ext.asyncio import AsyncSession
+
+        self.configuration = Configuration(source, class_ or AsyncSession, policy, metadata, binds, options)
+        self._set_up()
+
+    @property
+    @abstractmethod
+    def database(self) -> AsyncDatabase[AsyncS]: ...
+
+    @asynccontextmanager
+    async def session_scope(self, *, new: bool = False) -> AsyncGenerator[AsyncS]:
+        """A unit of work: commit at the end of the block, roll back if an error leaves it.
+
+        Inside a unit of work that is open and unsettled it joins that one, which then decides;
+        an error that leaves the block dooms it.  With ``new`` it is always one of its own.
+
+        Yields:
+            the session of the unit of work.
+        """
+        outer = find_scope(self.database)
+        if outer is not None and outer.can_be_joined and not new:
+            with outer.joined() as session:
+                yield session
+            return
+        scope = SessionScope(self.database, origin=caller())
+        with scope.entered():
+            try:
+                yield scope.session
+            except BaseException as error:
+                await scope.asettle(Outcome.raised(error))
+                raise
+            else:
+                await scope.asettle(Outcome())
+            finally:
+                await scope.aclose()
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The default engine."""
+        return self.database.named_engines[DEFAULT]
+
+    @property
+    def engines(self) -> Mapping[str, AsyncEngine]:
+        """The engines by name; a database with one engine calls it ``"default"``."""
+        return self.database.named_engines
+
+    @property
+    def sessionmaker(self) -> async_sessionmaker[AsyncS]:
+        """Makes sessions that belong to no unit of work, configured like those that do."""
+        return self.database.maker
+
+    @property
+    def scoped_session(self) -> async_scoped_session[AsyncS]:
+        """For libraries that expect `async_scoped_session`: its scope is our unit of work."""
+        from sqlalchemy.ext.asyncio import async_scoped_session
+
+        registry = async_scoped_session(self.database.maker, scopefunc=object)
+        registry.registry = ScopeRegistry(self)
+        return registry
+
+    async def create_all(self) -> None:
+        """Create the missing tables of ``metadata``, each on the engine that ``binds`` names."""
+        for engine, tables in self.database.tables_by_engine(self.metadata):
+            async with engine.begin() as connection:
+                await connection.run_sync(self.metadata.create_all, tables=tables)
+
+    async def drop_all(self) -> None:
+        """Drop the tables of ``metadata``, each on the engine that ``binds`` names."""
+        for engine, tables in self.database.tables_by_engine(self.metadata):
+            async with engine.begin() as connection:
+                await connection.run_sync(self.metadata.drop_all, tables=tables)
+
+    async def dispose(self) -> None:
+        """Close the pooled connections of the engines made here; those made elsewhere are their maker's."""
+        for engine in self.database.own_engines:
+            await engine.dispose()

@@ -1,0 +1,73 @@
+"""Two drivers for one algorithm.
+
+A lifecycle is a generator that yields the calls to make and never makes them itself.  Each
+driver makes the calls, sends back what they return, and throws back in what they raise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, TypeAlias, TypeVar
+
+T = TypeVar("T")
+Steps: TypeAlias = Generator[Callable[[], Any], Any, T]
+
+
+def run(steps: Steps[T]) -> T:
+    """Make the calls of ``steps`` one after the other."""
+    try:
+        call = next(steps)
+        while True:
+            try:
+                result = call()
+            except BaseException as error:
+                call = steps.throw(error)
+            else:
+                call = steps.send(result)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+
+
+async def arun(steps: Steps[T]) -> T:
+    """Make the calls of ``steps`` one after the other, awaiting those that return an awaitable."""
+    try:
+        call = next(steps)
+        while True:
+            try:
+                result = call()
+                if inspect.isawaitable(result):
+                    result = await result
+            except BaseException as error:
+                call = steps.throw(error)
+            else:
+                call = steps.send(result)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+
+
+async def uncancelled(work: Awaitable[T]) -> T:
+    """Await ``work`` to its very end, even if the awaiting task is cancelled meanwhile.
+
+    The cancellation is kept and raised once the work is done.  The work runs in a task of its
+    own: a shielded anyio cancel scope would not stop a native ``task.cancel()``, and without a
+    shield the driver would break off in the middle of a COMMIT.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if not task.cancelled():
+                cancelled = error
+        except BaseException:
+            break
+    if cancelled is not None:
+        if not task.cancelled() and task.exception() is not None:
+            raise cancelled from task.exception()
+        raise cancelled
+    return task.result()

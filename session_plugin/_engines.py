@@ -1,0 +1,106 @@
+"""From what a user names a database by to engines, and from a policy to a way to begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, make_url
+from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
+from sqlalchemy.pool import QueuePool
+
+from . import _sqlite
+from .exceptions import ConfigurationError
+
+ASYNC_DRIVERS = {
+    "sqlite": "sqlite+aiosqlite",
+    "postgresql": "postgresql+asyncpg",
+    "mysql": "mysql+asyncmy",
+    "mariadb": "mariadb+asyncmy",
+}
+
+
+def make_engine(url: str | URL, options: Mapping[str, Any], owner: object, *, is_async: bool) -> Any:
+    """An `Engine`, or an `AsyncEngine` if ``is_async``.
+
+    Raises:
+        ConfigurationError: the URL or an option is wrong, or a driver is missing.
+    """
+    try:
+        parsed = _sqlite.shared_memory_url(make_url(url), owner)
+    except ArgumentError:
+        raise ConfigurationError(
+            "The database URL cannot be read. It has the form dialect+driver://user:password@host/database, "
+            "for example postgresql+psycopg://localhost/shop."
+        ) from None
+    shown = parsed.render_as_string(hide_password=True)
+    try:
+        engine = _creator(is_async)(parsed, **options)
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"The driver of {shown} is not installed: pip install {error.name}.") from error
+    except NoSuchModuleError as error:
+        raise ConfigurationError(f"SQLAlchemy knows no dialect for {shown}: {error}.") from error
+    except TypeError as error:
+        raise ConfigurationError(
+            f"Neither create_engine() nor the session class knows one of the options "
+            f"{', '.join(sorted(options))} given for {shown}: {error}"
+        ) from error
+    except InvalidRequestError as error:
+        raise _needs_async_driver(parsed) from error
+    if not is_async and engine.dialect.is_async:
+        raise ConfigurationError(
+            f"{shown} names an async driver, and this is a sync database. Use AsyncDatabase or "
+            "AsyncSessionPlugin, or write the URL with a sync driver."
+        )
+    return engine
+
+
+def _creator(is_async: bool) -> Callable[..., Any]:
+    if not is_async:
+        return create_engine
+    try:
+        import greenlet  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError('An async database needs greenlet: pip install "session_plugin[asyncio]".') from error
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    return create_async_engine
+
+
+def _needs_async_driver(url: URL) -> ConfigurationError:
+    backend = url.get_backend_name()
+    suggested = ASYNC_DRIVERS.get(backend, f"{backend}+<an async driver>")
+    return ConfigurationError(
+        f"{url.drivername} is a sync driver, and this is an async database. Write {suggested}://... or use "
+        "Database or SessionPlugin."
+    )
+
+
+def begin_options(dialect: str, *, read_only: bool, isolation_level: str | None, safe: bool) -> dict[str, Any]:
+    """The execution options by which a transaction begins; none where the engine's own will do.
+
+    ``safe`` is true for a request method that is not meant to write.
+    """
+    options: dict[str, Any] = {}
+    if isolation_level is not None:
+        options["isolation_level"] = isolation_level
+    if dialect == "postgresql" and read_only:
+        options["postgresql_readonly"] = True
+    if dialect == "sqlite" and read_only:
+        options[_sqlite.BEGIN_OPTION] = _sqlite.READ_ONLY
+    elif dialect == "sqlite" and not safe:
+        options[_sqlite.BEGIN_OPTION] = _sqlite.IMMEDIATE
+    return options
+
+
+def capacity(engine: Engine, options: Mapping[str, Any] | None) -> int | None:
+    """How many connections the pool hands out at once, or None if nothing limits them.
+
+    ``options`` are those the engine was created with; None means that it was made elsewhere, and
+    its overflow, which no public attribute tells, counts as none.
+    """
+    pool = engine.pool
+    if not isinstance(pool, QueuePool) or pool.size() == 0:
+        return None
+    overflow: int = 0 if options is None else options.get("max_overflow", 10)
+    return None if overflow < 0 else pool.size() + overflow

@@ -1,0 +1,91 @@
+"""How a unit of work ends: the whole order, on this page.
+
+::
+
+    settle   decide ─> close streams ─> COMMIT or ROLLBACK ─> connection back ─> hooks
+    close    roll back what is left ─> connection back, or discarded ─> session dead
+
+Each step is a generator that yields the calls to make (`_drive` makes them), so that sync and
+async sessions end by the same code.  Hooks run where the session says that its transaction has
+ended (`_session`), so that those of an explicit ``commit()`` run too.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ._drive import Steps
+from .policy import Decision, Outcome
+
+if TYPE_CHECKING:
+    from .scope import SessionScope
+
+logger = logging.getLogger("session_plugin")
+
+
+def settle(scope: SessionScope[Any], outcome: Outcome) -> Steps[None]:
+    """End the scope's transaction as its policy decides, and give the connection back.
+
+    From its first moment on, the scope counts as settled: work that starts now is late work, a
+    transaction of its own.  Raises what the commit raised, after rolling back.
+    """
+    scope.settled = True
+    if not scope.active:
+        return
+    committed = False
+    try:
+        decision = scope.decide(outcome)
+        _log(scope, decision, outcome)
+        if scope.work.streams:
+            yield scope.close_streams
+        if decision.commit:
+            yield from _commit(scope)
+            committed = True
+    finally:
+        if not committed:
+            yield from _roll_back(scope)
+
+
+def close(scope: SessionScope[Any]) -> Steps[None]:
+    """The end: nothing open, nothing held, and the session refuses further use."""
+    scope.closed = True
+    if not scope.has_session:
+        return
+    try:
+        if scope.work.busy:
+            yield scope.session.invalidate
+        elif scope.sync_session.in_transaction():
+            yield from _roll_back(scope)
+    finally:
+        yield scope.session.close
+
+
+def _commit(scope: SessionScope[Any]) -> Steps[None]:
+    """COMMIT, and leave what the request loaded readable for its stream and its background work."""
+    session = scope.begun_session()
+    expire_on_commit, session.expire_on_commit = session.expire_on_commit, False
+    try:
+        yield scope.session.commit
+    finally:
+        session.expire_on_commit = expire_on_commit
+
+
+def _roll_back(scope: SessionScope[Any]) -> Steps[None]:
+    """ROLLBACK; a connection that cannot even do that is discarded."""
+    scope.begun_session()
+    try:
+        yield scope.session.rollback
+    except Exception as error:
+        logger.warning("%s: ROLLBACK failed, the connection is discarded: %r", scope, error)
+        yield scope.session.invalidate
+
+
+def _log(scope: SessionScope[Any], decision: Decision, outcome: Outcome) -> None:
+    if decision.commit:
+        logger.debug("%s: COMMIT (%s)", scope, decision.reason)
+    elif not scope.wrote:
+        logger.debug("%s: ROLLBACK (%s)", scope, decision.reason)
+    else:
+        level = logging.INFO if outcome.failed else logging.WARNING
+        logger.log(level, "%s: ROLLBACK, its work is discarded (%s)", scope, decision.reason)

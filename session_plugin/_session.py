@@ -1,0 +1,104 @@
+"""The session of a scope: the user's own session class, and what it tells its scope.
+
+Only documented extension points of SQLAlchemy are used: a subclass that overrides
+``get_bind()``, and session events.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
+
+from .exceptions import ReadOnlyError, ScopeClosedError
+
+if TYPE_CHECKING:
+    from .scope import SessionScope
+
+
+class ScopeSession(Session):
+    """Stands in front of the user's session class; without a scope it changes nothing."""
+
+    _session_scope: SessionScope[Any] | None = None
+
+    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
+        """The bind that SQLAlchemy chooses, with the options by which the policy begins."""
+        bind = super().get_bind(*args, **kwargs)
+        scope = self._session_scope
+        if scope is None or not isinstance(bind, Engine):
+            return bind
+        return scope.database.begin_engine(bind, scope)
+
+
+def scope_session_class(session_class: type[Session]) -> type[Session]:
+    """The subclass of ``session_class`` whose sessions know their scope."""
+    return type(session_class.__name__, (ScopeSession, session_class), {"__module__": session_class.__module__})
+
+
+@event.listens_for(ScopeSession, "after_transaction_create")
+def _refuse_after_end(session: ScopeSession, transaction: SessionTransaction) -> None:
+    scope = session._session_scope
+    if scope is not None and scope.closed:
+        transaction.close()
+        raise ScopeClosedError(scope.closed_message)
+
+
+@event.listens_for(ScopeSession, "after_begin")
+def _watch_connection(session: ScopeSession, transaction: SessionTransaction, connection: Connection) -> None:
+    if session._session_scope is not None:
+        session._session_scope.work.connection_taken(connection)
+
+
+@event.listens_for(ScopeSession, "before_flush")
+def _refuse_to_write(session: ScopeSession, flush_context: Any, instances: Any) -> None:
+    scope = session._session_scope
+    if scope is None or not scope.policy.read_only:
+        return
+    changed = [*session.new, *session.deleted, *(row for row in session.dirty if session.is_modified(row))]
+    if changed:
+        raise ReadOnlyError(
+            f"The policy {scope.policy.name} does not write, and this session would have: "
+            f"{type(changed[0]).__name__} is new, changed or deleted. Choose another policy with "
+            "db.use() or @db.policy, or leave the object alone."
+        )
+
+
+@event.listens_for(ScopeSession, "do_orm_execute")
+def _before_statement(state: ORMExecuteState) -> Any:
+    scope: SessionScope[Any] | None = getattr(state.session, "_session_scope", None)
+    if scope is None:
+        return None
+    scope.work.check_alone()
+    options = state.execution_options
+    if options.get("yield_per") or options.get("stream_results"):
+        result = state.invoke_statement()
+        scope.work.streams.append(ref(result))
+        return result
+    return None
+
+
+@event.listens_for(ScopeSession, "before_commit")
+def _refuse_phantom_commit(session: ScopeSession) -> None:
+    if session._session_scope is not None and not session.in_nested_transaction():
+        session._session_scope.work.check_can_commit()
+
+
+@event.listens_for(ScopeSession, "after_commit")
+def _mark_committed(session: ScopeSession) -> None:
+    if session._session_scope is not None:
+        session._session_scope.work.committed = session.get_nested_transaction() or session.get_transaction()
+
+
+@event.listens_for(ScopeSession, "after_transaction_end")
+def _run_hooks(session: ScopeSession, transaction: SessionTransaction) -> None:
+    scope = session._session_scope
+    if scope is None or (transaction.parent is not None and not transaction.nested):
+        return
+    committed = scope.work.committed is transaction
+    if transaction.nested:
+        scope.hooks.savepoint_ended(transaction, committed=committed)
+    else:
+        scope.work.ended()
+        scope.database.run_hooks(scope.hooks.take("commit" if committed else "rollback"))

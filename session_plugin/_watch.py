@@ -1,0 +1,192 @@
+"""What happens on each connection that a scope's session holds.
+
+A `Watch` hangs in ``connection.info`` from the moment a session takes the connection until it
+gives it back.  Core connections carry none and are left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+from weakref import ref
+
+from sqlalchemy import Connection, Engine, event, select
+from sqlalchemy.engine import ExceptionContext, Result
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import SessionTransaction
+
+from .exceptions import ConcurrentUseError, SessionPluginError, TransactionAbortedError
+
+KEY = "session_plugin.watch"
+WRITING = ("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE")
+
+
+class Watch:
+    """One connection in the hands of one session."""
+
+    __slots__ = ("_current_owner", "_info", "_lock", "_owner", "connection", "error", "wrote")
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.error: BaseException | None = None
+        self.wrote = False
+        self._info = connection.info
+        self._lock = threading.Lock()
+        self._owner: object = None
+        self._current_owner: Callable[[], object] = (
+            asyncio.current_task if connection.dialect.is_async else threading.get_ident
+        )
+        self._info[KEY] = self
+
+    def release(self) -> None:
+        """The session has given the connection back."""
+        if self._info.get(KEY) is self:
+            del self._info[KEY]
+
+    @property
+    def busy(self) -> bool:
+        """True while another thread or task waits for a statement on this connection."""
+        return self._lock.locked() and self._owner != self._current_owner()
+
+    def enter(self) -> None:
+        """A statement starts.  Raises `ConcurrentUseError` if another one is under way."""
+        if self._lock.acquire(blocking=False):
+            self._owner = self._current_owner()
+        else:
+            self.check_alone()
+
+    def leave(self) -> None:
+        """The statement is over, well or not."""
+        if self._lock.locked():
+            self._lock.release()
+
+    def check_alone(self) -> None:
+        """Raise `ConcurrentUseError` if a statement of another thread or task is under way."""
+        if self.busy:
+            raise ConcurrentUseError(
+                "Two threads or tasks used one session at the same time. Give each its own: "
+                "open a session_scope(new=True) in every branch."
+            )
+
+    def check_alive(self) -> None:
+        """Raise `TransactionAbortedError` if the server has already given the transaction up.
+
+        Asks only after an error: classifying errors would call a recovered savepoint aborted.
+        """
+        error, self.error = self.error, None
+        if error is not None and _is_aborted(self.connection):
+            raise TransactionAbortedError(
+                f"The database had already aborted this transaction when {type(error).__name__} was "
+                "raised and caught, so nothing of it can be committed. Let the error leave, call "
+                "rollback() before going on, or put the statement that may fail in begin_nested()."
+            ) from error
+
+
+def _is_aborted(connection: Connection) -> bool:
+    if connection.dialect.name == "sqlite":
+        driver_connection = connection.connection.driver_connection
+        return not (driver_connection and driver_connection.in_transaction)
+    try:
+        connection.scalar(select(1))
+    except DBAPIError:
+        return True
+    return False
+
+
+def _before_cursor_execute(
+    connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+) -> None:
+    watch: Watch | None = connection.info.get(KEY)
+    if watch is not None:
+        watch.enter()
+        if not watch.wrote:
+            watch.wrote = statement.lstrip()[:7].upper().startswith(WRITING)
+
+
+def _after_cursor_execute(
+    connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+) -> None:
+    watch: Watch | None = connection.info.get(KEY)
+    if watch is not None:
+        watch.leave()
+
+
+def _handle_error(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or connection.closed or connection.invalidated:
+        return
+    watch: Watch | None = connection.info.get(KEY)
+    if watch is not None and not isinstance(context.original_exception, SessionPluginError):
+        watch.leave()
+        watch.error = context.sqlalchemy_exception or context.original_exception
+
+
+def watch_engine(engine: Engine) -> None:
+    """Listen to what the sessions of our scopes do on ``engine``; a second call changes nothing."""
+    if not event.contains(engine, "handle_error", _handle_error):
+        event.listen(engine, "before_cursor_execute", _before_cursor_execute)
+        event.listen(engine, "after_cursor_execute", _after_cursor_execute)
+        event.listen(engine, "handle_error", _handle_error)
+
+
+class Work:
+    """What a scope's session did since its transaction began.
+
+    Attributes:
+        committed: the transaction or savepoint that ended last by a commit.
+        streams: the results opened with ``yield_per`` or ``stream``.
+    """
+
+    __slots__ = ("_watches", "committed", "streams")
+
+    def __init__(self) -> None:
+        self._watches: list[Watch] = []
+        self.committed: SessionTransaction | None = None
+        self.streams: list[ref[Result[Any]]] = []
+
+    @property
+    def wrote(self) -> bool:
+        """True if a statement of this transaction was an INSERT, UPDATE, DELETE or the like."""
+        return any(watch.wrote for watch in self._watches)
+
+    @property
+    def connected(self) -> bool:
+        """True while the session holds a connection."""
+        return bool(self._watches)
+
+    @property
+    def busy(self) -> bool:
+        """True while another thread or task waits for a statement of this session."""
+        return any(watch.busy for watch in self._watches)
+
+    def connection_taken(self, connection: Connection) -> None:
+        """The session took ``connection``; a savepoint on one it already has says so again."""
+        if all(watch.connection is not connection for watch in self._watches):
+            self._watches.append(Watch(connection))
+
+    def check_alone(self) -> None:
+        """Raise `ConcurrentUseError` if another thread or task waits for a statement."""
+        for watch in self._watches:
+            watch.check_alone()
+
+    def check_can_commit(self) -> None:
+        """Raise what forbids a COMMIT: a statement under way, or a transaction already aborted."""
+        for watch in self._watches:
+            watch.check_alone()
+            watch.check_alive()
+
+    def close_streams(self) -> None:
+        """Close the results that would otherwise go on reading from a lent connection."""
+        streams, self.streams = self.streams, []
+        for stream in streams:
+            result = stream()
+            if result is not None:
+                result.close()
+
+    def ended(self) -> None:
+        """The transaction is over and its connections are back in their pools."""
+        watches, self._watches = self._watches, []
+        for watch in watches:
+            watch.release()

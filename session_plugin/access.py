@@ -1,0 +1,233 @@
+"""What an app calls, wherever it stands.
+
+A `Database` answers for itself; a framework's plugin answers for the `Database` of its app.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
+
+from sqlalchemy import URL, Engine, MetaData
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
+
+from .exceptions import ConfigurationError, NoScopeError
+from .policy import Decision, Outcome, Policy, as_policy
+from .scope import SessionScope, find_scope
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+
+    from .database import BaseDatabase
+
+S = TypeVar("S", bound="Session | AsyncSession")
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT = "default"
+Source: TypeAlias = (
+    "str | URL | Engine | AsyncEngine | Mapping[str, Any] | sessionmaker[Any] | async_sessionmaker[Any]"
+    " | BaseDatabase[Any] | Callable[[], Any]"
+)
+PolicyLike: TypeAlias = "Policy | Callable[[Outcome], Decision]"
+POLICY_ATTRIBUTE = "__session_policy__"
+
+
+def endpoint_policy(endpoint: object) -> Policy | None:
+    """The policy that ``@db.policy(...)`` put on an endpoint, or None."""
+    policy: Policy | None = getattr(endpoint, POLICY_ATTRIBUTE, None)
+    return policy
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """What a user said of a database, before anything is made of it."""
+
+    source: Source | None
+    class_: type[Any]
+    policy: PolicyLike
+    metadata: MetaData | None
+    binds: Mapping[Any, Any] | None
+    options: Mapping[str, Any]
+
+    def updated(self, source: Source | None, options: Mapping[str, Any]) -> Configuration:
+        """This configuration with a later word on its source and its options."""
+        return replace(
+            self,
+            source=self.source if source is None else source,
+            options={**self.options, **options},
+        )
+
+
+class HasDatabase(Protocol):
+    """What a middleware needs to know: a `Database`, an `AsyncDatabase`, or what answers for one."""
+
+    @property
+    def database(self) -> BaseDatabase[Any]:
+        """The database."""
+
+
+class Access(ABC, Generic[S]):
+    """The part that sync and async databases share."""
+
+    configuration: Configuration
+
+    @abstractmethod
+    def _set_up(self) -> None:
+        """Make of ``configuration`` what can be made now."""
+
+    @property
+    @abstractmethod
+    def database(self) -> BaseDatabase[S]:
+        """The database behind this object, here and now."""
+
+    @property
+    def scope(self) -> SessionScope[S]:
+        """The unit of work in which the caller stands.
+
+        Raises:
+            NoScopeError: there is none.
+        """
+        scope = find_scope(self.database)
+        if scope is None:
+            raise NoScopeError(self._no_scope_message)
+        return scope
+
+    _no_scope_message = (
+        "No unit of work is open here, so there is no session. In a job, a script or a thread of your own, "
+        "open one: `with db.session_scope() as session:` (`async with` on an async database). In a request, "
+        "put the app through db.init_app(app) or SessionScopeMiddleware."
+    )
+
+    @property
+    def session(self) -> S:
+        """The session of the unit of work in which the caller stands; made at the first call.
+
+        Raises:
+            NoScopeError: there is no unit of work here.
+            ScopeClosedError: the one that was inherited here has ended.
+        """
+        return self.scope.session
+
+    def on_commit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        """Call ``function(*args, **kwargs)`` once this transaction's data is durable.
+
+        It is called with no transaction open, in a unit of work of its own that commits at its
+        end; what it raises is logged.  It is dropped if the transaction, or the savepoint in
+        which it was registered, rolls back.  Coroutine functions need an async database.
+
+        Raises:
+            NoScopeError: there is no unit of work here.
+            ConfigurationError: ``function`` cannot be called, or not by a sync database.
+        """
+        self.scope.add_hook("commit", self._hook(function, args, kwargs))
+
+    def on_rollback(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        """Call ``function(*args, **kwargs)`` once this transaction is rolled back; see `on_commit`."""
+        self.scope.add_hook("rollback", self._hook(function, args, kwargs))
+
+    def _hook(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[], Any]:
+        if not callable(function):
+            raise ConfigurationError(f"A hook must be a function, and {function!r} cannot be called.")
+        if inspect.iscoroutinefunction(function) and not self.database.is_async:
+            raise ConfigurationError(
+                f"The hook {function.__qualname__} is a coroutine function, which a sync database cannot "
+                "await. Make it a plain function, or use AsyncDatabase."
+            )
+        return partial(function, *args, **kwargs)
+
+    def doom(self, reason: str = "doom() was called") -> None:
+        """Decide that the current unit of work rolls back, whatever happens; ``reason`` is logged."""
+        self.scope.doom(reason)
+
+    def use(self, policy: PolicyLike) -> None:
+        """Choose how the current unit of work begins and ends.
+
+        Raises:
+            NoScopeError: there is no unit of work here.
+            PolicyError: ``policy`` is none, or the transaction has begun in another way.
+        """
+        self.scope.use(policy)
+
+    def policy(self, policy: PolicyLike) -> Callable[[F], F]:
+        """A decorator for an endpoint or a function: its unit of work is under ``policy``.
+
+        The adapters for Flask, FastAPI and Starlette look at the endpoint before the first
+        statement of the request, a dependency's included; elsewhere the policy is chosen when
+        the function is called.
+        """
+        chosen = as_policy(policy)
+
+        def decorate(function: F) -> F:
+            decorated = function if _is_generator(function) else self._using(chosen, function)
+            setattr(decorated, POLICY_ATTRIBUTE, chosen)
+            return decorated
+
+        return decorate
+
+    def _using(self, policy: Policy, function: F) -> F:
+        wrapper: Any
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                self.use(policy)
+                return await function(*args, **kwargs)
+        else:
+
+            @functools.wraps(function)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                self.use(policy)
+                return function(*args, **kwargs)
+
+        return wrapper  # type: ignore[no-any-return]
+
+    @property
+    def metadata(self) -> MetaData:
+        """The `MetaData` given at construction.
+
+        Raises:
+            ConfigurationError: none was given.
+        """
+        if self.database.given_metadata is None:
+            raise ConfigurationError("No metadata is known. Construct with metadata=Base.metadata.")
+        return self.database.given_metadata
+
+
+class ScopeRegistry(ScopedRegistry[Any]):
+    """Answers the session of the current unit of work; there is nothing to register."""
+
+    def __init__(self, access: Access[Any]) -> None:
+        self._access = access
+
+    def __call__(self) -> Any:
+        """The session of the current unit of work."""
+        return self._access.session
+
+    def has(self) -> bool:
+        """True if the current unit of work has made its session."""
+        scope = find_scope(self._access.database)
+        return scope is not None and scope.has_session and not scope.closed
+
+    def set(self, obj: Any) -> None:
+        """Refused."""
+        raise ConfigurationError("The session belongs to the unit of work; a scoped_session cannot replace it.")
+
+    def clear(self) -> None:
+        """The session stays with its unit of work, which closes it."""
+
+
+def _is_generator(function: Callable[..., Any]) -> bool:
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+
+
+def caller() -> str:
+    """Where the ``session_scope()`` that calls this was opened."""
+    frame = sys._getframe(3)  # the frames between are this one, session_scope() and contextlib
+    return f"session_scope() at {frame.f_code.co_filename}:{frame.f_lineno}"

@@ -1,0 +1,302 @@
+"""Engines and the session factory, configured in one place."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from weakref import WeakSet
+
+from sqlalchemy import URL, Engine, MetaData, Table
+from sqlalchemy.orm import Session, sessionmaker
+
+from . import _engines, _sqlite
+from ._async import AsyncAccess
+from ._hooks import log_failed
+from ._session import scope_session_class
+from ._sync import SyncAccess
+from ._threads import Permits
+from ._watch import watch_engine
+from .access import DEFAULT, Access, Configuration
+from .exceptions import ConfigurationError, SessionPluginError
+from .policy import SAFE_METHODS, as_policy
+from .scope import SessionScope
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+
+S = TypeVar("S", bound="Session | AsyncSession")
+SyncS = TypeVar("SyncS", bound=Session)
+AsyncS = TypeVar("AsyncS", bound="AsyncSession")
+
+AnyEngine: TypeAlias = "Engine | AsyncEngine"
+
+_databases: WeakSet[BaseDatabase[Any]] = WeakSet()
+
+
+class BaseDatabase(Access[S]):
+    """What `Database` and `AsyncDatabase` share: the reading of their configuration."""
+
+    is_async: bool
+    maker: Any
+    named_engines: Mapping[str, Any]
+
+    def _set_up(self) -> None:
+        configuration = _unfolded(self.configuration)
+        if configuration.source is None:
+            raise ConfigurationError(
+                "No database is configured. Name one by a URL, such as sqlite:///shop.db, or by an Engine."
+            )
+        self.default_policy = as_policy(configuration.policy)
+        self.given_metadata = configuration.metadata
+        options = dict(configuration.options)
+        session_names = _session_option_names(configuration.class_)
+        session_options = {name: options.pop(name) for name in list(options) if name in session_names}
+        self._engine_options: dict[str, dict[str, Any] | None] = {}
+        source = configuration.source
+        named = source if isinstance(source, Mapping) else {DEFAULT: source}
+        self.named_engines = {name: self._engine(name, given, options) for name, given in named.items()}
+        self._begin_engines: dict[tuple[Any, ...], Engine] = {}
+        self.binds = {key: self._bind(bind) for key, bind in (configuration.binds or {}).items()}
+        if self.binds:
+            session_options["binds"] = self.binds
+        self.maker = self._make_maker(configuration.class_, self.named_engines.get(DEFAULT), session_options)
+        _databases.add(self)
+
+    def _engine(self, name: str, given: Any, options: Mapping[str, Any]) -> AnyEngine:
+        if isinstance(given, Mapping):
+            options, given = {**options, **given}, given.get("url")
+            options = {key: value for key, value in options.items() if key != "url"}
+        made_here = isinstance(given, str | URL)
+        if made_here:
+            engine = _engines.make_engine(given, options, self, is_async=self.is_async)
+        elif hasattr(given, "dialect") and hasattr(given, "connect"):
+            engine = given
+            if engine.dialect.is_async != self.is_async or hasattr(engine, "sync_engine") != self.is_async:
+                raise ConfigurationError(
+                    f"{engine!r} does not fit {type(self).__name__}: an Engine goes to Database, an AsyncEngine "
+                    "to AsyncDatabase."
+                )
+            if options:
+                raise ConfigurationError(
+                    f"The options {', '.join(sorted(options))} came too late for {engine!r}, which is already made. "
+                    "Give them to create_engine()."
+                )
+        else:
+            raise ConfigurationError(f"{given!r} names no database. Give a URL, an Engine, or named engines.")
+        self._engine_options[name] = dict(options) if made_here else None
+        sync_engine = _sync_engine(engine)
+        watch_engine(sync_engine)
+        if sync_engine.dialect.name == "sqlite":
+            _sqlite.prepare(sync_engine)
+        return engine
+
+    def _bind(self, bind: Any) -> AnyEngine:
+        if isinstance(bind, str) and bind not in self.named_engines:
+            raise ConfigurationError(f"binds names the engine {bind!r}; there are {', '.join(self.named_engines)}.")
+        return self.named_engines[bind] if isinstance(bind, str) else bind  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def _make_maker(self, class_: Any, bind: Any, options: dict[str, Any]) -> Any:
+        """The session factory."""
+
+    @abstractmethod
+    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
+        """Make the calls that a finished transaction has earned, each in a unit of work of its own."""
+
+    @abstractmethod
+    def dispose(self) -> Awaitable[None] | None:
+        """Close the pooled connections of the engines made here."""
+
+    def new_session(self) -> S:
+        """A session for a scope of this database."""
+        session: S = self.maker()
+        return session
+
+    @property
+    def own_engines(self) -> list[Any]:
+        """The engines that were made here, and that ``dispose()`` ends."""
+        return [engine for name, engine in self.named_engines.items() if self._engine_options[name] is not None]
+
+    @cached_property
+    def permits(self) -> Permits:
+        """One permit per connection of the smallest pool, for sync sessions under an event loop."""
+        capacities = [
+            _engines.capacity(_sync_engine(engine), self._engine_options[name])
+            for name, engine in self.named_engines.items()
+        ]
+        return Permits(min((capacity for capacity in capacities if capacity is not None), default=None))
+
+    def begin_engine(self, engine: Engine, scope: SessionScope[Any]) -> Engine:
+        """``engine``, or its twin on the same pool that begins as the scope's policy says."""
+        policy = scope.policy
+        key = (engine, policy.read_only, policy.isolation_level, scope.method in SAFE_METHODS)
+        begin_engine = self._begin_engines.get(key)
+        if begin_engine is None:
+            options = _engines.begin_options(engine.dialect.name, read_only=key[1], isolation_level=key[2], safe=key[3])
+            begin_engine = engine.execution_options(**options) if options else engine
+            self._begin_engines[key] = begin_engine
+        return begin_engine
+
+    def tables_by_engine(self, metadata: MetaData) -> Iterator[tuple[Any, list[Table]]]:
+        """Each engine with the tables of ``metadata`` that live on it."""
+        bound = {table: engine for key, engine in self.binds.items() for table in _tables(key)}
+        default = self.named_engines.get(DEFAULT)
+        engines = list(dict.fromkeys([*self.named_engines.values(), *self.binds.values()]))
+        for engine in engines:
+            tables = [table for table in metadata.sorted_tables if bound.get(table, default) is engine]
+            if tables:
+                yield engine, tables
+
+
+class Database(SyncAccess[SyncS], BaseDatabase[SyncS]):
+    """A sync database: its engines, its session factory, and its units of work.
+
+    ::
+
+        db = Database("sqlite:///shop.db")
+        with db.session_scope() as session:
+            session.add(Order(item="tea"))
+    """
+
+    is_async = False
+    named_engines: Mapping[str, Engine]
+    maker: sessionmaker[SyncS]
+
+    @property
+    def database(self) -> Database[SyncS]:
+        """This object."""
+        return self
+
+    def _make_maker(self, class_: Any, bind: Any, options: dict[str, Any]) -> Any:
+        return sessionmaker(bind, class_=scope_session_class(class_), **options)
+
+    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
+        """Make the calls that a finished transaction has earned, each in a unit of work of its own."""
+        for call in calls:
+            try:
+                with self.session_scope(new=True):
+                    result = call()
+                    if inspect.iscoroutine(result):
+                        result.close()
+                        raise TypeError("a hook of a sync database returned a coroutine, which nothing awaits")
+            except Exception:
+                log_failed(call)
+
+
+class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
+    """An async database: its engines, its session factory, and its units of work.
+
+    ``expire_on_commit`` is False unless given, since an async session cannot load lazily what
+    its commit has expired.
+    """
+
+    is_async = True
+    named_engines: Mapping[str, AsyncEngine]
+    maker: async_sessionmaker[AsyncS]
+
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def database(self) -> AsyncDatabase[AsyncS]:
+        """This object."""
+        return self
+
+    def _make_maker(self, class_: Any, bind: Any, options: dict[str, Any]) -> async_sessionmaker[AsyncS]:
+        from sqlalchemy.ext.asyncio import async_sessionmaker
+
+        sync_class = options.pop("sync_session_class", class_.sync_session_class)
+        options.setdefault("expire_on_commit", False)
+        return async_sessionmaker(bind, class_=class_, sync_session_class=scope_session_class(sync_class), **options)
+
+    def new_session(self) -> AsyncS:
+        """A session for a scope of this database, on the running event loop.
+
+        Raises:
+            SessionPluginError: another event loop, still running, uses this database.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None and not self._loop.is_closed():
+                raise SessionPluginError(
+                    "This async database is in use on another event loop, and its connections cannot serve "
+                    "two. Make one AsyncDatabase per loop."
+                )
+            if self._loop is not None:
+                for engine in self.named_engines.values():
+                    engine.sync_engine.dispose(close=False)
+            self._loop = loop
+        return super().new_session()
+
+    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
+        """Make and await the calls that a finished transaction has earned, each in a unit of work of its own."""
+        if calls:
+            from sqlalchemy.util import await_only
+
+            await_only(self._run_hooks(calls))
+
+    async def _run_hooks(self, calls: list[Callable[[], Any]]) -> None:
+        for call in calls:
+            try:
+                async with self.session_scope(new=True):
+                    result = call()
+                    if inspect.isawaitable(result):
+                        await result
+            except Exception:
+                log_failed(call)
+
+
+def _unfolded(configuration: Configuration) -> Configuration:
+    """What ``bind=`` and a session factory mean, said as everything else is."""
+    source, options = configuration.source, dict(configuration.options)
+    bind = options.pop("bind", None)
+    source = bind if source is None else source
+    if not hasattr(source, "class_"):
+        return replace(configuration, source=source, options=options)
+    factory: Any = source
+    options = {**factory.kw, **options}
+    return replace(
+        configuration,
+        source=options.pop("bind", None),
+        class_=factory.class_,
+        binds=options.pop("binds", configuration.binds),
+        options=options,
+    )
+
+
+def _session_option_names(class_: type[Any]) -> set[str]:
+    classes = [*class_.__mro__, *getattr(class_, "sync_session_class", Session).__mro__]
+    names = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    return (names | {"sync_session_class"}) - {"self", "args", "kwargs", "kw", "execution_options"}
+
+
+def _sync_engine(engine: Any) -> Engine:
+    sync_engine: Engine = getattr(engine, "sync_engine", engine)
+    return sync_engine
+
+
+def _tables(key: Any) -> Iterator[Table]:
+    """The tables of a key of ``binds``: a table, or a mapped class with its subclasses."""
+    if isinstance(key, Table):
+        yield key
+    elif isinstance(key, type):
+        if isinstance(table := getattr(key, "__table__", None), Table):
+            yield table
+        subclasses: list[type] = key.__subclasses__()
+        for subclass in subclasses:
+            yield from _tables(subclass)
+
+
+def _forget_inherited_connections() -> None:
+    """In a forked child: start with empty pools, and leave the parent's sockets alone."""
+    for database in list(_databases):
+        for engine in database.named_engines.values():
+            _sync_engine(engine).dispose(close=False)
+
+
+os.register_at_fork(after_in_child=_forget_inherited_connections)

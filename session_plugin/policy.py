@@ -1,0 +1,144 @@
+"""How a unit of work begins and how it ends: pure functions of what is known about it.
+
+A `Policy` joins the two.  It begins a transaction (``read_only``, ``isolation_level``), and
+its ``decide`` turns the `Outcome` of the work into a `Decision`.  Derive one with
+`dataclasses.replace`::
+
+    serializable = replace(commit_on_success, name="serializable", isolation_level="SERIALIZABLE")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import singledispatch
+
+from .exceptions import PolicyError
+
+__all__ = [
+    "Decision",
+    "Outcome",
+    "Policy",
+    "commit_on_success",
+    "manual",
+    "read_only",
+]
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+"""The methods that RFC 9110, section 9.2.1, calls safe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is known when a unit of work is settled.
+
+    Attributes:
+        status: the HTTP status of the response, or None outside HTTP and in work that
+            follows the response.
+        error: the exception that ended the work, handled by the app or not, or None.
+        method: the HTTP method, or None outside HTTP.
+        interrupted: True if the response body was cut short.
+    """
+
+    status: int | None = None
+    error: BaseException | None = None
+    method: str | None = None
+    interrupted: bool = False
+
+    @property
+    def failed(self) -> str | None:
+        """Why the work counts as failed, or None if it is a success."""
+        if self.error is not None:
+            return type(self.error).__name__
+        if self.interrupted:
+            return "the response was cut short"
+        if self.status is not None and self.status >= 400:
+            return f"status {self.status}"
+        return None
+
+    @classmethod
+    def raised(cls, error: BaseException, *, method: str | None = None) -> Outcome:
+        """The outcome of work that ended in ``error``.
+
+        An exception that is itself a response below 400, such as a raised redirect, is a
+        response and no error.
+        """
+        status = response_status(error)
+        is_error = status is None or status >= 400
+        return cls(status=status, error=error if is_error else None, method=method)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How a transaction ends, and why; the reason goes to the log.
+
+    Attributes:
+        commit: True for COMMIT, False for ROLLBACK.
+        reason: a few words, such as ``"status 404"``.
+    """
+
+    commit: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a unit of work begins and ends.
+
+    Attributes:
+        decide: from `Outcome` to `Decision`; called each time a transaction is settled.
+        name: what logs and errors call it.
+        read_only: begin READ ONLY transactions; the session refuses to flush.
+        isolation_level: SQLAlchemy's name of the isolation level, or None for the engine's.
+    """
+
+    decide: Callable[[Outcome], Decision]
+    name: str = "custom"
+    read_only: bool = False
+    isolation_level: str | None = None
+
+
+@singledispatch
+def response_status(error: BaseException) -> int | None:
+    """The HTTP status of an exception that is itself a response, or None.
+
+    An adapter registers its framework's own class.  The attribute alone would not do:
+    `urllib.error.HTTPError` has a ``code`` too, and is an error whatever it says.
+    """
+    return None
+
+
+def _commit_unless_failed(outcome: Outcome) -> Decision:
+    if failure := outcome.failed:
+        return Decision(False, failure)
+    return Decision(True, "success" if outcome.status is None else f"status {outcome.status}")
+
+
+def _never_commit(outcome: Outcome) -> Decision:
+    return Decision(False, outcome.failed or "only an explicit commit() saves under this policy")
+
+
+commit_on_success = Policy(_commit_unless_failed, "commit_on_success")
+"""The default: COMMIT, unless there was an exception, a status of 400 or more, or a cut stream."""
+
+manual = Policy(_never_commit, "manual")
+"""Nothing commits by itself: the app calls ``commit()``, and what it did not commit is rolled back."""
+
+read_only = Policy(_commit_unless_failed, "read_only", read_only=True)
+"""A READ ONLY transaction.  It ends by COMMIT, since a ROLLBACK would expire what was loaded."""
+
+
+def as_policy(value: object) -> Policy:
+    """``value`` as a `Policy`: itself, or a function from `Outcome` to `Decision` turned into one.
+
+    Raises:
+        PolicyError: it is neither.
+    """
+    if isinstance(value, Policy):
+        return value
+    if callable(value):
+        return Policy(value, name=getattr(value, "__name__", repr(value)))
+    raise PolicyError(
+        f"{value!r} is no policy. Pass commit_on_success, manual, read_only, a Policy, or a function "
+        "that takes an Outcome and returns a Decision."
+    )

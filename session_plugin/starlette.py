@@ -1,0 +1,152 @@
+"""The adapter for Starlette, and for what is built on it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from inspect import iscoroutinefunction
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy.orm import Session
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from ._async import AsyncAccess
+from ._sync import SyncAccess
+from .access import Source, endpoint_policy
+from .asgi import KEY, ASGIApp, Exchange, Receive, Scope, Send, SessionScopeMiddleware
+from .database import AsyncDatabase, Database
+from .exceptions import ConfigurationError
+from .plugin import Plugin
+from .policy import Outcome, Policy, response_status
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+__all__ = ["AsyncSessionPlugin", "SessionPlugin"]
+
+S = TypeVar("S", bound="Session | AsyncSession")
+SyncS = TypeVar("SyncS", bound=Session)
+AsyncS = TypeVar("AsyncS", bound="AsyncSession")
+
+
+@response_status.register
+def _(error: HTTPException) -> int:
+    return error.status_code
+
+
+class StarlettePlugin(Plugin[S]):
+    """What the sync and the async plugin share."""
+
+    def init_app(self, app: Starlette, source: Source | None = None, **options: Any) -> None:
+        """Give every request of ``app`` a unit of work.
+
+        Args:
+            app: a Starlette or FastAPI app, before its first request.
+            source: as at construction, and wins over what was said there.
+            **options: added to those of the construction, and win over them.
+
+        Raises:
+            ConfigurationError: the database cannot be configured, or it is too late or too often.
+        """
+        if app.middleware_stack is not None:
+            raise ConfigurationError("init_app() came after the app had started. Call it where the app is made.")
+        access = self.register(app, self.configuration.updated(source, options))
+        app.router.middleware_stack = SettlingMiddleware(app.router.middleware_stack, access)
+        build = app.build_middleware_stack
+        app.build_middleware_stack = lambda: SessionScopeMiddleware(  # type: ignore[method-assign]
+            build(), access, find_policy=find_policy
+        )
+
+
+class SessionPlugin(StarlettePlugin[SyncS], SyncAccess[SyncS]):
+    """A sync database for ``def`` endpoints.
+
+    ::
+
+        db = SessionPlugin("sqlite:///shop.db")
+        app = FastAPI()
+        db.init_app(app)
+        SessionDep = Annotated[Session, Depends(db.get_session)]
+    """
+
+    database_class = Database
+
+    @property
+    def database(self) -> Database[SyncS]:
+        """The database of the app whose request this is, or of the only app."""
+        database: Database[SyncS] = self._the_database()
+        return database
+
+    async def get_session(self) -> SyncS:
+        """A dependency: the session of this request, as soon as the pool has a connection for it."""
+        scope = self.scope
+        await scope.permit()
+        return scope.session
+
+
+class AsyncSessionPlugin(StarlettePlugin[AsyncS], AsyncAccess[AsyncS]):
+    """An async database for ``async def`` endpoints.
+
+    ::
+
+        db = AsyncSessionPlugin("postgresql+asyncpg://localhost/shop")
+        app = FastAPI()
+        db.init_app(app)
+        SessionDep = Annotated[AsyncSession, Depends(db.get_session)]
+    """
+
+    database_class = AsyncDatabase
+
+    @property
+    def database(self) -> AsyncDatabase[AsyncS]:
+        """The database of the app whose request this is, or of the only app."""
+        database: AsyncDatabase[AsyncS] = self._the_database()
+        return database
+
+    async def get_session(self) -> AsyncS:
+        """A dependency: the session of this request."""
+        return self.session
+
+
+def find_policy(scope: Scope) -> Policy | None:
+    """The policy that ``@db.policy`` put on the endpoint which the router chose."""
+    return endpoint_policy(scope.get("endpoint"))
+
+
+class SettlingMiddleware(SessionScopeMiddleware):
+    """The inner layer, inside the app's exception handling: it also sees what the handlers catch."""
+
+    def __init__(self, app: ASGIApp, database: Any) -> None:
+        """Wrap the router of an app."""
+        super().__init__(app, database)
+        self._handlers: tuple[Any, ...] = (None, None)
+        self._seeing: tuple[Any, ...] = (None, None)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        handlers = scope.get("starlette.exception_handlers")
+        if handlers is not None and scope["type"] == "http":
+            scope["starlette.exception_handlers"] = self._seeing_handlers(handlers)
+        await super().__call__(scope, receive, send)
+
+    def _seeing_handlers(self, handlers: tuple[Any, ...]) -> tuple[Any, ...]:
+        if any(ours is not theirs for ours, theirs in zip(self._handlers, handlers, strict=True)):
+            self._seeing = tuple({key: self._see(call) for key, call in table.items()} for table in handlers)
+            self._handlers = handlers
+        return self._seeing
+
+    def _see(self, handler: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+        """``handler``, but the scope has rolled back by the time it runs, so that it can query."""
+
+        @wraps(handler)
+        async def seeing(connection: Any, error: Exception) -> Any:
+            exchange: Exchange = connection.scope[KEY][self._access.database]
+            if Outcome.raised(error).error is not None:
+                await exchange.raised(error)
+            if iscoroutinefunction(handler):
+                return await handler(connection, error)
+            return await run_in_threadpool(handler, connection, error)
+
+        return seeing

@@ -1,0 +1,168 @@
+"""The documentation is executed, so that it cannot lie.
+
+Every ``python`` block of `README.md` and of `docs/` runs, those of one page in order and in one
+module.  An HTML comment above a block may say ``<!-- needs: postgresql -->``; a comment that
+begins with ``<!-- check`` is code that runs but is not shown.  ``# prints: ...`` says what a
+block prints.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+import session_plugin
+from session_plugin import exceptions
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(
+    r"^(?:<!-- needs: (?P<needs>\w+) -->\n)?```python\n(?P<shown>.*?)^```$|^<!-- check\n(?P<hidden>.*?)^-->$",
+    re.MULTILINE | re.DOTALL,
+)
+PRINTS = re.compile(r"# prints: (.*)$", re.MULTILINE)
+POSTGRESQL_URL = re.compile(r"postgresql\+(\w+)://localhost/(\w+)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code, padded so that its line numbers are those of its page."""
+
+    source: str
+    needs: str | None
+
+    @property
+    def checks(self) -> bool:
+        """True if running it can fail for more than a typing error."""
+        return "assert " in self.source or bool(PRINTS.search(self.source))
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text()
+    for match in BLOCK.finditer(text):
+        group = "shown" if match["shown"] is not None else "hidden"
+        padding = "\n" * text.count("\n", 0, match.start(group))
+        yield Block(padding + match[group], match["needs"])
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def needs(page: Path) -> set[str]:
+    return {block.needs for block in blocks(page) if block.needs}
+
+
+class Namespace:
+    """The module in which the blocks of one page run, and the event loop of those that await."""
+
+    def __init__(self, page: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._page = page
+        self._engines: dict[Any, Engine] = {}
+        self._runner = asyncio.Runner()
+        self._module = ModuleType("shop")
+        self._module.__file__ = str(directory / "shop.py")
+        monkeypatch.chdir(directory)
+        monkeypatch.setitem(sys.modules, "shop", self._module)
+
+    def __enter__(self) -> Namespace:
+        event.listen(Engine, "engine_connect", self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        event.remove(Engine, "engine_connect", self._note)
+        for engine in self._engines.values():
+            if engine.dialect.is_async:
+                self._runner.run(AsyncEngine(engine).dispose())
+            else:
+                engine.dispose()
+        self._runner.close()
+
+    def _note(self, connection: Connection) -> None:
+        self._engines[connection.engine.pool] = connection.engine
+
+    def run(self, source: str) -> None:
+        code = compile(source, str(self._page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        if code.co_flags & inspect.CO_COROUTINE:
+            self._runner.run(eval(code, self._module.__dict__))
+        else:
+            exec(code, self._module.__dict__)
+
+
+def run_page(page: Path, namespace: Namespace, capsys: pytest.CaptureFixture[str], postgresql: Any = None) -> None:
+    databases: dict[str, str] = {}
+
+    def real_url(match: re.Match[str]) -> str:
+        driver, name = match.groups()
+        if name not in databases:
+            databases[name] = postgresql.new_database()
+        url: str = postgresql.url(driver, database=databases[name])
+        return url
+
+    with namespace:
+        for block in blocks(page):
+            if block.needs and postgresql is None:
+                continue
+            namespace.run(POSTGRESQL_URL.sub(real_url, block.source) if block.needs else block.source)
+            assert capsys.readouterr().out.splitlines() == PRINTS.findall(block.source)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_page(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a page says is so."""
+    run_page(page, Namespace(page, tmp_path, monkeypatch), capsys)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "postgresql" in needs(page)], ids=page_id)
+def test_page_on_postgresql(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    postgresql: Any,
+) -> None:
+    """What a page says of PostgreSQL is so."""
+    run_page(page, Namespace(page, tmp_path, monkeypatch), capsys, postgresql)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_page_is_checked(page: Path) -> None:
+    """A page with code says what the code does, in a way that can fail, and no block escapes."""
+    found = list(blocks(page))
+    assert page.read_text().count("```python") == sum(block.source.strip() != "" for block in found) - page.read_text().count("<!-- check")
+    assert not found or any(block.checks for block in found)
+    assert needs(page) <= {"postgresql"}
+
+
+def test_every_error_is_explained() -> None:
+    """errors.md has a section for each exception of ours, and names no other."""
+    sections = re.findall(r"^## `?(\w+Error)`?$", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
+    assert set(sections) == set(exceptions.__all__) - {"SessionPluginError"}
+
+
+def test_every_public_name_is_mentioned() -> None:
+    """The documentation mentions each public name."""
+    text = "".join(page.read_text() for page in PAGES)
+    assert [name for name in session_plugin.__all__ if name not in text] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent == ROOT], ids=page_id)
+def test_links_of_the_readme(page: Path) -> None:
+    """Its links lead to files that exist; mkdocs checks those of docs/."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []

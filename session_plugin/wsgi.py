@@ -66,6 +66,7 @@ class Response:
         self._status: int | None = None
         self._left_to_send: int | None = None
         self._complete = False
+        self._failure: BaseException | None = None
         self._body: Iterable[bytes] = ()
         self._chunks: Iterator[bytes] = iter(())
 
@@ -130,7 +131,7 @@ class Response:
                 close = getattr(self._body, "close", None)
                 if close is not None:
                     close()
-            scope.settle(Outcome(method=scope.method))
+            scope.settle(Outcome(error=self._failure, method=scope.method))
         finally:
             scope.close()
 
@@ -153,5 +154,5 @@ class Response:
 
     def _settle(self, error: BaseException) -> None:
         outcome = Outcome.raised(error, method=self._scope.method)
-        self._scope.error = outcome.error
+        self._failure = self._scope.error = outcome.error
         self._scope.settle(outcome)

@@ -120,9 +120,7 @@ def run_page(page: Path, namespace: Namespace, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_page(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What a page says is so."""
     run_page(page, Namespace(page, tmp_path, monkeypatch), capsys)
 
@@ -143,7 +141,9 @@ def test_page_on_postgresql(
 def test_page_is_checked(page: Path) -> None:
     """A page with code says what the code does, in a way that can fail, and no block escapes."""
     found = list(blocks(page))
-    assert page.read_text().count("```python") == sum(block.source.strip() != "" for block in found) - page.read_text().count("<!-- check")
+    assert page.read_text().count("```python") == sum(
+        block.source.strip() != "" for block in found
+    ) - page.read_text().count("<!-- check")
     assert not found or any(block.checks for block in found)
     assert needs(page) <= {"postgresql"}
 

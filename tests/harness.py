@@ -1,0 +1,244 @@
+"""One contract app in each framework, on a real server and a real database.
+
+A test describes what a request does as an `Act`; each adapter's app performs it in the idiom of
+its framework, and the test looks at what the client was told beside what the database holds.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import ForeignKey, create_engine, event, func, select, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+
+Work = Callable[[Session], Any]
+
+POOL = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 5}
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Parent(Base):
+    __tablename__ = "parent"
+    name: Mapped[str] = mapped_column(primary_key=True)
+
+
+class Child(Base):
+    """Only COMMIT checks that its parent exists."""
+
+    __tablename__ = "child"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    parent: Mapped[str] = mapped_column(ForeignKey("parent.name", deferrable=True, initially="DEFERRED"))
+
+
+class HandledError(Exception):
+    """The contract app answers it with a 200."""
+
+
+class ConflictError(Exception):
+    """The contract app's own handler answers it with a 409, after a query."""
+
+
+def add(name: str) -> Work:
+    """Adds one `Parent`; nothing is sent before the flush."""
+    return lambda session: session.add(Parent(name=name))
+
+
+def insert(name: str) -> Work:
+    """Inserts one `Parent` at once."""
+
+    def work(session: Session) -> None:
+        session.add(Parent(name=name))
+        session.flush()
+
+    return work
+
+
+def add_orphan(session: Session) -> None:
+    """What only COMMIT refuses."""
+    session.add(Child(name="orphan", parent="nobody"))
+    session.flush()
+
+
+def count(session: Session) -> int:
+    return session.scalar(select(func.count()).select_from(Parent)) or 0
+
+
+@dataclass
+class Act:
+    """What one request does.
+
+    Attributes:
+        work: done with the request's session in the endpoint.
+        status: of the response.
+        error: raised by the endpoint after the work.
+        redirect: raise the framework's own exception for a redirect.
+        stream: one work per chunk of a streamed body, done with the session while streaming.
+        background: done with the session after the response, in the framework's way.
+        use_session: False for an endpoint that does not ask for a session.
+    """
+
+    work: Work = lambda session: None
+    status: int = 201
+    error: Exception | None = None
+    redirect: bool = False
+    stream: Sequence[Work] = ()
+    background: Work | None = None
+    use_session: bool = True
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass
+class Reply:
+    status: int
+    body: bytes
+    complete: bool
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Store:
+    """The database of one harness, looked at from outside through an engine of its own."""
+
+    def __init__(self, driver: str, location: Any) -> None:
+        self.driver = driver
+        self.backend = driver.split("+")[0]
+        if self.backend == "sqlite":
+            self.url = f"{driver}:///{location}"
+            self.engine = create_engine(f"sqlite:///{location}")
+            event.listen(self.engine, "connect", _foreign_keys)
+            sqlite3.connect(location).execute("PRAGMA journal_mode=WAL").connection.close()
+        else:
+            self.database = location.new_database()
+            self.url = location.url(driver.split("+")[1], self.database)
+            self.engine = create_engine(location.url("psycopg", self.database))
+        Base.metadata.create_all(self.engine)
+        self.sessions = sessionmaker(self.engine)
+
+    def names(self) -> list[str]:
+        """What is durable, sorted."""
+        with self.sessions() as session:
+            return sorted([*session.scalars(select(Parent.name)), *session.scalars(select(Child.name))])
+
+    def clear(self) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(Child.__table__.delete())
+            connection.execute(Parent.__table__.delete())
+
+    def open_transactions(self) -> list[Any]:
+        """What other connections have open, as the server sees it."""
+        with self.engine.connect() as connection:
+            if self.backend == "sqlite":
+                cursor = connection.connection.cursor()
+                try:
+                    cursor.execute("PRAGMA busy_timeout=0")
+                    cursor.execute("BEGIN IMMEDIATE")
+                    cursor.execute("ROLLBACK")
+                except sqlite3.OperationalError as error:
+                    return [str(error)]
+                return []
+            return list(
+                connection.execute(
+                    text(
+                        "SELECT pid, state, query FROM pg_stat_activity WHERE datname = current_database() "
+                        "AND pid <> pg_backend_pid() AND state <> 'idle'"
+                    )
+                )
+            )
+
+
+def _foreign_keys(connection: Any, record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+class Harness:
+    """A contract app on a server.  Subclasses say which."""
+
+    drivers: Sequence[str]
+    answers_failed_commits = True
+    """False where the framework's handlers cannot see a failed commit."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.act = Act()
+        self.log: list[Any] = []
+        self.db: Any = None
+        self.port = 0
+        self.make_app()
+        if store.backend == "sqlite":
+            event.listen(self.sync_engine, "connect", _foreign_keys)
+
+    def make_app(self) -> None:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def sync_engine(self) -> Any:
+        engine = self.db.engine
+        return getattr(engine, "sync_engine", engine)
+
+    @contextmanager
+    def connect(self, timeout: float = 20) -> Iterator[http.client.HTTPConnection]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def request(self, act: Act, method: str = "POST", path: str = "/act") -> Reply:
+        """Perform ``act`` over a socket and read the reply as far as it comes."""
+        self.act = act
+        with self.connect() as connection:
+            connection.request(method, path)
+            response = connection.getresponse()
+            try:
+                body = response.read()
+            except (http.client.IncompleteRead, ConnectionError) as error:
+                return Reply(response.status, getattr(error, "partial", b""), complete=False)
+            return Reply(response.status, body, complete=True)
+
+    def leave_during(self, act: Act, gate: threading.Event) -> None:
+        """Perform ``act``, read up to the first chunk, leave, and only then open ``gate``."""
+        self.act = act
+        with self.connect() as connection:
+            connection.request("POST", "/act")
+            assert connection.getresponse().read(5) == b"chunk"
+        time.sleep(0.2)  # the server's selector has seen the end of the connection by now
+        gate.set()
+
+    def settle_down(self) -> None:
+        """Wait, within bounds, until nothing is held; then insist on it."""
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            if self.sync_engine.pool.checkedout() == 0 and not self.store.open_transactions():
+                return
+            time.sleep(0.02)
+        assert self.sync_engine.pool.checkedout() == 0
+        assert self.store.open_transactions() == []
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 5) -> Any:
+    """What ``condition`` answers once it is true, or at the end of ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not (answer := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return answer

@@ -1,0 +1,7 @@
+from .apps import FlaskHarness
+from .contract import Contract, on
+
+
+@on(FlaskHarness)
+class TestContract(Contract):
+    """The promises."""

@@ -88,20 +88,33 @@ class SessionScopeMiddleware:
         return kind(session_scope)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Tell a misconfiguration at startup, and dispose before the server hears that all is shut down.
+
+        A server ends its event loop on that message, and does not wait for the app to return.
+        """
         outermost = KEY not in scope
-        scope.setdefault(KEY, {})
+        scope[KEY] = {}
         try:
-            self._access.database  # noqa: B018  what is configured late fails here, and not at the first request
+            database = self._access.database
         except ConfigurationError as error:
             await receive()
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            disposed = self._access.database.dispose() if outermost else None
+
+        async def dispose_and_send(message: Message) -> None:
+            if message["type"] != "lifespan.startup.complete":
+                await dispose()
+            await send(message)
+
+        async def dispose() -> None:
+            disposed = database.dispose() if outermost else None
             if inspect.isawaitable(disposed):
                 await disposed
+
+        try:
+            await self.app(scope, receive, dispose_and_send)
+        finally:
+            await dispose()
 
 
 class Refused(BaseException):

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from ._async import AsyncAccess
 from ._sync import SyncAccess
-from .access import Source, endpoint_policy
+from .access import HasDatabase, Source, endpoint_policy
 from .asgi import KEY, ASGIApp, Exchange, Receive, Scope, Send, SessionScopeMiddleware
 from .database import AsyncDatabase, Database
 from .exceptions import ConfigurationError
@@ -53,11 +53,13 @@ class StarlettePlugin(Plugin[S]):
         if app.middleware_stack is not None:
             raise ConfigurationError("init_app() came after the app had started. Call it where the app is made.")
         access = self.register(app, self.configuration.updated(source, options))
-        app.router.middleware_stack = SettlingMiddleware(app.router.middleware_stack, access)
         build = app.build_middleware_stack
-        app.build_middleware_stack = lambda: SessionScopeMiddleware(  # type: ignore[method-assign]
-            build(), access, find_policy=find_policy
-        )
+
+        def build_with_scope() -> ASGIApp:
+            settle_inside(app, access)
+            return SessionScopeMiddleware(build(), access, find_policy=find_policy)
+
+        app.build_middleware_stack = build_with_scope  # type: ignore[method-assign]
 
 
 class SessionPlugin(StarlettePlugin[SyncS], SyncAccess[SyncS]):
@@ -110,6 +112,15 @@ class AsyncSessionPlugin(StarlettePlugin[AsyncS], AsyncAccess[AsyncS]):
         return self.session
 
 
+def settle_inside(app: Starlette, database: HasDatabase) -> None:
+    """Put the inner layer inside the exception handling of ``app``, and of the apps mounted in it."""
+    app.router.middleware_stack = SettlingMiddleware(app.router.middleware_stack, database)
+    for route in app.routes:
+        mounted = getattr(route, "app", None)
+        if isinstance(mounted, Starlette):
+            settle_inside(mounted, database)
+
+
 def find_policy(scope: Scope) -> Policy | None:
     """The policy that ``@db.policy`` put on the endpoint which the router chose."""
     return endpoint_policy(scope.get("endpoint"))
@@ -118,7 +129,7 @@ def find_policy(scope: Scope) -> Policy | None:
 class SettlingMiddleware(SessionScopeMiddleware):
     """The inner layer, inside the app's exception handling: it also sees what the handlers catch."""
 
-    def __init__(self, app: ASGIApp, database: Any) -> None:
+    def __init__(self, app: ASGIApp, database: HasDatabase) -> None:
         """Wrap the router of an app."""
         super().__init__(app, database)
         self._handlers: tuple[Any, ...] = (None, None)

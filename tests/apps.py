@@ -1,7 +1,5 @@
 """The contract app in each framework."""
 
-from __future__ import annotations
-
 import json
 import threading
 from typing import Annotated, Any
@@ -308,8 +306,8 @@ class StarletteHarness(ASGIHarness):
             return JSONResponse({"handled": type(error).__name__, "rows": rows}, 409)
 
         handlers: Any = {HandledError: handled, ConflictError: conflict, IntegrityError: conflict}
-        inner = Starlette(routes=[Route("/", act, methods=["GET", "POST"])], exception_handlers=handlers)
-        self.app = Starlette(routes=[Mount("/act", inner)], exception_handlers=handlers)
+        inner = Starlette(routes=[Route("/act", act, methods=["GET", "POST"])], exception_handlers=handlers)
+        self.app = Starlette(routes=[Mount("/", inner)], exception_handlers=handlers)
         plugin.init_app(self.app, pool_size=5)
         self.plugin = plugin
         self.db = plugin.database

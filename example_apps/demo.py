@@ -60,7 +60,7 @@ def transfer(amount: int = 30, target: str = "bob", **more: str) -> dict[str, An
     return {"source": "alice", "target": target, "amount": amount, **more}
 
 
-ACCOUNTS = [{"name": "alice", "deposit": 100}, {"name": "bob", "deposit": 1}]
+ACCOUNTS = [{"name": "alice", "deposit": 1000}, {"name": "bob", "deposit": 1}]
 MOVED = {"alice": -30, "bob": 30}
 RECEIPT = {"receipt_to": "alice@example.com"}
 TEN = [["alice", 1]] * 10
@@ -68,7 +68,7 @@ MANY = [["alice", 1]] * 5000  # takes far longer to write than a client takes to
 
 CASES = [
     Case("success", "/transfers", transfer(), "201", MOVED),
-    Case("insufficient funds, returned as 400", "/transfers", transfer(1000), "400", {"alice": -1000, "bob": 1000}),
+    Case("insufficient funds, returned as 400", "/transfers", transfer(1500), "400", {"alice": -1500, "bob": 1500}),
     Case("exception in the endpoint", "/transfers/crash", transfer(), "500", MOVED),
     Case("COMMIT fails", "/transfers", transfer(target="nobody"), "409", {"alice": -30, "nobody": 30}),
     Case("stream that writes", "/deposits", {"deposits": TEN}, "200", {"equity": -10, "alice": 10}),

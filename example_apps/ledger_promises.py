@@ -106,9 +106,10 @@ class LedgerPromises:
         assert self.balances() == {"alice": 100, "bob": 1, "equity": -101}
 
     def test_stream_that_cannot_commit_breaks_off(self):
-        """A stream whose COMMIT fails never looks complete."""
-        answer = self.post("/deposits", deposits=[("alice", 1), ("nobody", 2)])
+        """A stream whose COMMIT fails, and nothing before it, never looks complete."""
+        answer = self.post("/deposits", deposits=[("nobody", 2), ("alice", 1)])
         assert (answer.status, answer.complete) == (200, False)
+        assert [line.split(",")[0] for line in answer.text.splitlines()] == ["nobody", "alice"]
         assert self.balances() == {"alice": 100, "bob": 1, "equity": -101}
 
     def test_background_work_is_durable(self):

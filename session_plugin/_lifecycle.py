@@ -53,9 +53,7 @@ def close(scope: SessionScope[Any]) -> Steps[None]:
     if not scope.has_session:
         return
     try:
-        if scope.work.busy:
-            yield scope.session.invalidate
-        elif scope.sync_session.in_transaction():
+        if scope.sync_session.in_transaction():
             yield from _roll_back(scope)
     finally:
         yield scope.session.close
@@ -72,8 +70,11 @@ def _commit(scope: SessionScope[Any]) -> Steps[None]:
 
 
 def _roll_back(scope: SessionScope[Any]) -> Steps[None]:
-    """ROLLBACK; a connection that cannot even do that is discarded."""
+    """ROLLBACK; a connection that cannot do that, or that a sibling still uses, is discarded."""
     scope.begun_session()
+    if scope.work.busy:
+        yield scope.session.invalidate
+        return
     try:
         yield scope.session.rollback
     except Exception as error:

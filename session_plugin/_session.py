@@ -70,7 +70,11 @@ def _before_statement(state: ORMExecuteState) -> Any:
     scope: SessionScope[Any] | None = getattr(state.session, "_session_scope", None)
     if scope is None:
         return None
+    if scope.closed:
+        raise ScopeClosedError(scope.closed_message)
     scope.work.check_alone()
+    if scope.database.is_async:
+        scope.work.check_first()
     options = state.execution_options
     if options.get("yield_per") or options.get("stream_results"):
         result = state.invoke_statement()

@@ -20,6 +20,10 @@ from sqlalchemy.orm import SessionTransaction
 from .exceptions import ConcurrentUseError, SessionPluginError, TransactionAbortedError
 
 KEY = "session_plugin.watch"
+TWO_AT_ONCE = (
+    "Two threads or tasks used one session at the same time. Give each its own: open a "
+    "session_scope(new=True) in every branch."
+)
 WRITING = ("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE")
 
 
@@ -65,10 +69,7 @@ class Watch:
     def check_alone(self) -> None:
         """Raise `ConcurrentUseError` if a statement of another thread or task is under way."""
         if self.busy:
-            raise ConcurrentUseError(
-                "Two threads or tasks used one session at the same time. Give each its own: "
-                "open a session_scope(new=True) in every branch."
-            )
+            raise ConcurrentUseError(TWO_AT_ONCE)
 
     def check_alive(self) -> None:
         """Raise `TransactionAbortedError` if the server has already given the transaction up.
@@ -139,10 +140,11 @@ class Work:
         streams: the results opened with ``yield_per`` or ``stream``.
     """
 
-    __slots__ = ("_watches", "committed", "streams")
+    __slots__ = ("_first", "_watches", "committed", "streams")
 
     def __init__(self) -> None:
         self._watches: list[Watch] = []
+        self._first: asyncio.Task[Any] | None = None
         self.committed: SessionTransaction | None = None
         self.streams: list[ref[Result[Any]]] = []
 
@@ -171,6 +173,16 @@ class Work:
         for watch in self._watches:
             watch.check_alone()
 
+    def check_first(self) -> None:
+        """Raise `ConcurrentUseError` if another task is just taking the connection.
+
+        Only tasks are told apart: a thread may well go on where another one failed to connect.
+        """
+        if not self._watches:
+            first, self._first = self._first, asyncio.current_task()
+            if first is not None and first is not self._first and not first.done():
+                raise ConcurrentUseError(TWO_AT_ONCE)
+
     def check_can_commit(self) -> None:
         """Raise what forbids a COMMIT: a statement under way, or a transaction already aborted."""
         for watch in self._watches:
@@ -187,6 +199,6 @@ class Work:
 
     def ended(self) -> None:
         """The transaction is over and its connections are back in their pools."""
-        watches, self._watches = self._watches, []
+        watches, self._watches, self._first = self._watches, [], None
         for watch in watches:
             watch.release()

@@ -85,7 +85,7 @@ class SessionScope(Generic[S]):
 
     def __del__(self) -> None:
         if not self.closed and self._session is not None:
-            warnings.warn(f"session_plugin: {self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
+            warnings.warn(f"session_plugin: {self!r} was never closed", ResourceWarning, stacklevel=2)
 
     # -- the session ---------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ def background_of(act: Act, run: Any) -> Any:
 class Handler(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def log(self, type: str, message: str, *args: Any) -> None:
+    def log(self, *args: Any) -> None:
         pass
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from .harness import Harness, Store
 from .servers import NotInstalled, PostgreSQL
+from .units import ASYNC, SYNC, Units
 
 DEMAND = "SESSION_PLUGIN_TEST_DEMAND"
 """Names the environment variable that turns what is missing on this machine into a failure."""
@@ -29,19 +30,33 @@ def postgresql() -> Iterator[PostgreSQL]:
 
 
 @pytest.fixture(scope="class")
-def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+def running(request: pytest.FixtureRequest) -> Iterator[Harness]:
     """A contract app on a running server, for `contract.on`."""
     harness_class, driver = request.param
-    if driver.startswith("sqlite"):
-        location = tmp_path_factory.mktemp("contract") / "contract.db"
-    else:
-        location = request.getfixturevalue("postgresql")
-    store = Store(driver, location)
+    store = make_store(request, driver)
     harness = harness_class(store)
     harness.start()
     yield harness
     harness.stop()
     store.engine.dispose()
+
+
+@pytest.fixture(params=[*SYNC, *ASYNC])
+def units(request: pytest.FixtureRequest) -> Iterator[Units]:
+    """Units of work on each driver."""
+    driver = request.param
+    units = Units(driver, make_store(request, driver))
+    yield units
+    units.close()
+
+
+def make_store(request: pytest.FixtureRequest, driver: str) -> Store:
+    """An empty database for ``driver``, on a throwaway server where it needs one."""
+    if driver.startswith("sqlite"):
+        location = request.getfixturevalue("tmp_path_factory").mktemp("database") / "test.db"
+    else:
+        location = request.getfixturevalue("postgresql")
+    return Store(driver, location)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -114,15 +114,15 @@ class Store:
 
     def __init__(self, driver: str, location: Any) -> None:
         self.driver = driver
-        self.backend = driver.split("+")[0]
+        self.backend, dialect_driver = driver.split("+")
         if self.backend == "sqlite":
             self.url = f"{driver}:///{location}"
             self.engine = create_engine(f"sqlite:///{location}")
-            event.listen(self.engine, "connect", _foreign_keys)
+            event.listen(self.engine, "connect", check_foreign_keys)
             sqlite3.connect(location).execute("PRAGMA journal_mode=WAL").connection.close()
         else:
             self.database = location.new_database()
-            self.url = location.url(driver.split("+")[1], self.database)
+            self.url = location.url(dialect_driver, self.database)
             self.engine = create_engine(location.url("psycopg", self.database))
         Base.metadata.create_all(self.engine)
         self.sessions = sessionmaker(self.engine)
@@ -159,7 +159,7 @@ class Store:
             )
 
 
-def _foreign_keys(connection: Any, record: Any) -> None:
+def check_foreign_keys(connection: Any, record: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
@@ -180,7 +180,7 @@ class Harness:
         self.port = 0
         self.make_app()
         if store.backend == "sqlite":
-            event.listen(self.sync_engine, "connect", _foreign_keys)
+            event.listen(self.sync_engine, "connect", check_foreign_keys)
 
     def make_app(self) -> None:
         raise NotImplementedError

@@ -1,0 +1,710 @@
+"""Units of work: what begins, joins, ends and refuses; on every driver."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+from typing import Any
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
+from sqlalchemy.orm import Session
+
+from session_plugin import (
+    AsyncDatabase,
+    ConcurrentUseError,
+    ConfigurationError,
+    Database,
+    Decision,
+    NoScopeError,
+    Outcome,
+    PolicyError,
+    ReadOnlyError,
+    ScopeClosedError,
+    SessionScope,
+    TransactionAbortedError,
+    commit_on_success,
+    manual,
+    read_only,
+)
+
+from .harness import Parent, add, add_orphan, count, insert
+from .units import Units
+
+
+class BoomError(Exception):
+    pass
+
+
+def boom(session: Session) -> None:
+    raise BoomError
+
+
+# -- 12: outside requests --------------------------------------------------------------------------
+
+
+def test_a_block_commits(units: Units) -> None:
+    units.run(add("tea"))
+    assert units.store.names() == ["tea"]
+
+
+def test_an_error_rolls_the_block_back(units: Units) -> None:
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        boom(session)
+
+    with pytest.raises(BoomError):
+        units.run(work)
+    assert units.store.names() == []
+
+
+def test_a_failed_commit_leaves_the_block(units: Units) -> None:
+    """The error of COMMIT is SQLAlchemy's own, and the next block sees nothing of the failed one."""
+    with pytest.raises(IntegrityError):
+        units.run(add_orphan)
+    for _ in range(6):
+        units.run(lambda session: session.merge(Parent(name="nobody")))
+    assert units.store.names() == ["nobody"]
+
+
+def test_plain_sqlalchemy_lends_a_failed_commit_on(units: Units) -> None:
+    """What the test before this one guards against: close() alone returns the connection as it is."""
+    if units.driver != "sqlite+pysqlite":
+        pytest.skip("shown once, where a failed COMMIT leaves the transaction open")
+    session = units.db.sessionmaker()
+    add_orphan(session)
+    connection = session.connection().connection.driver_connection
+    with pytest.raises(IntegrityError):
+        session.commit()
+    session.close()
+    assert connection.in_transaction
+    connection.rollback()
+
+
+def test_an_inner_block_joins(units: Units) -> None:
+    """Inside an open unit of work session_scope() is part of it."""
+
+    async def both() -> None:
+        async with units.db.session_scope() as outer:
+            async with units.db.session_scope() as inner:
+                assert inner is outer
+                await inner.run_sync(insert("tea"))
+            assert units.store.names() == []
+
+    if units.is_async:
+        units.runner.run(both())
+    else:
+        with units.db.session_scope() as outer:
+            with units.db.session_scope() as inner:
+                assert inner is outer is units.db.session
+                insert("tea")(inner)
+            assert units.store.names() == []
+    assert units.store.names() == ["tea"]
+
+
+def test_a_swallowed_error_of_an_inner_block_dooms_the_outer(units: Units, caplog: pytest.LogCaptureFixture) -> None:
+    async def swallow() -> None:
+        async with units.db.session_scope() as session:
+            await session.run_sync(insert("tea"))
+            with pytest.raises(BoomError):
+                async with units.db.session_scope():
+                    raise BoomError
+
+    with caplog.at_level(logging.WARNING, "session_plugin"):
+        if units.is_async:
+            units.runner.run(swallow())
+        else:
+            with units.db.session_scope() as session:
+                insert("tea")(session)
+                with pytest.raises(BoomError), units.db.session_scope():
+                    raise BoomError
+    assert units.store.names() == []
+    assert "BoomError left a session_scope() inside it" in caplog.text
+
+
+def test_a_new_block_is_independent(units: Units) -> None:
+    """session_scope(new=True) commits by itself; its error dooms nobody else."""
+    if units.store.backend == "sqlite":
+        pytest.skip("two writers at once: SQLite has one")
+
+    async def audit() -> None:
+        async with units.db.session_scope() as outer:
+            await outer.run_sync(insert("order"))
+            await units.arun(insert("audit"), new=True)
+            with pytest.raises(BoomError):
+                await units.arun(boom, new=True)
+            assert units.store.names() == ["audit"]
+            assert units.db.session is outer
+
+    if units.is_async:
+        units.runner.run(audit())
+    else:
+        with units.db.session_scope() as outer:
+            insert("order")(outer)
+            units.run(insert("audit"), new=True)
+            with pytest.raises(BoomError):
+                units.run(boom, new=True)
+            assert units.store.names() == ["audit"]
+            assert units.db.session is outer
+    assert units.store.names() == ["audit", "order"]
+
+
+def test_outside_any_scope_there_is_no_session(units: Units) -> None:
+    """It says what to do, and hasattr() answers False."""
+    for ask in (lambda: units.db.session, lambda: units.db.doom(), lambda: units.db.on_commit(print)):
+        with pytest.raises(NoScopeError, match=r"session_scope\(\)"):
+            ask()
+    assert not hasattr(units.db, "session")
+
+
+def test_an_inherited_scope_is_not_joined_after_its_end() -> None:
+    """A task that outlives its unit of work gets a fresh one, and is told so by the accessor."""
+
+    async def main() -> None:
+        db = AsyncDatabase("sqlite+aiosqlite://")
+        ended = asyncio.Event()
+
+        async def outlive() -> Any:
+            await ended.wait()
+            with pytest.raises(ScopeClosedError, match=r"session_scope\(\)"):
+                _ = await db.session.execute(text("SELECT 1"))
+            async with db.session_scope() as session:
+                return session
+
+        async with db.session_scope() as first:
+            task = asyncio.create_task(outlive())
+        ended.set()
+        assert await task is not first
+        await db.dispose()
+
+    asyncio.run(main())
+
+
+def test_a_scope_that_is_never_closed_warns() -> None:
+    """With where it was opened."""
+    db = Database("sqlite://")
+    scope = SessionScope(db, origin="POST /orders")
+    scope.session.execute(text("SELECT 1"))
+    with pytest.warns(ResourceWarning, match="POST /orders was never closed"):
+        del scope
+        gc.collect()
+    assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    db.dispose()
+
+
+# -- 2: nothing for nothing ------------------------------------------------------------------------
+
+
+def test_an_unused_session_takes_no_connection(units: Units) -> None:
+    taken: list[Any] = []
+
+    def listen(*args: Any) -> None:
+        taken.append(args)
+
+    from sqlalchemy import event
+
+    event.listen(units.sync_engine, "checkout", listen)
+    units.run(lambda session: None)
+    assert taken == []
+
+
+# -- 4: no phantom commit --------------------------------------------------------------------------
+
+
+def insert_and_swallow(session: Session) -> None:
+    insert("tea")(session)
+    with pytest.raises(IntegrityError):
+        session.execute(text("INSERT INTO parent (name) VALUES ('tea')"))
+
+
+def test_an_aborted_transaction_does_not_commit(units: Units) -> None:
+    if units.store.backend == "sqlite":
+        units.run(insert_and_swallow)
+        assert units.store.names() == ["tea"]
+        return
+    with pytest.raises(TransactionAbortedError, match="IntegrityError") as caught:
+        units.run(insert_and_swallow)
+    assert isinstance(caught.value.__cause__, IntegrityError)
+    assert units.store.names() == []
+
+
+def test_plain_sqlalchemy_commits_a_phantom(units: Units) -> None:
+    """What the test before this one guards against: commit() returns, and nothing is saved."""
+    if units.driver != "postgresql+psycopg":
+        pytest.skip("shown once")
+    with units.db.sessionmaker() as session:
+        insert_and_swallow(session)
+        session.commit()
+    assert units.store.names() == []
+
+
+def test_an_explicit_commit_of_an_aborted_transaction_raises_and_can_be_recovered(units: Units) -> None:
+    if units.store.backend == "sqlite":
+        pytest.skip("a failed statement aborts nothing on SQLite")
+
+    def work(session: Session) -> None:
+        insert_and_swallow(session)
+        with pytest.raises(TransactionAbortedError):
+            session.commit()
+        session.rollback()
+        insert("milk")(session)
+
+    units.run(work)
+    assert units.store.names() == ["milk"]
+
+
+def test_a_transaction_that_sqlite_ended_does_not_pass_as_committed(units: Units) -> None:
+    """INSERT OR ROLLBACK ends the whole transaction in the middle of a block."""
+    if units.store.backend != "sqlite":
+        pytest.skip("only SQLite has it")
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        with pytest.raises(IntegrityError):
+            session.execute(text("INSERT OR ROLLBACK INTO parent (name) VALUES ('tea')"))
+
+    with pytest.raises(TransactionAbortedError):
+        units.run(work)
+    assert units.store.names() == []
+
+
+def test_a_recovered_savepoint_commits(units: Units) -> None:
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        with pytest.raises(IntegrityError), session.begin_nested():
+            session.execute(text("INSERT INTO parent (name) VALUES ('tea')"))
+
+    units.run(work)
+    assert units.store.names() == ["tea"]
+
+
+# -- 5 and policies --------------------------------------------------------------------------------
+
+
+def test_manual_keeps_only_what_was_committed(units: Units) -> None:
+    def work(session: Session) -> None:
+        units.db.use(manual)
+        insert("kept")(session)
+        session.commit()
+        insert("lost")(session)
+
+    units.run(work)
+    assert units.store.names() == ["kept"]
+
+
+def test_a_policy_of_ones_own(units: Units) -> None:
+    seen: list[Outcome] = []
+
+    def only_errors(outcome: Outcome) -> Decision:
+        seen.append(outcome)
+        return Decision(outcome.error is not None, "the other way round")
+
+    def work(session: Session) -> None:
+        units.db.use(only_errors)
+        insert("tea")(session)
+        boom(session)
+
+    with pytest.raises(BoomError):
+        units.run(work)
+    assert units.store.names() == ["tea"]
+    assert [type(outcome.error) for outcome in seen] == [BoomError]
+
+
+@pytest.mark.parametrize("policy", [lambda outcome: True, lambda outcome: 1 / 0], ids=["nonsense", "raises"])
+def test_a_policy_that_fails_commits_nothing(units: Units, policy: Any) -> None:
+    def work(session: Session) -> None:
+        units.db.use(policy)
+        insert("tea")(session)
+
+    with pytest.raises(PolicyError, match=r"[Nn]othing was committed"):
+        units.run(work)
+    assert units.store.names() == []
+
+
+def test_use_refuses_what_is_no_policy(units: Units) -> None:
+    def work(session: Session) -> None:
+        with pytest.raises(PolicyError, match="commit_on_success"):
+            units.db.use("read_only")
+
+    units.run(work)
+
+
+def test_use_after_the_transaction_began_is_too_late(units: Units) -> None:
+    def work(session: Session) -> None:
+        units.db.use(commit_on_success)
+        insert("tea")(session)
+        units.db.use(manual)  # begins alike, so it is not too late
+        with pytest.raises(PolicyError, match="too late"):
+            units.db.use(read_only)
+
+    units.run(work)
+    assert units.store.names() == []
+
+
+def test_read_only_refuses_to_flush(units: Units) -> None:
+    def work(session: Session) -> None:
+        units.db.use(read_only)
+        session.add(Parent(name="tea"))
+
+    with pytest.raises(ReadOnlyError, match="Parent"):
+        units.run(work)
+    assert units.store.names() == []
+
+
+@pytest.mark.parametrize("statement", ["INSERT INTO parent (name) VALUES ('x')", "CREATE TABLE more (id INTEGER)"])
+def test_read_only_is_enforced_by_the_database(units: Units, statement: str) -> None:
+    """And nothing of it stays behind on the pooled connection."""
+    from sqlalchemy.exc import DBAPIError
+
+    def work(session: Session) -> None:
+        units.db.use(read_only)
+        session.execute(text(statement))
+
+    for _ in range(6):
+        with pytest.raises(DBAPIError, match=r"read.?only"):
+            units.run(work)
+    for number in range(6):
+        units.run(insert(f"row {number}"))
+    assert len(units.store.names()) == 6
+
+
+def test_read_only_expires_nothing(units: Units) -> None:
+    units.run(insert("tea"))
+    loaded: list[Parent] = []
+
+    def work(session: Session) -> None:
+        units.db.use(read_only)
+        loaded.extend(session.scalars(select(Parent)))
+
+    units.run(work)
+    assert [row.name for row in loaded] == ["tea"]
+
+
+def test_isolation_level_of_a_policy(units: Units) -> None:
+    """It holds for the transaction, and leaves nothing behind on the connection."""
+    from dataclasses import replace
+
+    if units.store.backend != "postgresql":
+        pytest.skip("SQLite has one isolation level")
+    serializable = replace(commit_on_success, isolation_level="SERIALIZABLE")
+    levels: list[Any] = []
+
+    def show(session: Session) -> None:
+        levels.append(session.scalar(text("SHOW transaction_isolation")))
+
+    def work(session: Session) -> None:
+        units.db.use(serializable)
+        show(session)
+
+    units.run(work)
+    units.run(show)
+    assert levels == ["serializable", "read committed"]
+
+
+def test_the_log_tells_the_decision_and_its_reason(units: Units, caplog: pytest.LogCaptureFixture) -> None:
+    """COMMIT at DEBUG, work discarded under an error at INFO, under a success at WARNING."""
+    caplog.set_level(logging.DEBUG, "session_plugin")
+
+    def fail(session: Session) -> None:
+        insert("tea")(session)
+        boom(session)
+
+    def dooms(session: Session) -> None:
+        add("tea")(session)
+        units.db.doom("dry run")
+
+    units.run(insert("milk"))
+    with pytest.raises(BoomError):
+        units.run(fail)
+    units.run(dooms)
+    told = [(record.levelname, record.getMessage().split(": ", 1)[1]) for record in caplog.records]
+    assert [level_and_message for level_and_message in told if "journal" not in level_and_message[1]] == [
+        ("DEBUG", "COMMIT (success)"),
+        ("INFO", "ROLLBACK, its work is discarded (BoomError)"),
+        ("WARNING", "ROLLBACK, its work is discarded (doomed: dry run)"),
+    ]
+
+
+# -- 10: hooks -------------------------------------------------------------------------------------
+
+
+def test_hooks_belong_to_the_commit_that_follows(units: Units) -> None:
+    """An explicit one too; in order, once."""
+    log: list[Any] = []
+
+    def work(session: Session) -> None:
+        insert("a")(session)
+        units.db.on_commit(log.append, 1)
+        units.db.on_commit(log.append, 2)
+        session.commit()
+        assert log == [1, 2]
+        units.db.on_commit(log.append, 3)
+
+    units.run(work)
+    assert log == [1, 2, 3]
+
+
+def test_hooks_of_a_savepoint_that_rolls_back_are_dropped(units: Units) -> None:
+    """At any depth; those of a released one wait for the end; what undoes a file runs at the end."""
+    log: list[Any] = []
+
+    def work(session: Session) -> None:
+        units.db.on_commit(log.append, "outer")
+        insert("kept")(session)
+        with session.begin_nested():
+            units.db.on_commit(log.append, "released")
+            with pytest.raises(BoomError), session.begin_nested():
+                units.db.on_commit(log.append, "dropped")
+                units.db.on_rollback(log.append, "undone")
+                with session.begin_nested():
+                    units.db.on_commit(log.append, "dropped with what encloses it")
+                boom(session)
+        assert log == []
+
+    units.run(work)
+    assert log == ["outer", "released", "undone"]
+
+
+def test_hooks_do_not_run_on_the_release_of_a_savepoint(units: Units) -> None:
+    log: list[Any] = []
+
+    def work(session: Session) -> None:
+        with session.begin_nested():
+            units.db.on_commit(log.append, "never")
+        boom(session)
+
+    with pytest.raises(BoomError):
+        units.run(work)
+    assert log == []
+
+
+def test_hooks_without_a_transaction_run_at_the_end(units: Units) -> None:
+    log: list[Any] = []
+    units.run(lambda session: units.db.on_commit(log.append, "commit"))
+    assert log == ["commit"]
+
+    def fail(session: Session) -> None:
+        units.db.on_rollback(log.append, "rollback")
+        boom(session)
+
+    with pytest.raises(BoomError):
+        units.run(fail)
+    assert log == ["commit", "rollback"]
+
+
+def test_a_hook_has_a_unit_of_work_of_its_own(units: Units) -> None:
+    """What it does with the session is committed; a failing one takes nothing with it."""
+
+    def hook(name: str, *, fail: bool = False) -> Any:
+        def sync_hook() -> None:
+            units.db.session.add(Parent(name=name))
+            if fail:
+                raise BoomError
+
+        async def async_hook() -> None:
+            sync_hook()
+
+        return async_hook if units.is_async else sync_hook
+
+    def work(session: Session) -> None:
+        insert("order")(session)
+        units.db.on_commit(hook("first"))
+        units.db.on_commit(hook("failed", fail=True))
+        units.db.on_commit(hook("last"))
+
+    units.run(work)
+    assert units.store.names() == ["first", "last", "order"]
+
+
+def test_hooks_run_after_with_begin(units: Units) -> None:
+    """Also those of a ``with session.begin()`` block, and they may use the session."""
+    seen: list[Any] = []
+
+    def hook() -> None:
+        seen.append(units.db.scope)
+
+    def work(session: Session) -> None:
+        with session.begin():
+            insert("tea")(session)
+            units.db.on_commit(hook)
+
+    units.run(work)
+    assert len(seen) == 1
+
+
+def test_a_hook_must_be_callable(units: Units) -> None:
+    def work(session: Session) -> None:
+        with pytest.raises(ConfigurationError, match="cannot be called"):
+            units.db.on_commit(None)
+
+    units.run(work)
+
+
+def test_a_sync_database_refuses_coroutine_hooks(units: Units, caplog: pytest.LogCaptureFixture) -> None:
+    """At registration where it can be seen; else it is logged, and nothing is left un-awaited."""
+    if units.is_async:
+        pytest.skip("an async database awaits them")
+
+    async def hook() -> None:
+        raise AssertionError("never awaited")
+
+    def work(session: Session) -> None:
+        with pytest.raises(ConfigurationError, match="AsyncDatabase"):
+            units.db.on_commit(hook)
+        units.db.on_commit(lambda: hook())
+
+    units.run(work)
+    assert "returned a coroutine" in caplog.text
+
+
+# -- 7: early release ------------------------------------------------------------------------------
+
+
+def test_the_connection_is_back_before_the_hooks(units: Units) -> None:
+    held: list[int] = []
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        units.db.on_commit(lambda: held.append(units.sync_engine.pool.checkedout()))
+
+    units.run(work)
+    assert held == [0]
+
+
+# -- 11: after the end, and two at once ------------------------------------------------------------
+
+
+def test_a_closed_session_refuses_everything_that_would_reopen_it(units: Units) -> None:
+    """Whatever `close_resets_only` says."""
+    kept: list[Session] = []
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        kept.append(session)
+
+    units.run(work)
+    session = kept[0]
+    for use in (
+        lambda: session.execute(text("SELECT 1")),
+        lambda: session.connection(),
+        lambda: session.begin(),
+        lambda: session.commit(),
+        lambda: session.add(Parent(name="milk")),
+        lambda: session.get(Parent, "tea"),
+    ):
+        with pytest.raises(ScopeClosedError, match="has ended"):
+            use()
+        assert not session.in_transaction()
+
+
+def test_close_by_the_user_resets_as_sqlalchemy_does(units: Units) -> None:
+    def work(session: Session) -> None:
+        insert("lost")(session)
+        session.close()
+        insert("kept")(session)
+
+    units.run(work)
+    assert units.store.names() == ["kept"]
+
+
+def test_two_tasks_at_once_are_refused() -> None:
+    """The error names the way out, and nothing leaks."""
+
+    async def main() -> None:
+        db = AsyncDatabase("sqlite+aiosqlite://")
+
+        async def branch(new: bool) -> None:
+            async with db.session_scope(new=new) as session:
+                for _ in range(5):
+                    await session.execute(text("SELECT 1"))
+
+        async with db.session_scope():
+            results = await asyncio.gather(branch(False), branch(False), return_exceptions=True)
+        assert any(isinstance(result, ConcurrentUseError | InvalidRequestError) for result in results)
+        assert any("session_scope(new=True)" in str(result) for result in results)
+        assert await asyncio.gather(branch(True), branch(True)) == [None, None]
+        assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        await db.dispose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("driver", ["psycopg_async", "asyncpg"])
+def test_two_tasks_at_once_on_postgresql(postgresql: Any, driver: str) -> None:
+    """Also when the scope ends while the sibling's query is still under way."""
+
+    async def main() -> None:
+        db = AsyncDatabase(postgresql.url(driver), pool_size=2, max_overflow=0)
+
+        async with db.session_scope() as session:
+            await session.execute(text("SELECT 1"))
+            sleeping = asyncio.create_task(session.execute(text("SELECT pg_sleep(10)")))
+            await asyncio.sleep(0.1)
+            with pytest.raises(ConcurrentUseError, match="session_scope"):
+                await session.execute(text("SELECT 1"))
+            db.use(manual)
+        with pytest.raises(Exception):  # noqa: B017  each driver has its own word for a closed connection
+            await sleeping
+        assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        for _ in range(4):
+            async with db.session_scope() as session:
+                assert await session.scalar(text("SELECT 1")) == 1
+        await db.dispose()
+
+    asyncio.run(main())
+
+
+def test_two_threads_at_once_are_refused(postgresql: Any) -> None:
+    db = Database(postgresql.url("psycopg"), pool_size=2, max_overflow=0)
+    with db.session_scope() as session:
+        session.execute(text("SELECT 1"))
+        started = threading.Event()
+
+        def sibling() -> None:
+            started.set()
+            session.execute(text("SELECT pg_sleep(0.5)"))
+
+        thread = threading.Thread(target=sibling)
+        thread.start()
+        started.wait()
+        while not db.scope.work.busy:
+            assert thread.is_alive()
+        with pytest.raises(ConcurrentUseError, match="session_scope"):
+            session.execute(text("SELECT 1"))
+        thread.join()
+        assert session.scalar(text("SELECT 1")) == 1
+    assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    db.dispose()
+
+
+def test_one_session_however_many_ask(units: Units) -> None:
+    def work(session: Session) -> None:
+        scoped = units.db.scoped_session
+        own = scoped.registry()
+        assert units.db.session is own
+        assert units.db.scope.session is own
+        scoped.remove if units.is_async else scoped.remove()
+        assert units.db.session is own
+
+    units.run(work)
+
+
+def test_late_reads_see_what_was_loaded(units: Units) -> None:
+    """expire_on_commit is SQLAlchemy's own within the block; the settling itself expires nothing."""
+    if units.is_async:
+        pytest.skip("expire_on_commit is False there")
+    rows: list[Parent] = []
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        rows.extend(session.scalars(select(Parent)))
+        session.commit()
+        assert "name" not in rows[0].__dict__
+        assert rows[0].name == "tea"
+
+    units.run(work)
+    assert rows[0].name == "tea"
+    assert units.run(count) == 1

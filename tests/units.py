@@ -1,0 +1,61 @@
+"""Units of work outside any framework, on every driver alike.
+
+A test writes its work as a function of a sync session; on an async database it runs in
+``run_sync()``, on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
+from session_plugin import AsyncDatabase, Database
+
+from .harness import POOL, Base, Store, check_foreign_keys
+
+SYNC = ["sqlite+pysqlite", "postgresql+psycopg"]
+ASYNC = ["sqlite+aiosqlite", "postgresql+psycopg_async", "postgresql+asyncpg"]
+
+
+class Units:
+    """A database of ours, and the same one looked at from outside (``store``)."""
+
+    def __init__(self, driver: str, store: Store, **options: Any) -> None:
+        self.driver = driver
+        self.store = store
+        self.is_async = driver in ASYNC
+        self.runner = asyncio.Runner()
+        options = {**POOL, "metadata": Base.metadata, **options}
+        self.db: Any = (AsyncDatabase if self.is_async else Database)(store.url, **options)
+        if store.backend == "sqlite":
+            event.listen(self.sync_engine, "connect", check_foreign_keys)
+
+    @property
+    def sync_engine(self) -> Any:
+        return getattr(self.db.engine, "sync_engine", self.db.engine)
+
+    def run(self, work: Callable[[Session], Any], *, new: bool = False) -> Any:
+        """One unit of work; answers what ``work`` does."""
+        if self.is_async:
+            return self.runner.run(self.arun(work, new=new))
+        with self.db.session_scope(new=new) as session:
+            return work(session)
+
+    async def arun(self, work: Callable[[Session], Any], *, new: bool = False) -> Any:
+        async with self.db.session_scope(new=new) as session:
+            return await session.run_sync(work)
+
+    def close(self) -> None:
+        """Insist that nothing is held, and end."""
+        assert self.sync_engine.pool.checkedout() == 0
+        assert self.store.open_transactions() == []
+        if self.is_async:
+            self.runner.run(self.db.dispose())
+        else:
+            self.db.dispose()
+        self.runner.close()
+        self.store.engine.dispose()

@@ -78,7 +78,8 @@ class Namespace:
         self._module = ModuleType("shop")
         self._module.__file__ = str(directory / "shop.py")
         monkeypatch.chdir(directory)
-        monkeypatch.setitem(sys.modules, "shop", self._module)
+        for name in ("shop", "models"):  # the names that pages import from themselves
+            monkeypatch.setitem(sys.modules, name, self._module)
 
     def __enter__(self) -> Namespace:
         event.listen(Engine, "engine_connect", self._note)

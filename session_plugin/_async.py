@@ -134,17 +134,18 @@ class AsyncAccess(Access[AsyncS]):
 
     async def create_all(self) -> None:
         """Create the missing tables of ``metadata``, each on the engine that ``binds`` names."""
+        self.database.adopt_running_loop()
         for engine, tables in self.database.tables_by_engine(self.metadata):
             async with engine.begin() as connection:
                 await connection.run_sync(self.metadata.create_all, tables=tables)
 
     async def drop_all(self) -> None:
         """Drop the tables of ``metadata``, each on the engine that ``binds`` names."""
+        self.database.adopt_running_loop()
         for engine, tables in self.database.tables_by_engine(self.metadata):
             async with engine.begin() as connection:
                 await connection.run_sync(self.metadata.drop_all, tables=tables)
 
     async def dispose(self) -> None:
         """Close the pooled connections of the engines made here; those made elsewhere are their maker's."""
-        for engine in self.database.own_engines:
-            await engine.dispose()
+        await self.database.dispose_engines()

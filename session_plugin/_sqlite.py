@@ -51,7 +51,7 @@ def prepare(engine: Engine) -> None:
     if not event.contains(engine, "begin", _begin):
         event.listen(engine, "begin", _begin)
         event.listen(engine, "reset", _leave_query_only)
-        event.listen(engine, "first_connect", _recommend_wal)
+        event.listen(engine, "begin", _recommend_wal, once=True)
 
 
 def _begin(connection: Connection) -> None:
@@ -77,11 +77,8 @@ def _leave_query_only(dbapi_connection: Any, record: Any, reset_state: Any) -> N
         cursor.close()
 
 
-def _recommend_wal(dbapi_connection: Any, record: Any) -> None:
-    cursor = dbapi_connection.cursor()
-    cursor.execute("PRAGMA journal_mode")
-    (mode,) = cursor.fetchone()
-    cursor.close()
+def _recommend_wal(connection: Connection) -> None:
+    mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
     if mode not in ("wal", "memory"):
         logger.warning(
             "This SQLite database is in journal mode %r, in which readers and writers block each other. "

@@ -28,12 +28,15 @@ WRITING = ("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE")
 
 
 class Watch:
-    """One connection in the hands of one session."""
+    """One connection in the hands of one session.
 
-    __slots__ = ("_current_owner", "_info", "_lock", "_owner", "connection", "error", "wrote")
+    It does not hold the connection: the pool holds ``info``, so a session that is collected
+    without being closed could never give the connection back.
+    """
+
+    __slots__ = ("_current_owner", "_info", "_lock", "_owner", "error", "wrote")
 
     def __init__(self, connection: Connection) -> None:
-        self.connection = connection
         self.error: BaseException | None = None
         self.wrote = False
         self._info = connection.info
@@ -71,13 +74,13 @@ class Watch:
         if self.busy:
             raise ConcurrentUseError(TWO_AT_ONCE)
 
-    def check_alive(self) -> None:
+    def check_alive(self, connection: Connection) -> None:
         """Raise `TransactionAbortedError` if the server has already given the transaction up.
 
         Asks only after an error: classifying errors would call a recovered savepoint aborted.
         """
         error, self.error = self.error, None
-        if error is not None and _is_aborted(self.connection):
+        if error is not None and _is_aborted(connection):
             raise TransactionAbortedError(
                 f"The database had already aborted this transaction when {type(error).__name__} was "
                 "raised and caught, so nothing of it can be committed. Let the error leave, call "
@@ -143,7 +146,7 @@ class Work:
     __slots__ = ("_first", "_watches", "committed", "streams")
 
     def __init__(self) -> None:
-        self._watches: list[Watch] = []
+        self._watches: dict[Connection, Watch] = {}
         self._first: asyncio.Task[Any] | None = None
         self.committed: SessionTransaction | None = None
         self.streams: list[ref[Result[Any]]] = []
@@ -151,7 +154,7 @@ class Work:
     @property
     def wrote(self) -> bool:
         """True if a statement of this transaction was an INSERT, UPDATE, DELETE or the like."""
-        return any(watch.wrote for watch in self._watches)
+        return any(watch.wrote for watch in self._watches.values())
 
     @property
     def connected(self) -> bool:
@@ -161,16 +164,16 @@ class Work:
     @property
     def busy(self) -> bool:
         """True while another thread or task waits for a statement of this session."""
-        return any(watch.busy for watch in self._watches)
+        return any(watch.busy for watch in self._watches.values())
 
     def connection_taken(self, connection: Connection) -> None:
         """The session took ``connection``; a savepoint on one it already has says so again."""
-        if all(watch.connection is not connection for watch in self._watches):
-            self._watches.append(Watch(connection))
+        if connection not in self._watches:
+            self._watches[connection] = Watch(connection)
 
     def check_alone(self) -> None:
         """Raise `ConcurrentUseError` if another thread or task waits for a statement."""
-        for watch in self._watches:
+        for watch in self._watches.values():
             watch.check_alone()
 
     def check_first(self) -> None:
@@ -185,9 +188,9 @@ class Work:
 
     def check_can_commit(self) -> None:
         """Raise what forbids a COMMIT: a statement under way, or a transaction already aborted."""
-        for watch in self._watches:
+        for connection, watch in self._watches.items():
             watch.check_alone()
-            watch.check_alive()
+            watch.check_alive(connection)
 
     def close_streams(self) -> None:
         """Close the results that would otherwise go on reading from a lent connection."""
@@ -199,6 +202,6 @@ class Work:
 
     def ended(self) -> None:
         """The transaction is over and its connections are back in their pools."""
-        watches, self._watches, self._first = self._watches, [], None
-        for watch in watches:
+        watches, self._watches, self._first = self._watches, {}, None
+        for watch in watches.values():
             watch.release()

@@ -220,18 +220,33 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
         Raises:
             SessionPluginError: another event loop, still running, uses this database.
         """
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            if self._loop is not None and not self._loop.is_closed():
-                raise SessionPluginError(
-                    "This async database is in use on another event loop, and its connections cannot serve "
-                    "two. Make one AsyncDatabase per loop."
-                )
-            if self._loop is not None:
-                for engine in self.named_engines.values():
-                    engine.sync_engine.dispose(close=False)
-            self._loop = loop
+        self.adopt_running_loop()
         return super().new_session()
+
+    def adopt_running_loop(self) -> None:
+        """Let the running event loop use this database, with connections of its own.
+
+        Raises:
+            SessionPluginError: another event loop, still running, uses this database.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            raise SessionPluginError(
+                "This async database is in use on another event loop, and its connections cannot serve "
+                "two. Make one AsyncDatabase per loop, or `await db.dispose()` on the first one."
+            )
+        if self._loop is not None:
+            for engine in self.named_engines.values():
+                engine.sync_engine.dispose(close=False)
+        self._loop = loop
+
+    async def dispose_engines(self) -> None:
+        """Close the pooled connections of the engines made here; another event loop may use it then."""
+        for engine in self.own_engines:
+            await engine.dispose()
+        self._loop = None
 
     def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
         """Make and await the calls that a finished transaction has earned, each in a unit of work of its own."""

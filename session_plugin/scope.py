@@ -84,8 +84,10 @@ class SessionScope(Generic[S]):
         return self._origin
 
     def __del__(self) -> None:
-        if not self.closed and self._session is not None:
-            warnings.warn(f"session_plugin: {self!r} was never closed", ResourceWarning, stacklevel=2)
+        if not self.closed and self.work.connected:
+            warnings.warn(
+                f"session_plugin: {self!r} was never closed and held a connection", ResourceWarning, stacklevel=2
+            )
 
     # -- the session ---------------------------------------------------------------------------
 

@@ -53,10 +53,10 @@ def units(request: pytest.FixtureRequest) -> Iterator[Units]:
 def make_store(request: pytest.FixtureRequest, driver: str) -> Store:
     """An empty database for ``driver``, on a throwaway server where it needs one."""
     if driver.startswith("sqlite"):
-        location = request.getfixturevalue("tmp_path_factory").mktemp("database") / "test.db"
-    else:
-        location = request.getfixturevalue("postgresql")
-    return Store(driver, location)
+        return Store(driver, request.getfixturevalue("tmp_path_factory").mktemp("database") / "test.db")
+    store = Store(driver, request.getfixturevalue("postgresql"))
+    store.clear()
+    return store
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -121,9 +121,8 @@ class Store:
             event.listen(self.engine, "connect", check_foreign_keys)
             sqlite3.connect(location).execute("PRAGMA journal_mode=WAL").connection.close()
         else:
-            self.database = location.new_database()
-            self.url = location.url(dialect_driver, self.database)
-            self.engine = create_engine(location.url("psycopg", self.database))
+            self.url = location.url(dialect_driver, location.shared_database)
+            self.engine = create_engine(location.url("psycopg", location.shared_database))
         Base.metadata.create_all(self.engine)
         self.sessions = sessionmaker(self.engine)
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
@@ -32,6 +33,11 @@ class PostgreSQL:
         given = os.environ.get(POSTGRESQL_URL)
         self._base = make_url(given) if given else self._start()
         self._admin = create_engine(self._base.set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+
+    @cached_property
+    def shared_database(self) -> str:
+        """A database that the tests use one after the other."""
+        return self.new_database()
 
     def new_database(self) -> str:
         """Create an empty database; answers its name."""

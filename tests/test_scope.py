@@ -24,6 +24,7 @@ from session_plugin import (
     PolicyError,
     ReadOnlyError,
     ScopeClosedError,
+    SessionPluginError,
     SessionScope,
     TransactionAbortedError,
     commit_on_success,
@@ -31,7 +32,7 @@ from session_plugin import (
     read_only,
 )
 
-from .harness import Parent, add, add_orphan, count, insert
+from .harness import Base, Parent, add, add_orphan, count, insert
 from .units import Units
 
 
@@ -188,7 +189,7 @@ def test_a_scope_that_is_never_closed_warns() -> None:
     db = Database("sqlite://")
     scope = SessionScope(db, origin="POST /orders")
     scope.session.execute(text("SELECT 1"))
-    with pytest.warns(ResourceWarning, match="POST /orders was never closed"):
+    with pytest.warns(ResourceWarning, match="POST /orders was never closed and held a connection"):
         del scope
         gc.collect()
     assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
@@ -708,3 +709,28 @@ def test_late_reads_see_what_was_loaded(units: Units) -> None:
     units.run(work)
     assert rows[0].name == "tea"
     assert units.run(count) == 1
+
+
+def test_one_async_database_serves_one_event_loop_after_the_other() -> None:
+    """As in tests that run each on a loop of its own; two at once are told."""
+    db = AsyncDatabase("sqlite+aiosqlite://", metadata=Base.metadata)
+
+    async def live(name: str) -> None:
+        await db.create_all()
+        async with db.session_scope() as session:
+            await session.run_sync(insert(name))
+
+    async def live_and_dispose(name: str) -> None:
+        await live(name)
+        await db.dispose()
+
+    asyncio.run(live_and_dispose("first"))
+    asyncio.run(live_and_dispose("second"))
+
+    async def elsewhere() -> None:
+        async with db.session_scope():
+            with pytest.raises(SessionPluginError, match="one AsyncDatabase per loop"):
+                await asyncio.to_thread(asyncio.run, live("third"))
+        await db.dispose()
+
+    asyncio.run(elsewhere())

@@ -12,6 +12,7 @@ import ast
 import asyncio
 import gc
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -78,6 +79,8 @@ class Namespace:
         self._module = ModuleType("shop")
         self._module.__file__ = str(directory / "shop.py")
         monkeypatch.chdir(directory)
+        # pytest would keep the records, and with them the scopes that they name
+        monkeypatch.setattr(logging.getLogger("session_plugin"), "propagate", False)
         for name in ("shop", "models"):  # the names that pages import from themselves
             monkeypatch.setitem(sys.modules, name, self._module)
 

@@ -12,7 +12,6 @@ import ast
 import asyncio
 import gc
 import inspect
-import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -35,8 +34,6 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 PRINTS = re.compile(r"# prints: (.*)$", re.MULTILINE)
-# Werkzeug's test client closes no response that is not closed by hand, unlike a server.
-pytestmark = pytest.mark.filterwarnings("ignore:session_plugin. .* was never closed:ResourceWarning")
 POSTGRESQL_URL = re.compile(r"postgresql\+(\w+)://localhost/(\w+)")
 
 
@@ -79,8 +76,6 @@ class Namespace:
         self._module = ModuleType("shop")
         self._module.__file__ = str(directory / "shop.py")
         monkeypatch.chdir(directory)
-        # pytest would keep the records, and with them the scopes that they name
-        monkeypatch.setattr(logging.getLogger("session_plugin"), "propagate", False)
         for name in ("shop", "models"):  # the names that pages import from themselves
             monkeypatch.setitem(sys.modules, name, self._module)
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from sqlalchemy import MetaData
 
-from .access import DEFAULT, Access, Configuration, PolicyLike, ScopeRegistry, Source, caller
+from .access import DEFAULT, Access, Configuration, PolicyLike, ScopeRegistry, caller
 from .policy import Outcome, commit_on_success
 from .scope import SessionScope, find_scope
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 
+    from .access import Source
     from .database import AsyncDatabase
 
 AsyncS = TypeVar("AsyncS", bound="AsyncSession")
@@ -74,8 +75,8 @@ class AsyncAccess(Access[AsyncS]):
         """
         from sqlalchemy.ext.asyncio import AsyncSession
 
-        self.configuration = Configuration(source, class_ or AsyncSession, policy, metadata, binds, options)
-        self._set_up()
+        configuration = Configuration(source, class_ or AsyncSession, policy, metadata, binds, options)
+        self._set_up(configuration)
 
     @property
     @abstractmethod

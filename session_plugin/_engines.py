@@ -10,6 +10,7 @@ from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.pool import QueuePool
 
 from . import _sqlite
+from ._watch import watch_engine
 from .exceptions import ConfigurationError
 
 ASYNC_DRIVERS = {
@@ -18,6 +19,45 @@ ASYNC_DRIVERS = {
     "mysql": "mysql+asyncmy",
     "mariadb": "mariadb+asyncmy",
 }
+
+
+def resolve(
+    given: Any, options: Mapping[str, Any], owner: object, *, is_async: bool
+) -> tuple[Any, Mapping[str, Any] | None]:
+    """The engine that ``given`` names, and the options it was made with here, or None if it was made elsewhere.
+
+    Raises:
+        ConfigurationError: ``given`` names none, or not one of this kind.
+    """
+    if isinstance(given, Mapping):
+        options = {**options, **given}
+        given = options.pop("url", None)
+    if isinstance(given, str | URL):
+        return make_engine(given, options, owner, is_async=is_async), options
+    if not isinstance(sync_engine(given), Engine):
+        raise ConfigurationError(f"{given!r} names no database. Give a URL, an Engine, or named engines.")
+    if isinstance(given, Engine) == is_async:
+        raise ConfigurationError(
+            f"{given!r} does not fit {type(owner).__name__}: an Engine goes to Database, an AsyncEngine to AsyncDatabase."
+        )
+    if options:
+        raise ConfigurationError(
+            f"The options {', '.join(sorted(options))} came too late for {given!r}, which is already made. "
+            "Give them to create_engine()."
+        )
+    return given, None
+
+
+def sync_engine(engine: Any) -> Any:
+    """The `Engine` inside an `AsyncEngine`; anything else as it is."""
+    return getattr(engine, "sync_engine", engine)
+
+
+def prepare(engine: Engine) -> None:
+    """Listen on ``engine`` for what the promises need; a second call changes nothing."""
+    watch_engine(engine)
+    if engine.dialect.name == "sqlite":
+        _sqlite.prepare(engine)
 
 
 def make_engine(url: str | URL, options: Mapping[str, Any], owner: object, *, is_async: bool) -> Any:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from sqlalchemy import Engine, MetaData
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from .access import DEFAULT, Access, Configuration, PolicyLike, ScopeRegistry, Source, caller
+from .access import DEFAULT, Access, Configuration, PolicyLike, ScopeRegistry, caller
 from .policy import Outcome, commit_on_success
 from .scope import SessionScope, find_scope
 
 if TYPE_CHECKING:
+    from .access import Source
     from .database import Database
 
 SyncS = TypeVar("SyncS", bound=Session)
@@ -71,8 +72,8 @@ class SyncAccess(Access[SyncS]):
         Raises:
             ConfigurationError: any of it cannot work.
         """
-        self.configuration = Configuration(source, class_, policy, metadata, binds, options)
-        self._set_up()
+        configuration = Configuration(source, class_, policy, metadata, binds, options)
+        self._set_up(configuration)
 
     @property
     @abstractmethod

@@ -27,15 +27,23 @@ if TYPE_CHECKING:
 
     from .database import BaseDatabase
 
+    Source: TypeAlias = (
+        str
+        | URL
+        | Engine
+        | AsyncEngine
+        | Mapping[str, Any]
+        | sessionmaker[Any]
+        | async_sessionmaker[Any]
+        | BaseDatabase[Any]
+        | Callable[[], Any]
+    )
+
 S = TypeVar("S", bound="Session | AsyncSession")
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT = "default"
-Source: TypeAlias = (
-    "str | URL | Engine | AsyncEngine | Mapping[str, Any] | sessionmaker[Any] | async_sessionmaker[Any]"
-    " | BaseDatabase[Any] | Callable[[], Any]"
-)
-PolicyLike: TypeAlias = "Policy | Callable[[Outcome], Decision]"
+PolicyLike: TypeAlias = Policy | Callable[[Outcome], Decision]
 POLICY_ATTRIBUTE = "__session_policy__"
 
 
@@ -76,10 +84,8 @@ class HasDatabase(Protocol):
 class Access(ABC, Generic[S]):
     """The part that sync and async databases share."""
 
-    configuration: Configuration
-
     @abstractmethod
-    def _set_up(self) -> None:
+    def _set_up(self, configuration: Configuration) -> None:
         """Make of ``configuration`` what can be made now."""
 
     @property

@@ -12,19 +12,18 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import WeakSet
 
-from sqlalchemy import URL, Engine, MetaData, Table
+from sqlalchemy import Engine, MetaData, Table
 from sqlalchemy.orm import Session, sessionmaker
 
-from . import _engines, _sqlite
+from . import _engines
 from ._async import AsyncAccess
 from ._hooks import log_failed
 from ._session import scope_session_class
 from ._sync import SyncAccess
 from ._threads import Permits
-from ._watch import watch_engine
 from .access import DEFAULT, Access, Configuration
 from .exceptions import ConfigurationError, SessionPluginError
-from .policy import SAFE_METHODS, as_policy
+from .policy import SAFE_METHODS, Policy, as_policy
 from .scope import SessionScope
 
 if TYPE_CHECKING:
@@ -46,55 +45,34 @@ class BaseDatabase(Access[S]):
     maker: Any
     named_engines: Mapping[str, Any]
 
-    def _set_up(self) -> None:
-        configuration = _unfolded(self.configuration)
+    def _set_up(self, configuration: Configuration) -> None:
+        configuration = _unfolded(configuration)
         if configuration.source is None:
             raise ConfigurationError(
                 "No database is configured. Name one by a URL, such as sqlite:///shop.db, or by an Engine."
             )
-        self.default_policy = as_policy(configuration.policy)
-        self.given_metadata = configuration.metadata
+        self.default_policy: Policy = as_policy(configuration.policy)
+        self.given_metadata: MetaData | None = configuration.metadata
         options = dict(configuration.options)
         session_names = _session_option_names(configuration.class_)
         session_options = {name: options.pop(name) for name in list(options) if name in session_names}
-        self._engine_options: dict[str, dict[str, Any] | None] = {}
         source = configuration.source
         named = source if isinstance(source, Mapping) else {DEFAULT: source}
-        self.named_engines = {name: self._engine(name, given, options) for name, given in named.items()}
+        resolved = {
+            name: _engines.resolve(given, options, self, is_async=self.is_async) for name, given in named.items()
+        }
+        self.named_engines = {name: engine for name, (engine, _) in resolved.items()}
+        self._engine_options = {name: made_with for name, (_, made_with) in resolved.items()}
+        for engine in self.named_engines.values():
+            _engines.prepare(_engines.sync_engine(engine))
         self._begin_engines: dict[tuple[Any, ...], Engine] = {}
-        self.binds = {key: self._bind(bind) for key, bind in (configuration.binds or {}).items()}
+        self.binds: Mapping[Any, AnyEngine] = {
+            key: self._bind(bind) for key, bind in (configuration.binds or {}).items()
+        }
         if self.binds:
             session_options["binds"] = self.binds
         self.maker = self._make_maker(configuration.class_, self.named_engines.get(DEFAULT), session_options)
         _databases.add(self)
-
-    def _engine(self, name: str, given: Any, options: Mapping[str, Any]) -> AnyEngine:
-        if isinstance(given, Mapping):
-            options, given = {**options, **given}, given.get("url")
-            options = {key: value for key, value in options.items() if key != "url"}
-        made_here = isinstance(given, str | URL)
-        if made_here:
-            engine = _engines.make_engine(given, options, self, is_async=self.is_async)
-        elif hasattr(given, "dialect") and hasattr(given, "connect"):
-            engine = given
-            if engine.dialect.is_async != self.is_async or hasattr(engine, "sync_engine") != self.is_async:
-                raise ConfigurationError(
-                    f"{engine!r} does not fit {type(self).__name__}: an Engine goes to Database, an AsyncEngine "
-                    "to AsyncDatabase."
-                )
-            if options:
-                raise ConfigurationError(
-                    f"The options {', '.join(sorted(options))} came too late for {engine!r}, which is already made. "
-                    "Give them to create_engine()."
-                )
-        else:
-            raise ConfigurationError(f"{given!r} names no database. Give a URL, an Engine, or named engines.")
-        self._engine_options[name] = dict(options) if made_here else None
-        sync_engine = _sync_engine(engine)
-        watch_engine(sync_engine)
-        if sync_engine.dialect.name == "sqlite":
-            _sqlite.prepare(sync_engine)
-        return engine
 
     def _bind(self, bind: Any) -> AnyEngine:
         if isinstance(bind, str) and bind not in self.named_engines:
@@ -127,7 +105,7 @@ class BaseDatabase(Access[S]):
     def permits(self) -> Permits:
         """One permit per connection of the smallest pool, for sync sessions under an event loop."""
         capacities = [
-            _engines.capacity(_sync_engine(engine), self._engine_options[name])
+            _engines.capacity(_engines.sync_engine(engine), self._engine_options[name])
             for name, engine in self.named_engines.items()
         ]
         return Permits(min((capacity for capacity in capacities if capacity is not None), default=None))
@@ -164,7 +142,7 @@ class Database(SyncAccess[SyncS], BaseDatabase[SyncS]):
             session.add(Order(item="tea"))
     """
 
-    is_async = False
+    is_async: bool = False
     named_engines: Mapping[str, Engine]
     maker: sessionmaker[SyncS]
 
@@ -196,7 +174,7 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
     its commit has expired.
     """
 
-    is_async = True
+    is_async: bool = True
     named_engines: Mapping[str, AsyncEngine]
     maker: async_sessionmaker[AsyncS]
 
@@ -290,11 +268,6 @@ def _session_option_names(class_: type[Any]) -> set[str]:
     return (names | {"sync_session_class"}) - {"self", "args", "kwargs", "kw", "execution_options"}
 
 
-def _sync_engine(engine: Any) -> Engine:
-    sync_engine: Engine = getattr(engine, "sync_engine", engine)
-    return sync_engine
-
-
 def _tables(key: Any) -> Iterator[Table]:
     """The tables of a key of ``binds``: a table, or a mapped class with its subclasses."""
     if isinstance(key, Table):
@@ -311,7 +284,7 @@ def _forget_inherited_connections() -> None:
     """In a forked child: start with empty pools, and leave the parent's sockets alone."""
     for database in list(_databases):
         for engine in database.named_engines.values():
-            _sync_engine(engine).dispose(close=False)
+            _engines.sync_engine(engine).dispose(close=False)
 
 
 os.register_at_fork(after_in_child=_forget_inherited_connections)

@@ -25,9 +25,10 @@ class Plugin(Access[S]):
     A plugin made from a `Database` shares that one among its apps and with whoever made it.
     """
 
-    database_class: type[Database[Any]] | type[AsyncDatabase[Any]]
+    database_class: type[BaseDatabase[Any]]
 
-    def _set_up(self) -> None:
+    def _set_up(self, configuration: Configuration) -> None:
+        self.configuration: Configuration = configuration
         self._databases: WeakKeyDictionary[Any, AppDatabase] = WeakKeyDictionary()
 
     def register(self, app: Any, configuration: Configuration) -> AppDatabase:

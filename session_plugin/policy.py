@@ -24,7 +24,7 @@ __all__ = [
     "read_only",
 ]
 
-SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+SAFE_METHODS: frozenset[str] = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 """The methods that RFC 9110, section 9.2.1, calls safe."""
 
 
@@ -118,13 +118,13 @@ def _never_commit(outcome: Outcome) -> Decision:
     return Decision(False, outcome.failed or "only an explicit commit() saves under this policy")
 
 
-commit_on_success = Policy(_commit_unless_failed, "commit_on_success")
+commit_on_success: Policy = Policy(_commit_unless_failed, "commit_on_success")
 """The default: COMMIT, unless there was an exception, a status of 400 or more, or a cut stream."""
 
-manual = Policy(_never_commit, "manual")
+manual: Policy = Policy(_never_commit, "manual")
 """Nothing commits by itself: the app calls ``commit()``, and what it did not commit is rolled back."""
 
-read_only = Policy(_commit_unless_failed, "read_only", read_only=True)
+read_only: Policy = Policy(_commit_unless_failed, "read_only", read_only=True)
 """A READ ONLY transaction.  It ends by COMMIT, since a ROLLBACK would expire what was loaded."""
 
 

@@ -62,14 +62,14 @@ class SessionScope(Generic[S]):
         self.database = database
         self.method = method
         self.error: BaseException | None = None
-        self.settled = False
-        self.closed = False
-        self.closed_message = (
+        self.settled: bool = False
+        self.closed: bool = False
+        self.closed_message: str = (
             f"The unit of work of this session ({origin}) has ended. Work that outlives it needs a "
             "session_scope() of its own."
         )
-        self.hooks = Hooks()
-        self.work = Work()
+        self.hooks: Hooks = Hooks()
+        self.work: Work = Work()
         self._origin = origin
         self._find_policy = find_policy
         self._policy: Policy | None = None

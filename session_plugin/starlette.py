@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from ._async import AsyncAccess
 from ._sync import SyncAccess
-from .access import HasDatabase, Source, endpoint_policy
+from .access import HasDatabase, endpoint_policy
 from .asgi import KEY, ASGIApp, Exchange, Receive, Scope, Send, SessionScopeMiddleware
 from .database import AsyncDatabase, Database
 from .exceptions import ConfigurationError
@@ -23,6 +23,8 @@ from .policy import Outcome, Policy, response_status
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
+
+    from .access import Source
 
 __all__ = ["AsyncSessionPlugin", "SessionPlugin"]
 
@@ -73,7 +75,7 @@ class SessionPlugin(StarlettePlugin[SyncS], SyncAccess[SyncS]):
         SessionDep = Annotated[Session, Depends(db.get_session)]
     """
 
-    database_class = Database
+    database_class: type[Database[Any]] = Database
 
     @property
     def database(self) -> Database[SyncS]:
@@ -99,7 +101,7 @@ class AsyncSessionPlugin(StarlettePlugin[AsyncS], AsyncAccess[AsyncS]):
         SessionDep = Annotated[AsyncSession, Depends(db.get_session)]
     """
 
-    database_class = AsyncDatabase
+    database_class: type[AsyncDatabase[Any]] = AsyncDatabase
 
     @property
     def database(self) -> AsyncDatabase[AsyncS]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from flask import Flask, abort, current_app, has_app_context, has_request_context, request
@@ -13,7 +13,7 @@ from sqlalchemy.exc import ArgumentError, MultipleResultsFound, NoResultFound
 from sqlalchemy.orm import Session
 
 from .._sync import SyncAccess
-from ..access import DEFAULT, Configuration, Source, endpoint_policy
+from ..access import DEFAULT, Configuration, endpoint_policy
 from ..database import Database
 from ..exceptions import NoScopeError
 from ..plugin import Plugin
@@ -21,6 +21,9 @@ from ..policy import Outcome, Policy, manual
 from ..scope import SessionScope, find_scope
 from ..wsgi import SessionScopeMiddleware
 from ._settle import SettlingMiddleware
+
+if TYPE_CHECKING:
+    from ..access import Source
 
 SyncS = TypeVar("SyncS", bound=Session)
 T = TypeVar("T")
@@ -42,10 +45,10 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
     ``SQLALCHEMY_ENGINE_OPTIONS``.  A relative SQLite path lies in ``app.instance_path``.
     """
 
-    database_class = Database
+    database_class: type[Database[Any]] = Database
 
-    def _set_up(self) -> None:
-        super()._set_up()
+    def _set_up(self, configuration: Configuration) -> None:
+        super()._set_up(configuration)
         self._app_context_scopes: WeakKeyDictionary[Any, SessionScope[SyncS]] = WeakKeyDictionary()
 
     def init_app(self, app: Flask, source: Source | None = None, **options: Any) -> None:

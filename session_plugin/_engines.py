@@ -38,7 +38,8 @@ def resolve(
         raise ConfigurationError(f"{given!r} names no database. Give a URL, an Engine, or named engines.")
     if isinstance(given, Engine) == is_async:
         raise ConfigurationError(
-            f"{given!r} does not fit {type(owner).__name__}: an Engine goes to Database, an AsyncEngine to AsyncDatabase."
+            f"{given!r} does not fit {type(owner).__name__}: an Engine goes to Database, and an AsyncEngine to "
+            "AsyncDatabase."
         )
     if options:
         raise ConfigurationError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from .access import Access, Configuration
-from .database import AsyncDatabase, BaseDatabase, Database
+from .database import BaseDatabase
 from .exceptions import ConfigurationError, NoScopeError
 from .scope import entered_databases
 

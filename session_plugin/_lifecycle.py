@@ -40,8 +40,10 @@ def settle(scope: SessionScope[Any], outcome: Outcome) -> Steps[None]:
         if scope.work.streams:
             yield scope.close_streams
         if decision.commit:
+            wrote = scope.wrote
             yield from _commit(scope)
             committed = True
+            scope.saved = scope.saved or wrote
     finally:
         if not committed:
             yield from _roll_back(scope)

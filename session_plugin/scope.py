@@ -38,7 +38,9 @@ class SessionScope(Generic[S]):
         database: whose session it has.
         method: the HTTP method, or None outside HTTP.
         settled: True once its transaction was settled; what follows is late work.
+        saved: True once a settling has committed work.
         error: the exception that the response answers; an adapter notes it.
+        find_policy: answers the policy of the endpoint.
         closed: True once it is over; its session refuses further use.
         closed_message: what a later use is told.
     """
@@ -63,6 +65,7 @@ class SessionScope(Generic[S]):
         self.method = method
         self.error: BaseException | None = None
         self.settled: bool = False
+        self.saved: bool = False
         self.closed: bool = False
         self.closed_message: str = (
             f"The unit of work of this session ({origin}) has ended. Work that outlives it needs a "
@@ -71,7 +74,7 @@ class SessionScope(Generic[S]):
         self.hooks: Hooks = Hooks()
         self.work: Work = Work()
         self._origin = origin
-        self._find_policy = find_policy
+        self.find_policy = find_policy
         self._policy: Policy | None = None
         self._doomed: str | None = None
         self._session: S | None = None
@@ -154,7 +157,7 @@ class SessionScope(Generic[S]):
     def policy(self) -> Policy:
         """How this scope begins and ends: what `use` said, else the endpoint's, else the database's."""
         if self._policy is None:
-            found = self._find_policy() if self._find_policy is not None else None
+            found = self.find_policy() if self.find_policy is not None else None
             self._policy = found or self.database.default_policy
         return self._policy
 

@@ -40,13 +40,14 @@ class SessionScopeMiddleware:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
-        databases: set[Any] = environ.setdefault(KEY, set())
+        scopes: dict[Any, SessionScope[Any]] = environ.setdefault(KEY, {})
         database = self._access.database
-        if database in databases:
+        outer = scopes.get(database)
+        if outer is not None and not outer.closed:
+            outer.find_policy = self._find_policy or outer.find_policy
             return self.app(environ, start_response)
-        databases.add(database)
         method = environ["REQUEST_METHOD"]
-        scope: SessionScope[Any] = SessionScope(
+        scope = scopes[database] = SessionScope(
             database,
             origin=f"{method} {environ.get('PATH_INFO', '')}",
             method=method,
@@ -65,6 +66,7 @@ class Response:
         self._server_write: Callable[[bytes], object] | None = None
         self._status: int | None = None
         self._left_to_send: int | None = None
+        self._sent = False
         self._complete = False
         self._failure: BaseException | None = None
         self._body: Iterable[bytes] = ()
@@ -76,10 +78,13 @@ class Response:
             with self._scope.entered():
                 self._body = app(environ, self.start)
                 self._chunks = iter(self._body)
-                self._pass_on_start()
+                if self._started is not None:
+                    self._pass_on_start()
         except BaseException as error:
-            self._settle(error)
-            self.close()
+            try:
+                self._fail(error)
+            finally:
+                self.close()
             raise
         file_wrapper = environ.get("wsgi.file_wrapper")
         if isinstance(file_wrapper, type) and isinstance(self._body, file_wrapper):
@@ -88,17 +93,31 @@ class Response:
         return self
 
     def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
-        """The app's ``start_response``: noted, and passed on once what it says is true."""
-        if self._server_write is not None:
-            self._server_write = self._start_response(status, headers, exc_info)
-        self._started = (status, headers, exc_info) if exc_info else (status, headers)
+        """The app's ``start_response``: noted, and passed on once what it says is true.
+
+        With ``exc_info`` it takes back what was said before, unless that is already durable: then,
+        as PEP 3333 asks of a server that has sent the headers, the exception is raised.
+        """
+        if exc_info is None:
+            if self._started is not None:
+                raise AssertionError("start_response() was called a second time, and without exc_info.")
+            self._started = (status, headers)
+            return self.write
+        try:
+            if self._sent or (self._server_write is not None and self._scope.saved):
+                raise exc_info[1].with_traceback(exc_info[2])
+            self._started = (status, headers, exc_info)
+            self._scope.error = exc_info[1]
+            self._failure = self._server_write = None
+        finally:
+            exc_info = None  # PEP 3333: no cycle through the traceback
         return self.write
 
     def write(self, data: bytes) -> None:
         """The app's ``write``, which PEP 3333 keeps for old apps."""
-        self._pass_on_start()
-        if self._server_write is not None:
-            self._server_write(data)
+        server_write = self._server_write or self._pass_on_start()
+        self._about_to_send(data)
+        server_write(data)
 
     def __iter__(self) -> Response:
         return self
@@ -106,53 +125,75 @@ class Response:
     def __next__(self) -> bytes:
         try:
             with self._scope.entered():
-                chunk = next(self._chunks)
-                self._pass_on_start()
-        except StopIteration:
-            self._pass_on_start()
-            self._last_byte_is_next()
-            raise
+                chunk = next(self._chunks, None)
+                if self._server_write is None:
+                    self._pass_on_start()
+                self._about_to_send(chunk)
         except BaseException as error:
-            self._settle(error)
+            self._fail(error)
             raise
-        if self._left_to_send is not None:
-            self._left_to_send -= len(chunk)
-            if self._left_to_send <= 0:
-                self._last_byte_is_next()
+        if chunk is None:
+            raise StopIteration
         return chunk
 
     def close(self) -> None:
         """Give up a response that was cut short, do what the app does at the end, and close the scope."""
         scope = self._scope
         try:
-            if not self._complete:
-                scope.settle(Outcome(self._status, scope.error, scope.method, interrupted=True))
-            with scope.entered():
+            try:
+                if not self._complete:
+                    scope.settle(Outcome(self._status, scope.error, scope.method, interrupted=True))
+            finally:
                 close = getattr(self._body, "close", None)
                 if close is not None:
-                    close()
-            scope.settle(Outcome(error=self._failure, method=scope.method))
+                    with scope.entered():
+                        close()
+            scope.settle(Outcome(error=self._failure, method=scope.method, interrupted=not self._complete))
         finally:
             scope.close()
 
-    def _pass_on_start(self) -> None:
-        if self._started is None or self._server_write is not None:
-            return
+    def _pass_on_start(self) -> Callable[[bytes], object]:
+        """Settle, and only then tell the server what the app has told."""
+        if self._started is None:
+            raise AssertionError("The app sent its body before it called start_response().")
         status, headers = self._started[:2]
         self._status = int(status.split(" ", 1)[0])
-        scope = self._scope
-        scope.settle(Outcome(self._status, scope.error, scope.method))
-        length = next((value for name, value in headers if name.lower() == "content-length"), None)
-        self._left_to_send = None if length is None else int(length)
+        self._settle()
+        length = next((value for name, value in headers if name.lower() == "content-length"), "")
+        self._left_to_send = int(length) if length.isdecimal() else None
         self._server_write = self._start_response(*self._started)
+        self._started = (status, headers)
+        return self._server_write
 
-    def _last_byte_is_next(self) -> None:
-        if not self._complete:
-            scope = self._scope
-            scope.settle(Outcome(self._status, scope.error, scope.method))
+    def _about_to_send(self, chunk: bytes | None) -> None:
+        """Settle what the body did so far if ``chunk`` ends it; None is the end itself."""
+        if self._left_to_send is not None:
+            self._left_to_send -= len(chunk or b"")
+        is_last = chunk is None or (self._left_to_send is not None and self._left_to_send <= 0)
+        if is_last and not self._complete:
+            self._settle()
             self._complete = True
+        self._sent = self._sent or bool(chunk)
 
-    def _settle(self, error: BaseException) -> None:
-        outcome = Outcome.raised(error, method=self._scope.method)
-        self._failure = self._scope.error = outcome.error
-        self._scope.settle(outcome)
+    def _settle(self) -> None:
+        """Settle as the status says; a refusal that the app swallowed is told again."""
+        if self._failure is not None:
+            raise self._failure
+        scope = self._scope
+        try:
+            scope.settle(Outcome(self._status, scope.error, scope.method))
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _fail(self, error: BaseException) -> None:
+        """Roll back; if something is durable already, the client gets a cut success and not an error."""
+        scope = self._scope
+        outcome = Outcome.raised(error, method=scope.method)
+        self._failure = scope.error = outcome.error
+        try:
+            scope.settle(outcome)
+        finally:
+            if scope.saved and self._started is not None and not self._sent:
+                server_write = self._server_write or self._start_response(*self._started)
+                server_write(b"")

@@ -6,6 +6,7 @@ Only documented extension points of SQLAlchemy are used: a subclass that overrid
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -16,6 +17,9 @@ from .exceptions import ReadOnlyError, ScopeClosedError
 
 if TYPE_CHECKING:
     from .scope import SessionScope
+
+depth: ContextVar[int] = ContextVar("session_plugin_depth", default=0)
+"""How many middlewares the caller stands inside; an adapter whose middlewares run side by side counts them."""
 
 
 class ScopeSession(Session):
@@ -38,11 +42,15 @@ def scope_session_class(session_class: type[Session]) -> type[Session]:
 
 
 @event.listens_for(ScopeSession, "after_transaction_create")
-def _refuse_after_end(session: ScopeSession, transaction: SessionTransaction) -> None:
+def _note_begin(session: ScopeSession, transaction: SessionTransaction) -> None:
     scope = session._session_scope
-    if scope is not None and scope.closed:
+    if scope is None:
+        return
+    if scope.closed:
         transaction.close()
         raise ScopeClosedError(scope.closed_message)
+    if transaction.parent is None:
+        scope.begun_at = depth.get()
 
 
 @event.listens_for(ScopeSession, "after_begin")

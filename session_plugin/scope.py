@@ -14,6 +14,7 @@ from . import _lifecycle
 from ._drive import Steps, arun, run, uncancelled
 from ._hooks import Event, Hook, Hooks
 from ._session import ScopeSession
+from ._session import depth as depth
 from ._threads import in_thread
 from ._watch import Work
 from .exceptions import PolicyError, ScopeClosedError
@@ -41,6 +42,7 @@ class SessionScope(Generic[S]):
         saved: True once a settling has committed work.
         error: the exception that the response answers; an adapter notes it.
         find_policy: answers the policy of the endpoint.
+        begun_at: the `depth` at which its transaction began.
         closed: True once it is over; its session refuses further use.
         closed_message: what a later use is told.
     """
@@ -65,6 +67,7 @@ class SessionScope(Generic[S]):
         self.method = method
         self.error: BaseException | None = None
         self.settled: bool = False
+        self.begun_at: int = 0
         self.saved: bool = False
         self.closed: bool = False
         self.closed_message: str = (

@@ -1,34 +1,26 @@
 """The adapter for any ASGI app: one middleware, which may be applied more than once.
 
-The outermost opens the scope and closes it.  Every one settles what is unsettled when a response
-passes through it, so the innermost settles first: put inside an app's exception handling, as
-`session_plugin.starlette` does, it lets the app's own handlers answer a failed commit.
+The outermost opens the scope, settles it before the last byte, and closes it.  Every one settles
+before the first byte what was done inside it, so the innermost settles first: put inside an app's
+exception handling, as `session_plugin.starlette` does, it lets the app's own handlers answer a
+failed commit.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
+from ._asgi import ASGIApp, Client, Exchange, HttpExchange, Layer, Message, Receive, Scope, Send, WebSocketExchange
 from .access import HasDatabase
 from .exceptions import ConfigurationError
-from .policy import Outcome, Policy
+from .policy import Policy
 from .scope import SessionScope
 
 __all__ = ["SessionScopeMiddleware"]
 
-Scope: TypeAlias = MutableMapping[str, Any]
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 KEY = "session_plugin"
-
-WEBSOCKET_ANSWERS = {"websocket.accept": 101, "websocket.close": 403}
-"""The HTTP status that each answer to a handshake stands for."""
 
 
 class SessionScopeMiddleware:
@@ -56,26 +48,26 @@ class SessionScopeMiddleware:
         """Serve one connection."""
         if scope["type"] == "lifespan":
             await self._lifespan(scope, receive, send)
-        elif scope["type"] in ("http", "websocket"):
-            await self._connection(scope, receive, send)
-        else:
+        elif scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
+        elif (exchange := find_exchange(scope, self._access)) is not None:
+            await Layer(exchange, send).run(self.app, scope, receive)
+        else:
+            await self._connection(scope, receive, send)
 
     async def _connection(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchanges: dict[Any, Exchange] = scope.setdefault(KEY, {})
         database = self._access.database
-        if (outer := exchanges.get(database)) is not None:
-            await Layer(outer, receive, send).run(self.app, scope)
-            return
-        exchange = exchanges[database] = self._open(scope)
-        try:
-            with exchange.scope.entered():
-                await Layer(exchange, receive, send).run(self.app, scope)
-        finally:
-            del exchanges[database]
-            await exchange.scope.aclose()
+        exchanges: dict[Any, Exchange] = scope.setdefault(KEY, {})
+        with Client(receive, send) as client:
+            exchange = exchanges[database] = self._open(scope, client)
+            try:
+                with exchange.scope.entered():
+                    await Layer(exchange, client.send).run(self.app, scope, client.receive)
+            finally:
+                del exchanges[database]
+                await exchange.scope.aclose()
 
-    def _open(self, scope: Scope) -> Exchange:
+    def _open(self, scope: Scope, client: Client) -> Exchange:
         method = scope.get("method", "WEBSOCKET")
         find_policy = self._find_policy
         session_scope = SessionScope(
@@ -85,21 +77,24 @@ class SessionScopeMiddleware:
             find_policy=None if find_policy is None else lambda: find_policy(scope),
         )
         kind = HttpExchange if scope["type"] == "http" else WebSocketExchange
-        return kind(session_scope)
+        return kind(session_scope, client)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Tell a misconfiguration at startup, and dispose before the server hears that all is shut down.
 
         A server ends its event loop on that message, and does not wait for the app to return.
         """
-        outermost = KEY not in scope
-        scope[KEY] = {}
         try:
             database = self._access.database
-        except ConfigurationError as error:
+        except Exception as error:
             await receive()
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            await send({"type": "lifespan.startup.failed", "message": _without_secrets(error)})
+            raise
+        disposing: set[Any] = scope.setdefault(KEY, set())
+        if database in disposing:
+            await self.app(scope, receive, send)
             return
+        disposing.add(database)
 
         async def dispose_and_send(message: Message) -> None:
             if message["type"] != "lifespan.startup.complete":
@@ -107,7 +102,7 @@ class SessionScopeMiddleware:
             await send(message)
 
         async def dispose() -> None:
-            disposed = database.dispose() if outermost else None
+            disposed = database.dispose()
             if inspect.isawaitable(disposed):
                 await disposed
 
@@ -117,146 +112,14 @@ class SessionScopeMiddleware:
             await dispose()
 
 
-class Refused(BaseException):
-    """Unwinds the app whose response must not leave; no handler for `Exception` may turn it into another."""
+def find_exchange(scope: Scope, access: HasDatabase) -> Exchange | None:
+    """The exchange that a middleware further out has opened on the database of ``access``."""
+    exchanges: dict[Any, Exchange] | None = scope.get(KEY)
+    return exchanges.get(access.database) if exchanges else None
 
 
-class Exchange:
-    """One connection, whatever number of middlewares it passes through."""
-
-    def __init__(self, scope: SessionScope[Any]) -> None:
-        self.scope = scope
-        self.complete = False
-
-    async def before(self, message: Message, layer: Layer) -> None:
-        """Settle what ``message`` would otherwise make untrue."""
-        raise NotImplementedError
-
-    async def returned(self) -> None:
-        """Settle after the app has returned."""
-        raise NotImplementedError
-
-    async def raised(self, error: BaseException) -> None:
-        """Settle after ``error`` has left the app; whatever answers it is no success."""
-        outcome = Outcome.raised(error, method=self.scope.method)
-        if not self.complete:
-            self.scope.error = outcome.error
-        await self.scope.asettle(outcome)
-
-
-class HttpExchange(Exchange):
-    """A request and its response."""
-
-    status: int | None = None
-
-    async def before(self, message: Message, layer: Layer) -> None:
-        """Settle before the first byte, and again before the last one."""
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            await self.scope.asettle(self._outcome())
-        elif message["type"] == "http.response.pathsend" or (
-            message["type"] == "http.response.body" and not message.get("more_body", False)
-        ):
-            interrupted = self.scope.active and await layer.client_left()
-            await self.scope.asettle(self._outcome(interrupted=interrupted))
-            self.complete = True
-
-    async def returned(self) -> None:
-        """Settle background work, or else give up a response that was cut short."""
-        if self.complete:
-            await self.scope.asettle(Outcome(method=self.scope.method))
-        else:
-            await self.scope.asettle(self._outcome(interrupted=True))
-
-    def _outcome(self, *, interrupted: bool = False) -> Outcome:
-        return Outcome(self.status, self.scope.error, self.scope.method, interrupted)
-
-
-class WebSocketExchange(Exchange):
-    """A WebSocket's handshake; the messages after it have units of work of their own."""
-
-    async def before(self, message: Message, layer: Layer) -> None:
-        """Settle the handshake before its answer, and close its scope."""
-        status = WEBSOCKET_ANSWERS.get(message["type"], message.get("status"))
-        if not self.complete and status is not None:
-            await self.scope.asettle(Outcome(status, self.scope.error))
-            self.scope.closed_message = (
-                "This session served the handshake of the WebSocket and ended with it. Open a unit of work per "
-                "message: `async with db.session_scope() as session:`."
-            )
-            await self.scope.aclose()
-            self.complete = True
-
-    async def returned(self) -> None:
-        """Give up a handshake that got no answer."""
-        await self.scope.asettle(Outcome(interrupted=not self.complete))
-
-
-class Layer:
-    """One middleware's part in an exchange."""
-
-    def __init__(self, exchange: Exchange, receive: Receive, send: Send) -> None:
-        self._exchange = exchange
-        self._receive = receive
-        self._send = send
-        self._refusal: Exception | None = None
-        self._receiving = 0
-        self._peeked: asyncio.Future[Message] | None = None
-        self._left = False
-
-    async def run(self, app: ASGIApp, scope: Scope) -> None:
-        """Run ``app`` and settle what it leaves.
-
-        A refused response ends in the exception that refused it, whatever the app made of it.
-        """
-        try:
-            await app(scope, self.receive, self.send)
-        except BaseException as error:
-            if self._refusal is None:
-                await self._exchange.raised(error)
-                raise
-        finally:
-            if self._peeked is not None:
-                self._peeked.cancel()
-        if self._refusal is not None:
-            raise self._refusal
-        await self._exchange.returned()
-
-    async def send(self, message: Message) -> None:
-        """Pass ``message`` on, once what it says is true."""
-        if self._refusal is not None:
-            raise Refused
-        try:
-            await self._exchange.before(message, self)
-        except Exception as error:
-            self._refusal = error
-            self._exchange.scope.error = error
-            raise Refused from error
-        await self._send(message)
-
-    async def receive(self) -> Message:
-        """Pass a message of the client on, and note that it left."""
-        self._receiving += 1
-        try:
-            if self._peeked is not None:
-                peeked, self._peeked = self._peeked, None
-                message = await peeked
-            else:
-                message = await self._receive()
-        finally:
-            self._receiving -= 1
-        self._left = self._left or message["type"] == "http.disconnect"
-        return message
-
-    async def client_left(self) -> bool:
-        """True if the server knows by now that the client is gone.
-
-        No server says so when a chunk is sent, so one message is asked for ahead, unless the app
-        is listening itself; the app's next ``receive()`` gets it.
-        """
-        if not self._left and not self._receiving and self._peeked is None:
-            self._peeked = asyncio.ensure_future(self._receive())
-        await asyncio.sleep(0)
-        if self._peeked is not None and self._peeked.done():
-            self._left = self._peeked.result()["type"] == "http.disconnect"
-        return self._left
+def _without_secrets(error: Exception) -> str:
+    """What a server may log; the message of a foreign error can hold the password of a URL."""
+    if isinstance(error, ConfigurationError):
+        return str(error)
+    return f"The function that names the database failed: {type(error).__name__}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from functools import wraps
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,11 +10,13 @@ from sqlalchemy.orm import Session
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.routing import Router
 
+from ._asgi import ASGIApp, Layer, Receive, Scope, Send
 from ._async import AsyncAccess
 from ._sync import SyncAccess
 from .access import HasDatabase, endpoint_policy
-from .asgi import KEY, ASGIApp, Exchange, Receive, Scope, Send, SessionScopeMiddleware
+from .asgi import SessionScopeMiddleware, find_exchange
 from .database import AsyncDatabase, Database
 from .exceptions import ConfigurationError
 from .plugin import Plugin
@@ -114,13 +115,25 @@ class AsyncSessionPlugin(StarlettePlugin[AsyncS], AsyncAccess[AsyncS]):
         return self.session
 
 
-def settle_inside(app: Starlette, database: HasDatabase) -> None:
+def settle_inside(app: Starlette, access: HasDatabase) -> None:
     """Put the inner layer inside the exception handling of ``app``, and of the apps mounted in it."""
-    app.router.middleware_stack = SettlingMiddleware(app.router.middleware_stack, database)
-    for route in app.routes:
-        mounted = getattr(route, "app", None)
-        if isinstance(mounted, Starlette):
-            settle_inside(mounted, database)
+    stack = app.router.middleware_stack
+    if access not in SettlingMiddleware.accesses(stack):
+        app.router.middleware_stack = SettlingMiddleware(stack, access)
+    for mounted in mounted_apps(app.routes):
+        settle_inside(mounted, access)
+
+
+def mounted_apps(routes: Iterable[Any]) -> Iterator[Starlette]:
+    """The apps mounted in ``routes``, in the routers among them, and behind a mount's own middleware."""
+    for route in routes:
+        app = getattr(route, "original_router", None) or getattr(route, "app", None)
+        while app is not None and not isinstance(app, Starlette | Router):
+            app = getattr(app, "app", None)
+        if isinstance(app, Starlette):
+            yield app
+        elif app is not None:
+            yield from mounted_apps(app.routes)
 
 
 def find_policy(scope: Scope) -> Policy | None:
@@ -128,21 +141,36 @@ def find_policy(scope: Scope) -> Policy | None:
     return endpoint_policy(scope.get("endpoint"))
 
 
-class SettlingMiddleware(SessionScopeMiddleware):
-    """The inner layer, inside the app's exception handling: it also sees what the handlers catch."""
+class SettlingMiddleware:
+    """The inner layer, inside the app's exception handling: it also sees what the handlers catch.
 
-    def __init__(self, app: ASGIApp, database: HasDatabase) -> None:
+    It acts only for the database of the app that the request came through: an app may be mounted in many.
+    """
+
+    def __init__(self, app: ASGIApp, access: HasDatabase) -> None:
         """Wrap the router of an app."""
-        super().__init__(app, database)
+        self.app = app
+        self._access = access
         self._handlers: tuple[Any, ...] = (None, None)
         self._seeing: tuple[Any, ...] = (None, None)
 
+    @staticmethod
+    def accesses(stack: ASGIApp) -> Iterator[HasDatabase]:
+        """Those for which ``stack`` begins with such a middleware."""
+        while isinstance(stack, SettlingMiddleware):
+            yield stack._access
+            stack = stack.app
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
+        exchange = None if scope["type"] == "lifespan" else find_exchange(scope, self._access)
+        if exchange is None:
+            await self.app(scope, receive, send)
+            return
         handlers = scope.get("starlette.exception_handlers")
-        if handlers is not None and scope["type"] == "http":
+        if handlers is not None:
             scope["starlette.exception_handlers"] = self._seeing_handlers(handlers)
-        await super().__call__(scope, receive, send)
+        await Layer(exchange, send).run(self.app, scope, receive)
 
     def _seeing_handlers(self, handlers: tuple[Any, ...]) -> tuple[Any, ...]:
         if any(ours is not theirs for ours, theirs in zip(self._handlers, handlers, strict=True)):
@@ -153,12 +181,11 @@ class SettlingMiddleware(SessionScopeMiddleware):
     def _see(self, handler: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
         """``handler``, but the scope has rolled back by the time it runs, so that it can query."""
 
-        @wraps(handler)
         async def seeing(connection: Any, error: Exception) -> Any:
-            exchange: Exchange = connection.scope[KEY][self._access.database]
-            if Outcome.raised(error).error is not None:
+            exchange = find_exchange(connection.scope, self._access)
+            if exchange is not None and Outcome.raised(error).error is not None:
                 await exchange.raised(error)
-            if iscoroutinefunction(handler):
+            if iscoroutinefunction(handler) or iscoroutinefunction(getattr(handler, "__call__", None)):  # noqa: B004
                 return await handler(connection, error)
             return await run_in_threadpool(handler, connection, error)
 

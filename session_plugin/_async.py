@@ -112,7 +112,8 @@ class AsyncAccess(Access[AsyncS]):
     @property
     def engine(self) -> AsyncEngine:
         """The default engine."""
-        return self.database.named_engines[DEFAULT]
+        engine: AsyncEngine = self.database.engine_called(DEFAULT)
+        return engine
 
     @property
     def engines(self) -> Mapping[str, AsyncEngine]:

@@ -68,7 +68,7 @@ def make_engine(url: str | URL, options: Mapping[str, Any], owner: object, *, is
         ConfigurationError: the URL or an option is wrong, or a driver is missing.
     """
     try:
-        parsed = _sqlite.shared_memory_url(make_url(url), owner)
+        parsed = make_url(url)
     except ArgumentError:
         raise ConfigurationError(
             "The database URL cannot be read. It has the form dialect+driver://user:password@host/database, "
@@ -76,7 +76,7 @@ def make_engine(url: str | URL, options: Mapping[str, Any], owner: object, *, is
         ) from None
     shown = parsed.render_as_string(hide_password=True)
     try:
-        engine = _creator(is_async)(parsed, **options)
+        engine = _creator(is_async)(_sqlite.shared_memory_url(parsed, owner), **options)
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"The driver of {shown} is not installed: pip install {error.name}.") from error
     except NoSuchModuleError as error:

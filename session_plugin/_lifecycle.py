@@ -80,15 +80,15 @@ def _roll_back(scope: SessionScope[Any]) -> Steps[None]:
     try:
         yield scope.session.rollback
     except Exception as error:
-        logger.warning("%s: ROLLBACK failed, the connection is discarded: %r", scope, error)
+        logger.warning("%s: ROLLBACK failed, the connection is discarded: %r", str(scope), error)
         yield scope.session.invalidate
 
 
 def _log(scope: SessionScope[Any], decision: Decision, outcome: Outcome) -> None:
     if decision.commit:
-        logger.debug("%s: COMMIT (%s)", scope, decision.reason)
+        logger.debug("%s: COMMIT (%s)", str(scope), decision.reason)
     elif not scope.wrote:
-        logger.debug("%s: ROLLBACK (%s)", scope, decision.reason)
+        logger.debug("%s: ROLLBACK (%s)", str(scope), decision.reason)
     else:
         level = logging.INFO if outcome.failed else logging.WARNING
-        logger.log(level, "%s: ROLLBACK, its work is discarded (%s)", scope, decision.reason)
+        logger.log(level, "%s: ROLLBACK, its work is discarded (%s)", str(scope), decision.reason)

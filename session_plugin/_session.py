@@ -94,7 +94,7 @@ def _before_statement(state: ORMExecuteState) -> Any:
 @event.listens_for(ScopeSession, "before_commit")
 def _refuse_phantom_commit(session: ScopeSession) -> None:
     if session._session_scope is not None and not session.in_nested_transaction():
-        session._session_scope.work.check_can_commit()
+        session._session_scope.check_can_commit()
 
 
 @event.listens_for(ScopeSession, "after_commit")

@@ -109,7 +109,8 @@ class SyncAccess(Access[SyncS]):
     @property
     def engine(self) -> Engine:
         """The default engine."""
-        return self.database.named_engines[DEFAULT]
+        engine: Engine = self.database.engine_called(DEFAULT)
+        return engine
 
     @property
     def engines(self) -> Mapping[str, Engine]:

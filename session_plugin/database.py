@@ -46,10 +46,12 @@ class BaseDatabase(Access[S]):
     named_engines: Mapping[str, Any]
 
     def _set_up(self, configuration: Configuration) -> None:
+        self.configuration: Configuration = configuration
         configuration = _unfolded(configuration)
         if configuration.source is None:
             raise ConfigurationError(
-                "No database is configured. Name one by a URL, such as sqlite:///shop.db, or by an Engine."
+                "No database is configured. Name one by a URL, such as sqlite:///shop.db, or by an Engine; in Flask "
+                "the configuration may: SQLALCHEMY_DATABASE_URI."
             )
         self.default_policy: Policy = as_policy(configuration.policy)
         self.given_metadata: MetaData | None = configuration.metadata
@@ -109,6 +111,19 @@ class BaseDatabase(Access[S]):
             for name, engine in self.named_engines.items()
         ]
         return Permits(min((capacity for capacity in capacities if capacity is not None), default=None))
+
+    def engine_called(self, name: str) -> Any:
+        """The engine of that name.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        if name not in self.named_engines:
+            raise ConfigurationError(
+                f"No engine is called {name!r}; there are {', '.join(map(repr, self.named_engines))}. Ask for one by "
+                "db.engines[...]."
+            )
+        return self.named_engines[name]
 
     def begin_engine(self, engine: Engine, scope: SessionScope[Any]) -> Engine:
         """``engine``, or its twin on the same pool that begins as the scope's policy says."""

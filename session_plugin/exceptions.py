@@ -7,7 +7,7 @@
     ├── NoScopeError                asked for a session where no unit of work is open
     ├── ScopeClosedError            used a session after its unit of work ended
     ├── ConcurrentUseError          two threads or tasks used one session at once
-    ├── TransactionAbortedError     the server had already given the transaction up
+    ├── TransactionAbortedError     the server had given the transaction up, or it was doomed
     ├── ReadOnlyError               wrote under a read-only policy
     └── PolicyError                 a policy was chosen too late, raised, or answered nonsense
 
@@ -53,7 +53,7 @@ class ConcurrentUseError(SessionPluginError, InvalidRequestError):
 
 
 class TransactionAbortedError(SessionPluginError, PendingRollbackError):
-    """COMMIT was refused because the server had already aborted the transaction.
+    """COMMIT was refused: the server had already aborted the transaction, or its unit of work is doomed.
 
     PostgreSQL answers COMMIT of an aborted transaction with a ROLLBACK and no error; SQLite
     and MySQL may end a transaction in the middle.  The swallowed error is ``__cause__``.

@@ -17,7 +17,7 @@ from ._session import ScopeSession
 from ._session import depth as depth
 from ._threads import in_thread
 from ._watch import Work
-from .exceptions import PolicyError, ScopeClosedError
+from .exceptions import PolicyError, ScopeClosedError, TransactionAbortedError
 from .policy import Decision, Outcome, Policy, as_policy
 
 if TYPE_CHECKING:
@@ -183,6 +183,20 @@ class SessionScope(Generic[S]):
     def doom(self, reason: str) -> None:
         """Decide now that this scope will roll back, whatever happens."""
         self._doomed = self._doomed or reason
+
+    def check_can_commit(self) -> None:
+        """Raise what forbids a COMMIT, an explicit one too.
+
+        Raises:
+            TransactionAbortedError: the scope is doomed, or the server gave the transaction up.
+            ConcurrentUseError: a statement of another thread or task is under way.
+        """
+        if self._doomed is not None:
+            raise TransactionAbortedError(
+                f"This unit of work is doomed ({self._doomed}): it rolls back, whatever happens. What must be "
+                "saved all the same belongs in a session_scope(new=True)."
+            )
+        self.work.check_can_commit()
 
     def decide(self, outcome: Outcome) -> Decision:
         """What its policy makes of ``outcome``; a doomed scope always rolls back."""

@@ -405,6 +405,19 @@ def test_isolation_level_of_a_policy(units: Units) -> None:
     assert levels == ["serializable", "read committed"]
 
 
+def test_a_doomed_scope_refuses_an_explicit_commit(units: Units) -> None:
+    """It rolls back, whatever happens."""
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        units.db.doom("dry run")
+        with pytest.raises(TransactionAbortedError, match="dry run"):
+            session.commit()
+
+    units.run(work)
+    assert units.store.names() == []
+
+
 def test_the_log_tells_the_decision_and_its_reason(units: Units, caplog: pytest.LogCaptureFixture) -> None:
     """COMMIT at DEBUG, work discarded under an error at INFO, under a success at WARNING."""
     caplog.set_level(logging.DEBUG, "session_plugin")

@@ -1,0 +1,308 @@
+"""How a database is configured, and how a wrong configuration is told."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, inspect, select, text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+
+from session_plugin import AsyncDatabase, ConfigurationError, Database, NoScopeError, commit_on_success, manual
+
+from .harness import Base, Parent, insert
+
+
+@pytest.fixture
+def dispose() -> Any:
+    """Disposes what a test made."""
+    made: list[Any] = []
+
+    def keep(database: Any) -> Any:
+        made.append(database)
+        return database
+
+    yield keep
+    for database in made:
+        if isinstance(database, AsyncDatabase):
+            asyncio.run(database.dispose())
+        else:
+            database.dispose()
+
+
+class CustomSession(Session):
+    def shout(self) -> str:
+        return "tea!"
+
+
+class CustomAsyncSession(AsyncSession):
+    sync_session_class = CustomSession
+
+
+# -- sources ---------------------------------------------------------------------------------------
+
+
+def test_a_url(dispose: Any) -> None:
+    db = dispose(Database("sqlite://"))
+    with db.session_scope() as session:
+        assert session.scalar(text("SELECT 42")) == 42
+
+
+def test_an_engine_made_elsewhere_is_its_makers_to_dispose(dispose: Any) -> None:
+    engine = create_engine("sqlite://")
+    db = dispose(Database(engine))
+    with db.session_scope() as session:
+        session.execute(text("SELECT 1"))
+    pool = engine.pool
+    db.dispose()
+    assert db.engine is engine
+    assert engine.pool is pool
+    engine.dispose()
+    assert engine.pool is not pool
+
+
+def test_bind_is_another_word_for_the_source(dispose: Any) -> None:
+    engine = create_engine("sqlite://")
+    assert dispose(Database(bind=engine)).engine is engine
+    engine.dispose()
+
+
+def test_a_sessionmaker_with_its_class_and_options(dispose: Any) -> None:
+    engine = create_engine("sqlite://")
+    maker = sessionmaker(engine, class_=CustomSession, autoflush=False, info={"who": "me"})
+    with dispose(Database(maker)).session_scope() as session:
+        assert (session.shout(), session.autoflush, session.info) == ("tea!", False, {"who": "me"})
+    engine.dispose()
+
+
+def test_an_async_sessionmaker(dispose: Any) -> None:
+    engine = create_async_engine("sqlite+aiosqlite://")
+    db = dispose(AsyncDatabase(async_sessionmaker(engine, class_=CustomAsyncSession)))
+
+    async def main() -> None:
+        async with db.session_scope() as session:
+            assert isinstance(session, CustomAsyncSession)
+            assert isinstance(session.sync_session, CustomSession)
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+def test_every_session_option_passes_through(dispose: Any) -> None:
+    """Under SQLAlchemy's own names, and engine options beside them."""
+    db = dispose(
+        Database(
+            "sqlite://", autoflush=False, expire_on_commit=False, autobegin=False, twophase=False, info={"a": 1},
+            join_transaction_mode="create_savepoint", class_=CustomSession, echo=False, pool_size=3, max_overflow=1,
+        )
+    )  # fmt: skip
+    assert db.engine.pool.size() == 3
+    with db.session_scope() as session:
+        assert type(session).__name__ == "CustomSession"
+        assert (session.autoflush, session.expire_on_commit, session.autobegin) == (False, False, False)
+        assert session.join_transaction_mode == "create_savepoint"
+        session.begin()
+        assert session.scalar(text("SELECT 1")) == 1
+
+
+def test_async_sessions_do_not_expire_unless_told(dispose: Any) -> None:
+    assert dispose(AsyncDatabase("sqlite+aiosqlite://")).sessionmaker.kw["expire_on_commit"] is False
+    asked = dispose(AsyncDatabase("sqlite+aiosqlite://", expire_on_commit=True))
+    assert asked.sessionmaker.kw["expire_on_commit"] is True
+
+
+def test_a_session_of_the_sessionmaker_belongs_to_no_scope(dispose: Any) -> None:
+    db = dispose(Database("sqlite://", metadata=Base.metadata))
+    db.create_all()
+    with db.sessionmaker() as session:
+        session.add(Parent(name="tea"))
+        session.commit()
+        session.close()
+        assert session.scalar(select(Parent.name)) == "tea"
+    db.drop_all()
+    assert inspect(db.engine).get_table_names() == []
+
+
+class Orders(DeclarativeBase):
+    pass
+
+
+class Order(Orders):
+    __tablename__ = "orders"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Report(Orders):
+    __tablename__ = "reports"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Log(DeclarativeBase):
+    pass
+
+
+class Entry(Log):
+    __tablename__ = "entries"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+@pytest.mark.parametrize("key", [Report, Report.__table__], ids=["class", "table"])
+def test_named_engines_and_binds(dispose: Any, key: Any) -> None:
+    """One session whose entities find their engine; create_all() follows the binds."""
+    db = dispose(
+        Database(
+            {"default": "sqlite://", "reports": {"url": "sqlite://", "pool_size": 2}},
+            binds={key: "reports"},
+            metadata=Orders.metadata,
+        )
+    )
+    db.create_all()
+    assert inspect(db.engines["default"]).get_table_names() == ["orders"]
+    assert inspect(db.engines["reports"]).get_table_names() == ["reports"]
+    with db.session_scope() as session:
+        session.add_all([Order(), Report()])
+    with db.engines["reports"].connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM reports")) == 1
+
+
+def test_binds_of_a_whole_base_and_to_an_engine(dispose: Any) -> None:
+    engine = create_engine("sqlite:///file:/log?vfs=memdb&uri=true", pool_size=1)
+    db = dispose(Database("sqlite://", binds={Log: engine}, metadata=Log.metadata))
+    db.create_all()
+    assert inspect(engine).get_table_names() == ["entries"]
+    db.drop_all()
+    engine.dispose()
+
+
+def test_create_all_on_an_async_database(dispose: Any) -> None:
+    db = dispose(AsyncDatabase("sqlite+aiosqlite://", metadata=Base.metadata))
+
+    async def main() -> None:
+        await db.create_all()
+        async with db.session_scope() as session:
+            await session.run_sync(insert("tea"))
+        await db.drop_all()
+        async with db.session_scope() as session:
+            assert (await session.scalars(text("SELECT name FROM sqlite_master"))).all() == []
+
+    asyncio.run(main())
+
+
+def test_the_default_policy(dispose: Any) -> None:
+    db = dispose(Database("sqlite://", policy=manual))
+    with db.session_scope():
+        assert db.scope.policy is manual
+    assert dispose(Database("sqlite://")).default_policy is commit_on_success
+
+
+# -- 17: misconfiguration is told at start-up --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Database(), "No database is configured"),
+        (lambda: Database("postgres//nonsense:secret@"), "cannot be read"),
+        (lambda: Database("postgresql+nonsense://u:secret@h/d"), "knows no dialect"),
+        (lambda: Database("mysql+cymysql://u:secret@h/d"), "not installed: pip install cymysql"),
+        (lambda: Database("sqlite+aiosqlite://"), "Use AsyncDatabase"),
+        (lambda: Database("postgresql+asyncpg://u:secret@h/d"), "Use AsyncDatabase"),
+        (lambda: AsyncDatabase("sqlite://"), r"Write sqlite\+aiosqlite://"),
+        (lambda: AsyncDatabase("postgresql+psycopg2://u:secret@h/d"), "sync driver|not installed"),
+        (lambda: Database("sqlite://", poolsize=3), "poolsize"),
+        (lambda: Database(create_async_engine("sqlite+aiosqlite://")), "an Engine goes to Database"),
+        (lambda: AsyncDatabase(create_engine("sqlite://")), "an AsyncEngine to AsyncDatabase"),
+        (lambda: Database(create_engine("sqlite://"), pool_size=3), "pool_size.*too late"),
+        (lambda: Database(42), "names no database"),
+        (lambda: Database({"default": {"pool_size": 3}}), "names no database"),
+        (lambda: Database("sqlite://", binds={Order: "reports"}), "names the engine 'reports'"),
+        (lambda: Database("sqlite://", policy="commit"), "is no policy"),
+        (lambda: Database("sqlite://").create_all(), "metadata=Base.metadata"),
+    ],
+)
+def test_a_wrong_configuration_says_what_to_change(make: Any, says: str) -> None:
+    """In one sentence or two, and never with a password."""
+    from session_plugin import PolicyError
+
+    with pytest.raises((ConfigurationError, PolicyError), match=says) as caught:
+        make()
+    assert "secret" not in str(caught.value)
+    del caught
+    gc.collect()
+
+
+def test_an_async_database_without_greenlet(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "greenlet", None)
+    with pytest.raises(ConfigurationError, match=r"session_plugin\[asyncio\]"):
+        AsyncDatabase("sqlite+aiosqlite://")
+
+
+def test_no_default_engine_is_told() -> None:
+    db = Database({"reports": "sqlite://"})
+    with pytest.raises(ConfigurationError, match="No engine is called 'default'"):
+        _ = db.engine
+    db.dispose()
+
+
+def test_a_scoped_session_cannot_replace_the_session(dispose: Any) -> None:
+    db = dispose(Database("sqlite://"))
+    registry = db.scoped_session.registry
+    assert not registry.has()
+    with pytest.raises(NoScopeError):
+        db.scoped_session()
+    with db.session_scope() as session:
+        assert registry.has()
+        assert db.scoped_session() is session
+        with pytest.raises(ConfigurationError, match="cannot replace"):
+            registry.set(session)
+
+
+# -- fork ------------------------------------------------------------------------------------------
+
+
+def test_a_forked_child_shares_no_socket(postgresql: Any) -> None:
+    """The child connects anew, and its end leaves the parent's connection alone."""
+    db = Database(postgresql.url("psycopg"), pool_size=1, max_overflow=0)
+
+    def backend() -> int:
+        with db.session_scope() as session:
+            return session.scalar(text("SELECT pg_backend_pid()")) or 0
+
+    mine = backend()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.write(writer, str(backend()).encode())
+            db.dispose()
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        theirs = int(pipe.read())
+    assert os.waitpid(child, 0)[1] == 0
+    assert theirs != mine
+    assert backend() == mine
+    db.dispose()
+
+
+def test_databases_are_collected() -> None:
+    """Nothing keeps a database that nobody uses any more."""
+    import weakref
+
+    db = Database("sqlite://")
+    with db.session_scope() as session:
+        session.execute(text("SELECT 1"))
+    db.dispose()
+    gone = weakref.ref(db)
+    del db, session
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,208 @@
+"""SQLite does transactions."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.orm import Session
+
+from session_plugin import ConfigurationError, Database, SessionScope, _sqlite
+
+from .harness import Base, Parent, insert
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Any:
+    database = Database(f"sqlite:///{tmp_path / 'test.db'}", metadata=Base.metadata, connect_args={"timeout": 5})
+    database.create_all()
+    yield database
+    assert database.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    database.dispose()
+
+
+def names(db: Any) -> list[str]:
+    with db.session_scope() as session:
+        return sorted(session.scalars(text("SELECT name FROM parent")))
+
+
+def test_ddl_rolls_back(db: Any) -> None:
+    with pytest.raises(ZeroDivisionError), db.session_scope() as session:
+        session.execute(text("CREATE TABLE more (id INTEGER)"))
+        _ = 1 / 0
+    with db.session_scope() as session, pytest.raises(OperationalError, match="no such table"):
+        session.execute(text("SELECT * FROM more"))
+
+
+def test_a_released_savepoint_does_not_survive_the_rollback(db: Any) -> None:
+    with pytest.raises(ZeroDivisionError), db.session_scope() as session:
+        with session.begin_nested():
+            insert("tea")(session)
+        _ = 1 / 0
+    assert names(db) == []
+
+
+def test_the_drivers_default_keeps_it(tmp_path: Path) -> None:
+    """What the tests before this one guard against, on plain SQLAlchemy."""
+    engine = create_engine(f"sqlite:///{tmp_path / 'plain.db'}")
+    with engine.connect() as connection:
+        connection.execute(text("CREATE TABLE more (id INTEGER)"))
+        connection.rollback()
+        assert connection.scalars(text("SELECT name FROM sqlite_master")).all() == ["more"]
+    engine.dispose()
+
+
+def begins(db: Any) -> list[str]:
+    """The BEGINs that the database sees from now on."""
+    seen: list[str] = []
+
+    @event.listens_for(db.engine, "before_cursor_execute")
+    def note(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if statement.startswith("BEGIN"):
+            seen.append(statement)
+
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("method", "begin"), [("POST", "BEGIN IMMEDIATE"), ("GET", "BEGIN"), ("HEAD", "BEGIN"), (None, "BEGIN IMMEDIATE")]
+)
+def test_immediate_where_a_scope_may_write(db: Any, method: str | None, begin: str) -> None:
+    seen = begins(db)
+    scope = SessionScope(db, origin="test", method=method)
+    scope.session.execute(text("SELECT 1"))
+    scope.close()
+    assert seen == [begin]
+
+
+def test_two_writers_wait_for_one_another(db: Any) -> None:
+    """Read, then write, in eight threads at once: nobody reads "database is locked"."""
+    with db.engine.connect() as connection:
+        connection.connection.driver_connection.rollback()
+        connection.connection.driver_connection.execute("PRAGMA journal_mode=WAL")
+    insert_one = threading.Barrier(8)
+    errors: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            insert_one.wait()
+            with db.session_scope() as session:
+                session.scalar(text("SELECT count(*) FROM parent"))
+                insert(f"row {number}")(session)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(names(db)) == 8
+
+
+def test_wal_is_recommended_once(db: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = Database(f"sqlite:///{tmp_path / 'other.db'}")
+    with caplog.at_level(logging.WARNING, "session_plugin"):
+        for _ in range(2):
+            with other.session_scope() as session:
+                session.execute(text("SELECT 1"))
+    assert [record.getMessage().count("journal_mode=WAL") for record in caplog.records] == [1]
+    other.dispose()
+
+
+def test_an_in_memory_url_is_one_database_for_every_thread() -> None:
+    db = Database("sqlite:///:memory:", metadata=Base.metadata)
+    db.create_all()
+    thread = threading.Thread(target=lambda: _insert(db))
+    thread.start()
+    thread.join()
+    assert names(db) == ["tea"]
+    db.dispose()
+    assert names(db) == ["tea"]  # it lives as long as the Database
+    db.dispose()
+
+
+def _insert(db: Any) -> None:
+    with db.session_scope() as session:
+        insert("tea")(session)
+
+
+def test_two_in_memory_urls_are_two_databases() -> None:
+    first, second = (Database("sqlite://", metadata=Base.metadata) for _ in range(2))
+    first.create_all()
+    second.create_all()
+    _insert(first)
+    assert (names(first), names(second)) == (["tea"], [])
+    first.dispose()
+    second.dispose()
+
+
+def test_an_old_sqlite_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sqlite.sqlite3, "sqlite_version_info", (3, 35, 5))
+    with pytest.raises(ConfigurationError, match="3.36 or newer"):
+        Database("sqlite://")
+
+
+def test_autocommit_has_no_transaction(db: Any) -> None:
+    seen = begins(db)
+    with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("INSERT INTO parent (name) VALUES ('tea')"))
+    assert seen == []
+    assert names(db) == ["tea"]
+
+
+def test_an_engine_that_begins_by_itself_is_left_alone(tmp_path: Path) -> None:
+    """The recipe of SQLAlchemy's documentation may stand on an engine made elsewhere."""
+    engine = create_engine(f"sqlite:///{tmp_path / 'own.db'}")
+
+    @event.listens_for(engine, "connect")
+    def connect(connection: Any, record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    db = Database(engine, metadata=Base.metadata)
+    Database(engine)  # a second one listens no second time
+    db.create_all()
+    _insert(db)
+    assert names(db) == ["tea"]
+    engine.dispose()
+
+
+def test_a_locked_database_fails_the_statement_and_lends_nothing_on(db: Any, tmp_path: Path) -> None:
+    """BEGIN IMMEDIATE that times out leaves a whole pool."""
+    impatient = Database(f"sqlite:///{tmp_path / 'test.db'}", connect_args={"timeout": 0.05}, pool_size=1)
+    with db.session_scope() as session:
+        insert("tea")(session)
+        with pytest.raises(OperationalError, match="locked"), impatient.session_scope() as other:
+            insert("milk")(other)
+    assert impatient.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    with impatient.session_scope() as other:
+        insert("milk")(other)
+    impatient.dispose()
+    assert names(db) == ["milk", "tea"]
+
+
+def test_deferred_constraints_are_checked_at_commit(db: Any) -> None:
+    event.listen(db.engine, "connect", lambda connection, record: connection.execute("PRAGMA foreign_keys=ON"))
+    db.dispose()
+
+    def orphan(session: Session) -> None:
+        from .harness import Child
+
+        session.add(Child(name="orphan", parent="nobody"))
+        session.flush()
+
+    with pytest.raises(IntegrityError), db.session_scope() as session:
+        orphan(session)
+    with db.session_scope() as session:
+        session.add(Parent(name="nobody"))
+    assert names(db) == ["nobody"]

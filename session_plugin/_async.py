@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from sqlalchemy import MetaData
 
-from .access import DEFAULT, Access, Configuration, PolicyLike, ScopeRegistry, caller
+from .access import Access, ScopeRegistry, caller
+from .configuration import DEFAULT, Configuration, PolicyLike
 from .policy import Outcome, commit_on_success
 from .scope import SessionScope, find_scope
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 
-    from .access import Source
+    from .configuration import Source
     from .database import AsyncDatabase
 
 AsyncS = TypeVar("AsyncS", bound="AsyncSession")

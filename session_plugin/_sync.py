@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from sqlalchemy import Engine, MetaData
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from .access import DEFAULT, Access, Configuration, PolicyLike, ScopeRegistry, caller
+from .access import Access, ScopeRegistry, caller
+from .configuration import DEFAULT, Configuration, PolicyLike
 from .policy import Outcome, commit_on_success
 from .scope import SessionScope, find_scope
 
 if TYPE_CHECKING:
-    from .access import Source
+    from .configuration import Source
     from .database import Database
 
 SyncS = TypeVar("SyncS", bound=Session)

@@ -9,41 +9,27 @@ import functools
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from sqlalchemy import URL, Engine, MetaData
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy import MetaData
+from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
 
+from .configuration import Configuration, PolicyLike
 from .exceptions import ConfigurationError, NoScopeError
-from .policy import Decision, Outcome, Policy, as_policy
+from .policy import Policy, as_policy
 from .scope import SessionScope, find_scope
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+    from sqlalchemy.ext.asyncio import AsyncSession
 
     from .database import BaseDatabase
-
-    Source: TypeAlias = (
-        str
-        | URL
-        | Engine
-        | AsyncEngine
-        | Mapping[str, Any]
-        | sessionmaker[Any]
-        | async_sessionmaker[Any]
-        | BaseDatabase[Any]
-        | Callable[[], Any]
-    )
 
 S = TypeVar("S", bound="Session | AsyncSession")
 F = TypeVar("F", bound=Callable[..., Any])
 
-DEFAULT = "default"
-PolicyLike: TypeAlias = Policy | Callable[[Outcome], Decision]
 POLICY_ATTRIBUTE = "__session_policy__"
 
 
@@ -51,26 +37,6 @@ def endpoint_policy(endpoint: object) -> Policy | None:
     """The policy that ``@db.policy(...)`` put on an endpoint, or None."""
     policy: Policy | None = getattr(endpoint, POLICY_ATTRIBUTE, None)
     return policy
-
-
-@dataclass(frozen=True, slots=True)
-class Configuration:
-    """What a user said of a database, before anything is made of it."""
-
-    source: Source | None
-    class_: type[Any]
-    policy: PolicyLike
-    metadata: MetaData | None
-    binds: Mapping[Any, Any] | None
-    options: Mapping[str, Any]
-
-    def updated(self, source: Source | None, options: Mapping[str, Any]) -> Configuration:
-        """This configuration with a later word on its source and its options."""
-        return replace(
-            self,
-            source=self.source if source is None else source,
-            options={**self.options, **options},
-        )
 
 
 class HasDatabase(Protocol):

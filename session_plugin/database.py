@@ -7,7 +7,6 @@ import inspect
 import os
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import WeakSet
@@ -21,7 +20,8 @@ from ._hooks import log_failed
 from ._session import scope_session_class
 from ._sync import SyncAccess
 from ._threads import Permits
-from .access import DEFAULT, Access, Configuration
+from .access import Access
+from .configuration import DEFAULT, Configuration
 from .exceptions import ConfigurationError, SessionPluginError
 from .policy import SAFE_METHODS, Policy, as_policy
 from .scope import SessionScope
@@ -47,7 +47,7 @@ class BaseDatabase(Access[S]):
 
     def _set_up(self, configuration: Configuration) -> None:
         self.configuration: Configuration = configuration
-        configuration = _unfolded(configuration)
+        configuration = configuration.unfolded()
         if configuration.source is None:
             raise ConfigurationError(
                 "No database is configured. Name one by a URL, such as sqlite:///shop.db, or by an Engine; in Flask "
@@ -55,9 +55,7 @@ class BaseDatabase(Access[S]):
             )
         self.default_policy: Policy = as_policy(configuration.policy)
         self.given_metadata: MetaData | None = configuration.metadata
-        options = dict(configuration.options)
-        session_names = _session_option_names(configuration.class_)
-        session_options = {name: options.pop(name) for name in list(options) if name in session_names}
+        session_options, options = configuration.divided_options()
         source = configuration.source
         named = source if isinstance(source, Mapping) else {DEFAULT: source}
         resolved = {
@@ -257,30 +255,6 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
                         await result
             except Exception:
                 log_failed(call)
-
-
-def _unfolded(configuration: Configuration) -> Configuration:
-    """What ``bind=`` and a session factory mean, said as everything else is."""
-    source, options = configuration.source, dict(configuration.options)
-    bind = options.pop("bind", None)
-    source = bind if source is None else source
-    if not hasattr(source, "class_"):
-        return replace(configuration, source=source, options=options)
-    factory: Any = source
-    options = {**factory.kw, **options}
-    return replace(
-        configuration,
-        source=options.pop("bind", None),
-        class_=factory.class_,
-        binds=options.pop("binds", configuration.binds),
-        options=options,
-    )
-
-
-def _session_option_names(class_: type[Any]) -> set[str]:
-    classes = [*class_.__mro__, *getattr(class_, "sync_session_class", Session).__mro__]
-    names = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
-    return (names | {"sync_session_class"}) - {"self", "args", "kwargs", "kw", "execution_options"}
 
 
 def _tables(key: Any) -> Iterator[Table]:

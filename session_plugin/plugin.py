@@ -7,7 +7,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from .access import Access, Configuration
+from .access import Access
+from .configuration import Configuration
 from .database import BaseDatabase
 from .exceptions import ConfigurationError, NoScopeError
 from .scope import entered_databases

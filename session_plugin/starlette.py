@@ -25,7 +25,7 @@ from .policy import Outcome, Policy, response_status
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from .access import Source
+    from .configuration import Source
 
 __all__ = ["AsyncSessionPlugin", "SessionPlugin"]
 

@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from flask import Flask, abort, current_app, has_app_context, has_request_context, request
+from flask import (
+    Blueprint,
+    Flask,
+    abort,
+    appcontext_tearing_down,
+    current_app,
+    has_app_context,
+    has_request_context,
+    request,
+)
 from flask.globals import app_ctx
-from sqlalchemy import Executable, make_url
-from sqlalchemy.exc import ArgumentError, MultipleResultsFound, NoResultFound
+from sqlalchemy import Executable
+from sqlalchemy.exc import MultipleResultsFound, NoResultFound
 from sqlalchemy.orm import Session
 
 from .._sync import SyncAccess
-from ..access import DEFAULT, Configuration, endpoint_policy
+from ..access import POLICY_ATTRIBUTE, endpoint_policy
+from ..configuration import Configuration
 from ..database import Database
 from ..exceptions import NoScopeError
 from ..plugin import Plugin
-from ..policy import Outcome, Policy, manual
+from ..policy import Outcome, Policy, as_policy, manual
 from ..scope import SessionScope, find_scope
 from ..wsgi import SessionScopeMiddleware
+from ._configuration import configured
 from ._settle import SettlingMiddleware
 
 if TYPE_CHECKING:
-    from ..access import Source
+    from ..configuration import PolicyLike, Source
 
 SyncS = TypeVar("SyncS", bound=Session)
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 EXTENSION = "session_plugin"
+READING = "GET"
+"""The method that an app context counts as: a shell that waits at its prompt must not lock SQLite's writers out."""
+
+logger = logging.getLogger("session_plugin")
 
 
 class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
@@ -63,13 +80,13 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
         Raises:
             ConfigurationError: the database cannot be configured, or this is the second call.
         """
-        configuration = _configured(app, self.configuration.updated(source, options))
-        access = self.register(app, configuration)
-        app.extensions.setdefault(EXTENSION, []).append(self)
-        app.wsgi_app = SessionScopeMiddleware(  # type: ignore[method-assign]
-            SettlingMiddleware(app, access), access, find_policy=_find_policy
-        )
-        app.teardown_appcontext(self._close_app_context_scope)
+        access = self.register(app, configured(app, self.configuration.updated(source, options)))
+        plugins: list[SessionPlugin[Any]] = app.extensions.setdefault(EXTENSION, [])
+        if not plugins:
+            app.wsgi_app = SettlingMiddleware(app, plugins)  # type: ignore[method-assign]
+        plugins.append(self)
+        app.wsgi_app = SessionScopeMiddleware(app.wsgi_app, access, find_policy=_find_policy)  # type: ignore[method-assign]
+        appcontext_tearing_down.connect(self._app_context_ends, app)  # it comes after every teardown function
 
     @property
     def database(self) -> Database[SyncS]:
@@ -95,19 +112,54 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
             raise NoScopeError(self._no_scope_message)
         return scope or self._app_context_scope()
 
+    def policy(self, policy: PolicyLike) -> Callable[[F], F]:
+        """As `Access.policy`; also for a whole view class or blueprint.
+
+        ::
+
+            reports = db.policy(read_only)(Blueprint("reports", __name__))
+        """
+        decorate: Callable[[F], F] = super().policy(policy)
+
+        def mark_or_decorate(endpoint: F) -> F:
+            if not isinstance(endpoint, type | Blueprint):
+                return decorate(endpoint)
+            setattr(endpoint, POLICY_ATTRIBUTE, as_policy(policy))
+            return endpoint
+
+        return mark_or_decorate
+
+    def request_begins(self) -> None:
+        """Let go of what the app context around a request holds, which would lock the request out on SQLite.
+
+        What that context has loaded is read anew after the request.
+        """
+        scope = self._app_context_scopes.get(app_ctx._get_current_object()) if has_app_context() else None  # type: ignore[attr-defined]
+        if scope is None or not scope.active:
+            return
+        if scope.wrote:
+            logger.warning(
+                "The app context around this request has unsaved work, which the request does not see and may have to "
+                "wait for. Call db.session.commit() first."
+            )
+        elif not scope.hooks:
+            scope.settle(Outcome())
+
     def _app_context_scope(self) -> SessionScope[SyncS]:
         context = app_ctx._get_current_object()  # type: ignore[attr-defined]
         scope = self._app_context_scopes.get(context)
         if scope is None:
-            scope = SessionScope(self.database, origin="app context", find_policy=lambda: manual)
+            scope = SessionScope(self.database, origin="app context", method=READING, find_policy=lambda: manual)
             self._app_context_scopes[context] = scope
         return scope
 
-    def _close_app_context_scope(self, error: BaseException | None) -> None:
+    def _app_context_ends(self, app: Flask, exc: BaseException | None = None) -> None:
         scope = self._app_context_scopes.pop(app_ctx._get_current_object(), None)  # type: ignore[attr-defined]
         if scope is not None:
             try:
-                scope.settle(Outcome(error=error))
+                if scope.has_session and not scope.wrote:
+                    scope.session.expunge_all()  # so that the rollback expires nothing of what was loaded
+                scope.settle(Outcome(error=exc))
             finally:
                 scope.close()
 
@@ -127,40 +179,11 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
 
 
 def _find_policy() -> Policy | None:
+    """What `SessionPlugin.policy` says of the view, its method, its class or its blueprint, the nearest first."""
     if not has_request_context() or request.endpoint is None:
         return None
-    return endpoint_policy(current_app.view_functions.get(request.endpoint))
-
-
-def _configured(app: Flask, configuration: Configuration) -> Configuration:
-    """``configuration`` with what the app's own says, which wins: tests must never reach production."""
-    engines: dict[str, Any] = {}
-    for key in ("SQLALCHEMY_BINDS", "SQLALCHEMY_ENGINES"):
-        engines.update({name or DEFAULT: given for name, given in app.config.get(key, {}).items()})
-    if (uri := app.config.get("SQLALCHEMY_DATABASE_URI")) is not None:
-        engines[DEFAULT] = uri
-    if engines and isinstance(configuration.source, dict):
-        engines = {**configuration.source, **engines}
-    source = engines or configuration.source
-    if not isinstance(source, dict):
-        source = _in_instance_path(app, source)
-    else:
-        source = {name: _in_instance_path(app, given) for name, given in source.items()}
-    return configuration.updated(source, app.config.get("SQLALCHEMY_ENGINE_OPTIONS", {}))
-
-
-def _in_instance_path(app: Flask, given: Any) -> Any:
-    """``given``, but a relative SQLite path lies in the app's instance folder."""
-    if isinstance(given, dict):
-        return {**given, "url": _in_instance_path(app, given.get("url"))}
-    if not isinstance(given, str):
-        return given
-    try:
-        url = make_url(given)
-    except ArgumentError:
-        return given
-    path = url.database
-    if url.get_backend_name() != "sqlite" or path in (None, "", ":memory:") or path.startswith("file:"):
-        return given
-    Path(app.instance_path).mkdir(parents=True, exist_ok=True)
-    return url.set(database=str(Path(app.instance_path) / path))
+    view = current_app.view_functions.get(request.endpoint)
+    view_class = getattr(view, "view_class", None)
+    blueprints = (current_app.blueprints.get(name) for name in request.blueprints)
+    places = (getattr(view_class, request.method.lower(), None), view, view_class, *blueprints)
+    return next((policy for place in places if (policy := endpoint_policy(place)) is not None), None)

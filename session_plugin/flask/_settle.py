@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from flask import Flask, Response, has_request_context
+from flask import Flask, Response, current_app, has_request_context
 from werkzeug.exceptions import HTTPException
 
 from ..policy import Outcome, response_status
@@ -19,6 +19,8 @@ from ..scope import SessionScope, find_scope
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
+    from ._plugin import SessionPlugin
+
 
 @response_status.register
 def _(error: HTTPException) -> int | None:
@@ -26,31 +28,39 @@ def _(error: HTTPException) -> int | None:
 
 
 class SettlingMiddleware:
-    """Wraps ``app.wsgi_app``, and sees every exception that the app handles."""
+    """Wraps ``app.wsgi_app``, and sees every exception that the app handles.
 
-    def __init__(self, app: Flask, access: Any) -> None:
+    There is one for all plugins of an app, so that it settles all of them inside the request context.
+    """
+
+    def __init__(self, app: Flask, plugins: Iterable[SessionPlugin[Any]]) -> None:
         self._app = app
         self._wsgi_app = app.wsgi_app
-        self._access = access
+        self._plugins = plugins
         app.handle_user_exception = self._seen(app.handle_user_exception)  # type: ignore[method-assign, assignment]
         app.handle_exception = self._seen(app.handle_exception)  # type: ignore[method-assign, assignment]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
-        scope = self._scope()
-        if scope is None:
-            return self._wsgi_app(environ, start_response)
+        for plugin in self._plugins:
+            plugin.request_begins()
+        scopes = self._scopes()
+        for scope in scopes:
+            scope.error = None  # an outer scope may have seen another app's, whose answer nobody reads
         answer: Iterable[bytes] | None = None
 
         def settle_and_start(status: str, headers: Any, exc_info: Any = None) -> Any:
             nonlocal answer
             try:
-                scope.settle(Outcome(int(status.split(" ", 1)[0]), scope.error, scope.method))
+                for scope in scopes:
+                    scope.settle(Outcome(int(status.split(" ", 1)[0]), scope.error, scope.method))
             except Exception as error:
                 if not has_request_context():
                     raise
-                answer = self._answer(error)(environ, start_response)
-                return None
+                for scope in scopes:
+                    scope.error = error
+                answer = _answer(error)(environ, start_response)
+                return _discard
             return start_response(status, headers, exc_info) if exc_info else start_response(status, headers)
 
         body = self._wsgi_app(environ, settle_and_start)
@@ -60,27 +70,32 @@ class SettlingMiddleware:
             close()
         return answer
 
-    def _scope(self) -> SessionScope[Any] | None:
-        return find_scope(self._access.database)
-
-    def _answer(self, error: Exception) -> Response:
-        """What the app itself would have answered, had the view raised ``error``."""
-        app = self._app
-        try:
-            return app.process_response(app.make_response(app.handle_user_exception(error)))
-        except Exception as unhandled:
-            return app.handle_exception(unhandled)
+    def _scopes(self) -> list[SessionScope[Any]]:
+        found = [find_scope(plugin.database_for(self._app)) for plugin in self._plugins]
+        return [scope for scope in found if scope is not None]
 
     def _seen(self, handle: Callable[[Exception], Any]) -> Callable[[Exception], Any]:
-        """``handle``, but the scope has rolled back by the time it runs, so that handlers can query."""
+        """``handle``, but the scopes have rolled back by the time it runs, so that handlers can query."""
 
         @wraps(handle)
         def seen(error: Exception) -> Any:
-            scope = self._scope()
-            outcome = Outcome.raised(error)
-            if scope is not None and outcome.error is not None:
-                scope.error = error
-                scope.settle(outcome)
+            if Outcome.raised(error).error is not None:
+                for scope in self._scopes():
+                    scope.error = error
+                    scope.settle(Outcome.raised(error, method=scope.method))
             return handle(error)
 
         return seen
+
+
+def _answer(error: Exception) -> Response:
+    """What the app itself would have answered, had the view raised ``error``."""
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+    try:
+        return app.process_response(app.make_response(app.handle_user_exception(error)))
+    except Exception as unhandled:
+        return app.handle_exception(unhandled)
+
+
+def _discard(data: bytes) -> None:
+    """The ``write`` of a response that was refused."""

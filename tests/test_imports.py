@@ -1,0 +1,99 @@
+"""Who imports whom, asked of a fresh interpreter."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "session_plugin"
+FRAMEWORKS = ("flask", "werkzeug", "starlette", "fastapi", "anyio", "uvicorn")
+CORE = ("session_plugin", "session_plugin.asgi", "session_plugin.wsgi")
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """The top-level packages that a fresh interpreter has loaded after importing ``modules``."""
+    code = f"import {', '.join(modules)}, sys; print(*sorted(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return set(printed.split())
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_imports_no_framework(module: str) -> None:
+    assert loaded_by(module).isdisjoint(FRAMEWORKS)
+
+
+@pytest.mark.parametrize("module", [*CORE, "session_plugin.flask"])
+def test_a_sync_import_loads_nothing_async(module: str) -> None:
+    """A sync install has no greenlet."""
+    assert loaded_by(module).isdisjoint({"greenlet", "sqlalchemy.ext.asyncio"})
+
+
+def test_an_adapter_imports_its_own_framework_only() -> None:
+    assert loaded_by("session_plugin.flask").isdisjoint({"starlette", "fastapi"})
+    assert loaded_by("session_plugin.starlette").isdisjoint({"flask", "fastapi"})
+    assert loaded_by("session_plugin.fastapi").isdisjoint({"flask"})
+
+
+LAYERS = [
+    {"exceptions"},
+    {"policy", "_drive", "_threads", "_hooks"},
+    {"_watch", "_lifecycle", "_sqlite", "configuration"},
+    {"_session", "_engines"},
+    {"scope"},
+    {"access"},
+    {"_sync", "_async"},
+    {"database"},
+    {"plugin", "_asgi", "wsgi"},
+    {"asgi"},
+    {"starlette", "flask"},
+    {"fastapi"},
+]
+"""Each module may import those of the layers above it in this list."""
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of ours that a file imports when it runs."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and node not in typing_only:
+            top = path.parent if node.level == 1 else path.parents[node.level - 1]
+            if top != PACKAGE:
+                continue
+            names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+            found.update(names)
+    return found
+
+
+def test_the_layers_hold() -> None:
+    """A module imports only what stands below it, and every module has its place."""
+    level = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    for path in PACKAGE.rglob("*.py"):
+        inside = path.relative_to(PACKAGE)
+        name = inside.parts[0].removesuffix(".py")
+        if name == "__init__":
+            continue
+        for imported in imports_of(path):
+            assert level[imported] < level[name], f"{inside} imports {imported}"
+
+
+def test_no_module_and_no_function_outgrows_a_head() -> None:
+    """At most 300 lines a module, and 40 a function, its docstring aside."""
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+                assert lines <= 40, (path, node.name)

@@ -23,8 +23,7 @@ from sqlalchemy.exc import MultipleResultsFound, NoResultFound
 from sqlalchemy.orm import Session
 
 from .._sync import SyncAccess
-from ..access import POLICY_ATTRIBUTE, endpoint_policy
-from ..configuration import Configuration
+from ..access import POLICY_ATTRIBUTE, Configuration, endpoint_policy
 from ..database import Database
 from ..exceptions import NoScopeError
 from ..plugin import Plugin
@@ -35,7 +34,7 @@ from ._configuration import configured
 from ._settle import SettlingMiddleware
 
 if TYPE_CHECKING:
-    from ..configuration import PolicyLike, Source
+    from ..access import PolicyLike, Source
 
 SyncS = TypeVar("SyncS", bound=Session)
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from flask import Flask
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from ..access import DEFAULT, Configuration
+from ..configuration import DEFAULT, Configuration
 from ..plugin import is_late
 
 

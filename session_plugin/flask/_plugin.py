@@ -23,7 +23,8 @@ from sqlalchemy.exc import MultipleResultsFound, NoResultFound
 from sqlalchemy.orm import Session
 
 from .._sync import SyncAccess
-from ..access import POLICY_ATTRIBUTE, Configuration, endpoint_policy
+from ..access import POLICY_ATTRIBUTE, endpoint_policy
+from ..configuration import Configuration
 from ..database import Database
 from ..exceptions import NoScopeError
 from ..plugin import Plugin
@@ -34,7 +35,7 @@ from ._configuration import configured
 from ._settle import SettlingMiddleware
 
 if TYPE_CHECKING:
-    from ..access import PolicyLike, Source
+    from ..configuration import PolicyLike, Source
 
 SyncS = TypeVar("SyncS", bound=Session)
 T = TypeVar("T")

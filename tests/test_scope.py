@@ -33,7 +33,7 @@ from session_plugin import (
 )
 
 from .harness import Base, Parent, add, add_orphan, count, insert
-from .units import Units
+from .units import POSTGRESQL, SQLITE, SYNC, Units, on
 
 
 class BoomError(Exception):
@@ -71,10 +71,9 @@ def test_a_failed_commit_leaves_the_block(units: Units) -> None:
     assert units.store.names() == ["nobody"]
 
 
+@on("sqlite+pysqlite")
 def test_plain_sqlalchemy_lends_a_failed_commit_on(units: Units) -> None:
     """What the test before this one guards against: close() alone returns the connection as it is."""
-    if units.driver != "sqlite+pysqlite":
-        pytest.skip("shown once, where a failed COMMIT leaves the transaction open")
     session = units.db.sessionmaker()
     add_orphan(session)
     connection = session.connection().connection.driver_connection
@@ -126,10 +125,9 @@ def test_a_swallowed_error_of_an_inner_block_dooms_the_outer(units: Units, caplo
     assert "BoomError left a session_scope() inside it" in caplog.text
 
 
+@on(*POSTGRESQL)
 def test_a_new_block_is_independent(units: Units) -> None:
     """session_scope(new=True) commits by itself; its error dooms nobody else."""
-    if units.store.backend == "sqlite":
-        pytest.skip("two writers at once: SQLite has one")
 
     async def audit() -> None:
         async with units.db.session_scope() as outer:
@@ -232,20 +230,17 @@ def test_an_aborted_transaction_does_not_commit(units: Units) -> None:
     assert units.store.names() == []
 
 
+@on("postgresql+psycopg")
 def test_plain_sqlalchemy_commits_a_phantom(units: Units) -> None:
     """What the test before this one guards against: commit() returns, and nothing is saved."""
-    if units.driver != "postgresql+psycopg":
-        pytest.skip("shown once")
     with units.db.sessionmaker() as session:
         insert_and_swallow(session)
         session.commit()
     assert units.store.names() == []
 
 
+@on(*POSTGRESQL)
 def test_an_explicit_commit_of_an_aborted_transaction_raises_and_can_be_recovered(units: Units) -> None:
-    if units.store.backend == "sqlite":
-        pytest.skip("a failed statement aborts nothing on SQLite")
-
     def work(session: Session) -> None:
         insert_and_swallow(session)
         with pytest.raises(TransactionAbortedError):
@@ -257,10 +252,9 @@ def test_an_explicit_commit_of_an_aborted_transaction_raises_and_can_be_recovere
     assert units.store.names() == ["milk"]
 
 
+@on(*SQLITE)
 def test_a_transaction_that_sqlite_ended_does_not_pass_as_committed(units: Units) -> None:
     """INSERT OR ROLLBACK ends the whole transaction in the middle of a block."""
-    if units.store.backend != "sqlite":
-        pytest.skip("only SQLite has it")
 
     def work(session: Session) -> None:
         insert("tea")(session)
@@ -384,12 +378,11 @@ def test_read_only_expires_nothing(units: Units) -> None:
     assert [row.name for row in loaded] == ["tea"]
 
 
+@on(*POSTGRESQL)
 def test_isolation_level_of_a_policy(units: Units) -> None:
     """It holds for the transaction, and leaves nothing behind on the connection."""
     from dataclasses import replace
 
-    if units.store.backend != "postgresql":
-        pytest.skip("SQLite has one isolation level")
     serializable = replace(commit_on_success, isolation_level="SERIALIZABLE")
     levels: list[Any] = []
 
@@ -557,10 +550,9 @@ def test_a_hook_must_be_callable(units: Units) -> None:
     units.run(work)
 
 
+@on(*SYNC)
 def test_a_sync_database_refuses_coroutine_hooks(units: Units, caplog: pytest.LogCaptureFixture) -> None:
     """At registration where it can be seen; else it is logged, and nothing is left un-awaited."""
-    if units.is_async:
-        pytest.skip("an async database awaits them")
 
     async def hook() -> None:
         raise AssertionError("never awaited")
@@ -706,10 +698,9 @@ def test_one_session_however_many_ask(units: Units) -> None:
     units.run(work)
 
 
+@on(*SYNC)
 def test_late_reads_see_what_was_loaded(units: Units) -> None:
     """expire_on_commit is SQLAlchemy's own within the block; the settling itself expires nothing."""
-    if units.is_async:
-        pytest.skip("expire_on_commit is False there")
     rows: list[Parent] = []
 
     def work(session: Session) -> None:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
@@ -19,6 +20,13 @@ from .harness import POOL, Base, Store, check_foreign_keys
 
 SYNC = ["sqlite+pysqlite", "postgresql+psycopg"]
 ASYNC = ["sqlite+aiosqlite", "postgresql+psycopg_async", "postgresql+asyncpg"]
+SQLITE = [driver for driver in [*SYNC, *ASYNC] if driver.startswith("sqlite")]
+POSTGRESQL = [driver for driver in [*SYNC, *ASYNC] if driver.startswith("postgresql")]
+
+
+def on(*drivers: str) -> Any:
+    """Runs a test of ``units`` on these drivers only: the others do not have what it is about."""
+    return pytest.mark.parametrize("units", drivers, indirect=True)
 
 
 class Units:

@@ -54,14 +54,17 @@ class HttpExchange(Exchange):
 
     status: int | None = None
     trailers = False
+    cut: Exception | None = None
 
     async def before(self, message: Message, layer: Layer) -> None:
         """Settle before the first byte, and again before the last one."""
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            self.trailers = message.get("trailers", False)
-            if layer.encloses_work() and not layer.works_on():
-                await self.scope.asettle(self._outcome())
+        starts = message["type"] == "http.response.start"
+        if starts:
+            self._start(message)
+        if self.cut is not None and layer.outer is None:
+            raise self.cut
+        if starts and layer.encloses_work() and not layer.works_on():
+            await self.scope.asettle(self._outcome())
         elif self._is_last(message):
             layer.complete = True
             if layer.outer is None:
@@ -69,11 +72,27 @@ class HttpExchange(Exchange):
                 await self.scope.asettle(self._outcome(interrupted=interrupted))
                 self.complete = True
 
+    async def raised(self, error: BaseException, layer: Layer | None = None) -> None:
+        """Settle after ``error`` has left the app; whatever answers it is no success.
+
+        `BaseHTTPMiddleware` completes the body of a stream that failed, and raises only then.
+        """
+        sending = self.status is not None and not (self.complete or (layer is not None and layer.complete))
+        if sending and self.scope.active and isinstance(error, Exception):
+            self.cut = error
+        await super().raised(error, layer)
+
     async def returned(self, layer: Layer) -> None:
         """Settle background work, or else give up a response that was cut short."""
         if layer.encloses_work():
             outcome = Outcome(method=self.scope.method) if self.complete else self._outcome(not layer.complete)
             await self.scope.asettle(outcome)
+
+    def _start(self, message: Message) -> None:
+        self.status = status = message["status"]
+        self.trailers = message.get("trailers", False)
+        if status >= 400:
+            self.cut = None
 
     def _is_last(self, message: Message) -> bool:
         if message["type"] == "http.response.trailers":

@@ -33,7 +33,6 @@ def settle(scope: SessionScope[Any], outcome: Outcome) -> Steps[None]:
     scope.settled = True
     if not scope.active:
         return
-    committed = False
     try:
         decision = scope.decide(outcome)
         _log(scope, decision, outcome)
@@ -42,11 +41,14 @@ def settle(scope: SessionScope[Any], outcome: Outcome) -> Steps[None]:
         if decision.commit:
             wrote = scope.wrote
             yield from _commit(scope)
-            committed = True
             scope.saved = scope.saved or wrote
-    finally:
-        if not committed:
-            yield from _roll_back(scope)
+    except BaseException as error:
+        yield from _roll_back(scope)
+        if outcome.background:
+            logger.error("%s: the work after the response was not saved: %r", str(scope), error)
+        raise
+    if not decision.commit:
+        yield from _roll_back(scope)
 
 
 def close(scope: SessionScope[Any]) -> Steps[None]:
@@ -90,5 +92,5 @@ def _log(scope: SessionScope[Any], decision: Decision, outcome: Outcome) -> None
     elif not scope.wrote:
         logger.debug("%s: ROLLBACK (%s)", str(scope), decision.reason)
     else:
-        level = logging.INFO if outcome.failed else logging.WARNING
+        level = logging.ERROR if outcome.background else logging.INFO if outcome.failed else logging.WARNING
         logger.log(level, "%s: ROLLBACK, its work is discarded (%s)", str(scope), decision.reason)

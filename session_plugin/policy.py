@@ -38,12 +38,14 @@ class Outcome:
         error: the exception that ended the work, handled by the app or not, or None.
         method: the HTTP method, or None outside HTTP.
         interrupted: True if the response body was cut short.
+        background: True for work that follows the response, and can no longer change it.
     """
 
     status: int | None = None
     error: BaseException | None = None
     method: str | None = None
     interrupted: bool = False
+    background: bool = False
 
     @property
     def failed(self) -> str | None:

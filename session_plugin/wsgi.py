@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SessionScopeMiddleware"]
 
-KEY = "session_plugin"
+KEY = "session_plugin.scopes"
 
 
 class SessionScopeMiddleware:
@@ -78,7 +78,7 @@ class Response:
             with self._scope.entered():
                 self._body = app(environ, self.start)
                 self._chunks = iter(self._body)
-                if self._started is not None:
+                if self._started is not None and self._server_write is None:
                     self._pass_on_start()
         except BaseException as error:
             try:

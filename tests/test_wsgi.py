@@ -1,7 +1,834 @@
+"""Plain WSGI, in the corners of PEP 3333."""
+
+from __future__ import annotations
+
+import gc
+import io
+import logging
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+from wsgiref.util import FileWrapper
+from wsgiref.validate import validator
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+
+from session_plugin import Database, Outcome, PolicyError, ScopeClosedError, commit_on_success, read_only
+from session_plugin.access import endpoint_policy
+from session_plugin.policy import Decision
+from session_plugin.wsgi import SessionScopeMiddleware
+
 from .apps import PlainWSGIHarness
 from .contract import Contract, on
+from .harness import Store, add, add_orphan, count, insert, wait_for
+from .wsgi_site import POOL, TEXT, Server, Site, module_store, new_environ, store
+
+__all__ = ["module_store", "store"]
 
 
 @on(PlainWSGIHarness)
 class TestContract(Contract):
     """The promises."""
+
+
+@pytest.fixture
+def site(store: Store) -> Iterator[Site]:
+    """A site whose ``app`` the test sets; at the end nothing is held."""
+    with Site(store, None, Database(store.url, **POOL)).checked() as site:
+        yield site
+
+
+@pytest.fixture
+def db(site: Site) -> Any:
+    return site.db
+
+
+def teardown_commits(app: Any, db: Any) -> Any:
+    """What this middleware replaces: the commit in the iterable's ``close()``."""
+
+    def middleware(environ: Any, start_response: Any) -> Iterator[bytes]:
+        with db.session_scope() as session:
+            environ["session"] = session
+            yield from app(environ, start_response)
+
+    return middleware
+
+
+# -- the first byte ------------------------------------------------------------------------------
+
+
+def test_success_is_durable_when_its_status_leaves(db: Any, store: Store) -> None:
+    """Nothing of a success leaves before COMMIT; the commit at the iterable's end comes after all of it."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(environ.get("session") or db.session)
+        start_response("201 Created", TEXT)
+        return [b"done"]
+
+    assert Server(store).serve(SessionScopeMiddleware(app, db)).sent == [("201 Created", ["tea"]), (b"done", ["tea"])]
+    store.clear()
+    assert Server(store).serve(teardown_commits(app, db)).sent == [("201 Created", []), (b"done", [])]
+
+
+def body_kinds() -> list[Any]:
+    def generated(start: Callable[[], object]) -> Iterator[bytes]:
+        start()
+        yield b"a"
+        yield b"b"
+
+    class Sequence:
+        def __getitem__(self, index: int) -> bytes:
+            return [b"a", b"b"][index]
+
+    kinds: list[tuple[str, Callable[[Any], Any]]] = [
+        ("list", lambda start: start() and [b"a", b"b"]),
+        ("tuple", lambda start: start() and (b"a", b"b")),
+        ("iterator", lambda start: start() and iter([b"a", b"b"])),
+        ("generator", generated),
+        ("sequence", lambda start: start() and Sequence()),
+        ("empty chunks", lambda start: start() and [b"", b"a", b"", b"b", b""]),
+    ]
+    return [pytest.param(make, id=name) for name, make in kinds]
+
+
+@pytest.mark.parametrize("make_body", body_kinds())
+def test_any_iterable_is_a_body(db: Any, store: Store, make_body: Callable[[Any], Any]) -> None:
+    """A list, a tuple, an iterator, a generator that starts late: durable before the first byte."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(db.session)
+        return make_body(lambda: start_response("201 Created", TEXT))
+
+    server = Server(store).serve(validator(SessionScopeMiddleware(app, db)))
+    assert server.sent == [("201 Created", ["tea"]), (b"a", ["tea"]), (b"b", ["tea"])]
+    assert server.complete
+
+
+def test_the_validator_is_content_around_and_inside(db: Any, store: Store) -> None:
+    """The middleware is a correct server to the app and a correct app to the server."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        write = start_response("201 Created", TEXT)
+        write(b"a")
+        insert("tea")(db.session)
+        return iter([b"b"])
+
+    wrapped = validator(SessionScopeMiddleware(validator(SessionScopeMiddleware(validator(app), db)), db))
+    server = Server(store).serve(wrapped)
+    assert (server.error, server.complete, store.names()) == (None, True, ["tea"])
+
+
+def test_app_that_is_a_generator(db: Any, store: Store) -> None:
+    """All of an app may run in the first ``next()``."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(db.session)
+        start_response("201 Created", TEXT)
+        yield b"a"
+        insert("late")(db.session)
+        yield b"b"
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert server.sent == [("201 Created", ["tea"]), (b"a", ["tea"]), (b"b", ["tea"])]
+    assert store.names() == ["late", "tea"]
+
+
+def test_error_before_start_response(db: Any, store: Store) -> None:
+    """An app that raises writes nothing."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(db.session)
+        raise RuntimeError("boom")
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (server.status, str(server.error), store.names()) == (500, "boom", [])
+
+
+def test_error_after_start_response(db: Any, store: Store) -> None:
+    """A status that the app took back by raising was never true."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(db.session)
+        start_response("201 Created", TEXT)
+        raise RuntimeError("boom")
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (server.status, server.started, store.names()) == (500, None, [])
+
+
+@pytest.mark.parametrize("body", [[], [b"a"]])
+def test_start_response_never_called(db: Any, store: Store, body: list[bytes]) -> None:
+    """No status, no success: it is the server's 500, and nothing is written."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(db.session)
+        return body
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (server.status, store.names()) == (500, [])
+    assert "before it called start_response" in str(server.error)
+
+
+def test_start_response_twice_without_exc_info(db: Any, store: Store) -> None:
+    """The second call is the app's bug, and told as such; nothing is written."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(db.session)
+        start_response("201 Created", TEXT)
+        start_response("200 OK", TEXT)
+        return [b"a"]
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (server.status, store.names()) == (500, [])
+    assert "second time" in str(server.error)
+
+
+def catching(start_response: Any, status: str) -> None:
+    try:
+        raise ValueError("boom")
+    except ValueError:
+        start_response(status, TEXT, sys.exc_info())
+
+
+@pytest.mark.parametrize("status", ["500 Oops", "200 OK"])
+def test_start_response_again_before_settling(db: Any, store: Store, status: str) -> None:
+    """With exc_info the app answers an exception: the new status is told and nothing is written."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(db.session)
+        start_response("201 Created", TEXT)
+        catching(start_response, status)
+        return [b"sorry"]
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert server.sent == [(status, []), (b"sorry", [])]
+
+
+def test_start_response_again_after_settling(db: Any, store: Store) -> None:
+    """What is durable cannot be taken back: the client reads a cut success, and no error."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(db.session)
+        start_response("201 Created", TEXT)
+
+        def body() -> Any:
+            catching(start_response, "500 Oops")
+            yield b"sorry"
+
+        return body()
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (server.sent, server.complete) == ([("201 Created", ["tea"])], False)
+    assert str(server.error) == "boom"
+
+
+def test_start_response_again_after_settling_nothing(db: Any, store: Store) -> None:
+    """Where nothing was saved, an error may still be told."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", TEXT)
+
+        def body() -> Any:
+            insert("late")(db.session)
+            catching(start_response, "500 Oops")
+            yield b"sorry"
+
+        return body()
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (server.sent, server.complete) == ([("500 Oops", []), (b"sorry", [])], True)
+    assert store.names() == []
+
+
+def test_start_response_again_after_the_first_byte(db: Any, store: Store) -> None:
+    """Once a byte has left, the exception is raised, as a server raises it."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", TEXT)
+        yield b"a"
+        catching(start_response, "500 Oops")
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (server.sent, str(server.error)) == ([("200 OK", []), (b"a", [])], "boom")
+
+
+def test_error_after_settling_and_before_the_first_byte(site: Site) -> None:
+    """A client never reads an error for work that is durable: it reads a success that is cut.
+
+    The server would answer a body that fails at once by its own 500.
+    """
+    db = site.db
+
+    def app(environ: Any, start_response: Any) -> Any:
+        if environ["PATH_INFO"] == "/write":
+            insert("tea")(db.session)
+        start_response("201 Created", TEXT)
+
+        def body() -> Any:
+            raise RuntimeError("boom")
+            yield b""
+
+        return body()
+
+    site.app = app
+    assert site.ask("/write").status == 500
+    site.app = site._server.app = SessionScopeMiddleware(app, db)
+    answer = site.ask("/write")
+    assert (answer.status, answer.complete, site.store.names()) == (201, False, ["tea"])
+    assert site.ask("/read").status == 500
+
+
+def test_exc_info_is_not_kept(db: Any, store: Store) -> None:
+    """The traceback's frames end with the request."""
+
+    class Local:
+        pass
+
+    seen: list[Any] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        local = Local()
+        seen.append(weakref.ref(local))
+        try:
+            raise ValueError("boom")
+        except ValueError:
+            start_response("400 Bad", TEXT, sys.exc_info())
+        return [b"a"]
+
+    body = SessionScopeMiddleware(app, db)(new_environ(), lambda *_: None)
+    assert [next(iter(body))] == [b"a"]
+    body.close()  # type: ignore[attr-defined]
+    del body
+    gc.collect()
+    assert seen[0]() is None
+
+
+# -- write() -------------------------------------------------------------------------------------
+
+
+def test_write_settles_first(db: Any, store: Store) -> None:
+    """The first write() is the first byte."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(db.session)
+        write = start_response("201 Created", TEXT)
+        write(b"a")
+        insert("late")(db.session)
+        return []
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (server.sent, server.complete) == ([("201 Created", ["tea"]), (b"a", ["tea"])], True)
+    assert store.names() == ["late", "tea"]
+
+
+def test_write_of_the_last_byte_settles_late_work(db: Any, store: Store) -> None:
+    """Content-Length tells which write() is the last: what came before it is durable by then."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        write = start_response("201 Created", [*TEXT, ("Content-Length", "2")])
+        write(b"a")
+        insert("late")(db.session)
+        write(b"b")
+        return []
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert server.sent == [("201 Created", []), (b"a", []), (b"b", ["late"])]
+
+
+def test_swallowed_refusal_is_told_again(site: Site) -> None:
+    """An app that swallows what write() raised does not get its success told after all."""
+    db = site.db
+
+    def app(environ: Any, start_response: Any) -> Any:
+        add_orphan(db.session)
+        write = start_response("201 Created", TEXT)
+        with pytest.raises(IntegrityError):
+            write(b"a")
+        with pytest.raises(IntegrityError):
+            write(b"a")
+        return [b"b"]
+
+    site.app = SessionScopeMiddleware(app, db)
+    assert (site.ask("/").status, site.store.names()) == (500, [])
+
+
+def test_refusal_answered_by_the_app(site: Site) -> None:
+    """An app may answer what write() raised, in the way of PEP 3333."""
+    db = site.db
+
+    def app(environ: Any, start_response: Any) -> Any:
+        add_orphan(db.session)
+        write = start_response("201 Created", TEXT)
+        try:
+            write(b"a")
+        except IntegrityError:
+            start_response("409 Conflict", TEXT, sys.exc_info())
+        return [f"{count(db.session)} rows".encode()]
+
+    site.app = SessionScopeMiddleware(app, db)
+    answer = site.ask("/")
+    assert (answer.status, answer.body, site.store.names()) == (409, b"0 rows", [])
+
+
+# -- the last byte -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", ["2", "many"])
+def test_late_work_is_durable_before_the_last_byte(db: Any, store: Store, length: str) -> None:
+    """With a Content-Length before the chunk that fills it; else before the server hears of the end."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [*TEXT, ("content-length", length)])
+        yield b"a"
+        insert("late")(db.session)
+        yield b"b"
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert server.sent[-1] == (b"b", ["late"] if length == "2" else [])
+    assert store.names() == ["late"]
+
+
+def test_failing_late_commit_cuts_a_response_with_a_length(site: Site) -> None:
+    """The last byte never leaves if what came before it is not durable."""
+    db = site.db
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [*TEXT, ("Content-Length", "2")])
+        yield b"a"
+        add_orphan(db.session)
+        yield b"b"
+
+    site.app = SessionScopeMiddleware(app, db)
+    answer = site.ask("/")
+    assert (answer.status, answer.body, answer.complete) == (200, b"a", False)
+    assert site.store.names() == []
+
+
+def test_work_after_the_last_byte_is_its_own(db: Any, store: Store) -> None:
+    """A generator's tail behind a full Content-Length is background work: saved if it ends well."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [*TEXT, ("Content-Length", "1")])
+        yield b"a"
+        insert(environ["PATH_INFO"])(db.session)
+        if environ["PATH_INFO"] == "/bad":
+            raise RuntimeError("boom")
+
+    for path in ("/good", "/bad"):
+        Server(store).serve(SessionScopeMiddleware(app, db), path=path)
+    assert store.names() == ["/good"]
+
+
+def test_head(db: Any, store: Store) -> None:
+    """A HEAD request has no body, and is durable all the same."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(db.session)
+        start_response("200 OK", [*TEXT, ("Content-Length", "100")])
+        return []
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db), method="HEAD")
+    assert server.sent == [("200 OK", ["tea"])]
+
+
+# -- close() -------------------------------------------------------------------------------------
+
+
+class Body:
+    """Chunks whose ``close()`` works with the session."""
+
+    def __init__(self, close: Callable[[], object], chunks: tuple[bytes, ...] = (b"a", b"b")) -> None:
+        self.chunks = iter(chunks)
+        self._close = close
+
+    def __iter__(self) -> Any:
+        return self.chunks
+
+    def close(self) -> None:
+        self._close()
+
+
+def answering(body: Any, status: str = "200 OK", work: Callable[[], object] = lambda: None) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        work()
+        start_response(status, TEXT)
+        return body
+
+    return app
+
+
+def test_close_saves_if_it_ends_well(db: Any, store: Store) -> None:
+    """What close() does is a transaction of its own."""
+    server = Server(store).serve(SessionScopeMiddleware(answering(Body(lambda: insert("late")(db.session))), db))
+    assert (server.complete, store.names()) == (True, ["late"])
+
+
+def test_close_that_raises_saves_nothing(db: Any, store: Store) -> None:
+    """It is rolled back, the server hears of the error, and the session is closed."""
+    kept: list[Any] = []
+
+    def close() -> None:
+        kept.append(db.session)
+        insert("late")(db.session)
+        raise RuntimeError("boom")
+
+    server = Server(store).serve(SessionScopeMiddleware(answering(Body(close)), db))
+    assert (str(server.error), store.names()) == ("boom", [])
+    with pytest.raises(ScopeClosedError):
+        count(kept[0])
+
+
+def test_never_iterated_body_keeps_what_was_settled(db: Any, store: Store) -> None:
+    """A server may skip a body; the status was true when it was told."""
+    app = SessionScopeMiddleware(answering([b"a"], work=lambda: insert("tea")(db.session)), db)
+    server = Server(store)
+    body: Any = app(new_environ(), server.start_response)
+    assert store.names() == ["tea"]
+    body.close()
+    assert store.names() == ["tea"]
+
+
+def test_interrupted_body_keeps_nothing_of_its_work(db: Any, store: Store) -> None:
+    """Neither what the generator did nor what its cleaning up does."""
+
+    def stream() -> Any:
+        try:
+            insert("half")(db.session)
+            yield b"a"
+            yield b"b"
+        finally:
+            insert("rest")(db.session)
+
+    app = SessionScopeMiddleware(answering(stream(), work=lambda: insert("tea")(db.session)), db)
+    body: Any = app(new_environ(), Server(store).start_response)
+    assert next(body) == b"a"
+    body.close()
+    assert store.names() == ["tea"]
+
+
+def test_failed_body_keeps_nothing_of_what_its_close_does(db: Any, store: Store) -> None:
+    """After an error in the stream, the session's later work is discarded too."""
+
+    class Failing(Body):
+        def __iter__(self) -> Any:
+            yield b"a"
+            raise RuntimeError("boom")
+
+    app = SessionScopeMiddleware(answering(Failing(lambda: insert("late")(db.session))), db)
+    assert not Server(store).serve(app).complete
+    assert store.names() == []
+
+
+def test_body_is_closed_although_settling_fails(db: Any, store: Store) -> None:
+    """One failing close never skips the next."""
+    closed: list[Any] = []
+
+    def decide(outcome: Outcome) -> Decision:
+        if outcome.interrupted:
+            raise RuntimeError("no idea")
+        return Decision(True, "fine")
+
+    def stream() -> Any:
+        db.use(decide)
+        try:
+            insert("half")(db.session)
+            yield b"a"
+        finally:
+            closed.append(db.session)
+
+    body: Any = SessionScopeMiddleware(answering(stream()), db)(new_environ(), Server(store).start_response)
+    next(body)
+    with pytest.raises(PolicyError):
+        body.close()
+    assert store.names() == []
+    with pytest.raises(ScopeClosedError):
+        count(closed[0])
+
+
+def test_failure_of_the_app_outlives_a_failing_close(db: Any, store: Store) -> None:
+    """What the app raised is told, or at least chained, and the session is closed."""
+    kept: list[Any] = []
+
+    class Unreadable(Body):
+        def __iter__(self) -> Any:
+            kept.append(db.session)
+            raise RuntimeError("boom")
+
+    def close() -> None:
+        raise ValueError("close")
+
+    server = Server(store).serve(SessionScopeMiddleware(answering(Unreadable(close)), db))
+    assert (str(server.error), str(server.error.__context__)) == ("close", "boom")  # type: ignore[union-attr]
+    with pytest.raises(ScopeClosedError):
+        count(kept[0])
+
+
+def test_close_in_another_thread(db: Any, store: Store) -> None:
+    """Neither thread is left inside the request."""
+    app = SessionScopeMiddleware(answering(Body(lambda: insert("late")(db.session))), db)
+    body: Any = app(new_environ(), Server(store).start_response)
+    assert list(body) == [b"a", b"b"]
+    inside: list[bool] = []
+
+    def close() -> None:
+        body.close()
+        inside.append(hasattr(db, "session"))
+
+    thread = threading.Thread(target=close)
+    thread.start()
+    thread.join(5)
+    assert (inside, hasattr(db, "session"), store.names()) == ([False], False, ["late"])
+
+
+def test_each_chunk_in_another_thread(db: Any, store: Store) -> None:
+    """A server may hand a body from thread to thread; the session goes with it."""
+    sessions: set[Any] = set()
+
+    def stream() -> Any:
+        for name in ("a", "b", "c"):
+            sessions.add(db.session)
+            insert(name)(db.session)
+            yield name.encode()
+
+    body: Any = SessionScopeMiddleware(answering(stream()), db)(new_environ(), Server(store).start_response)
+    chunks: list[bytes] = []
+    for _ in range(4):
+        thread = threading.Thread(target=lambda: chunks.append(next(body, b"end")))
+        thread.start()
+        thread.join(5)
+    body.close()
+    assert (chunks, store.names(), len(sessions)) == ([b"a", b"b", b"c", b"end"], ["a", "b", "c"], 1)
+
+
+def test_abandoned_body_collected_in_another_thread(db: Any, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that nobody closed warns, gives its connection back, and leaves no thread inside it."""
+    told: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
+
+    def stream() -> Any:
+        insert("half")(db.session)
+        yield b"a"
+
+    bodies: list[Any] = [
+        SessionScopeMiddleware(answering(stream()), db)(new_environ(), Server(site.store).start_response)
+    ]
+    assert next(bodies[0]) == b"a"
+    assert db.engine.pool.checkedout() == 1
+
+    def collect() -> None:
+        bodies.clear()
+        gc.collect()
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    thread.join(5)
+    assert wait_for(lambda: db.engine.pool.checkedout() == 0)
+    assert any("POST / was never closed" in message for message in told)
+    assert not hasattr(db, "session")
+    app = SessionScopeMiddleware(answering([b"a"], work=lambda: insert("next")(db.session)), db)
+    assert Server(site.store).serve(app).complete
+    assert site.store.names() == ["next"]
+
+
+# -- wsgi.file_wrapper -----------------------------------------------------------------------------
+
+
+def test_file_wrapper_reaches_the_server(db: Any, store: Store) -> None:
+    """The server must see the very object to use sendfile(2); the session ends before."""
+    kept: list[Any] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        kept.append(db.session)
+        insert("tea")(db.session)
+        start_response("200 OK", TEXT)
+        return environ["wsgi.file_wrapper"](io.BytesIO(b"file"))
+
+    environ = new_environ(**{"wsgi.file_wrapper": FileWrapper})
+    server = Server(store)
+    body = SessionScopeMiddleware(app, db)(environ, server.start_response)
+    assert type(body) is FileWrapper
+    assert (server.started, store.names()) == (("200 OK", TEXT), ["tea"])
+    with pytest.raises(ScopeClosedError):
+        count(kept[0])
+
+
+@pytest.mark.parametrize("orphan", [False, True])
+def test_file_wrapper_of_a_failed_commit_is_closed(site: Site, orphan: bool) -> None:
+    """A file whose commit failed is not sent, and closed."""
+    files: list[Any] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        (add_orphan if orphan else insert("tea"))(site.db.session)
+        start_response("200 OK", TEXT)
+        files.append(FileWrapper(io.BytesIO(b"file")))
+        return files[0]
+
+    wrapped = SessionScopeMiddleware(app, site.db)
+    server = Server(site.store).serve(wrapped, **{"wsgi.file_wrapper": FileWrapper})
+    assert (server.status, server.complete) == ((500, False) if orphan else (200, True))
+    assert files[0].filelike.closed
+    assert site.store.names() == ([] if orphan else ["tea"])
+
+
+# -- several middlewares -----------------------------------------------------------------------------
+
+
+def test_two_middlewares_for_one_database_are_one(db: Any, store: Store) -> None:
+    """The outermost opens the unit of work, and an inner one adds nothing."""
+    sessions: set[Any] = set()
+
+    def app(environ: Any, start_response: Any) -> Any:
+        sessions.add(db.session)
+        insert("tea")(db.session)
+        start_response("201 Created", TEXT)
+        return [b"a"]
+
+    def between(environ: Any, start_response: Any) -> Any:
+        sessions.add(db.session)
+        return SessionScopeMiddleware(app, db)(environ, start_response)
+
+    assert Server(store).serve(SessionScopeMiddleware(between, db)).sent[0] == ("201 Created", ["tea"])
+    assert len(sessions) == 1
+
+
+def test_inner_middleware_knows_the_endpoint(db: Any, store: Store) -> None:
+    """A policy that only the inner adapter can find holds from the first statement on."""
+
+    @db.policy(read_only)
+    def endpoint(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", TEXT)
+        return [f"{count(db.session)}".encode()]
+
+    def authenticate(environ: Any, start_response: Any) -> Any:
+        return inner(environ, start_response)
+
+    def queries_first(environ: Any, start_response: Any) -> Any:
+        count(db.session)
+        return endpoint(environ, start_response)
+
+    inner = SessionScopeMiddleware(queries_first, db, find_policy=lambda: endpoint_policy(endpoint))
+    server = Server(store).serve(SessionScopeMiddleware(authenticate, db))
+    assert (server.error, server.sent[-1]) == (None, (b"0", []))
+
+
+def test_two_databases(db: Any, store: Store) -> None:
+    """Each has a session of its own, and each is settled before the first byte."""
+    other = Database(store.url, **POOL)
+
+    def app(environ: Any, start_response: Any) -> Any:
+        assert db.session is not other.session
+        add("one")(db.session)
+        if store.backend == "postgresql":
+            add("two")(other.session)
+        start_response(environ["PATH_INFO"][1:] + " Status", TEXT)
+        return [b"a"]
+
+    wrapped = validator(SessionScopeMiddleware(validator(SessionScopeMiddleware(app, other)), db))
+    both = ["one", "two"] if store.backend == "postgresql" else ["one"]
+    assert Server(store).serve(wrapped, path="/400").sent[0] == ("400 Status", [])
+    assert Server(store).serve(wrapped, path="/201").sent[0] == ("201 Status", both)
+    assert other.engine.pool.checkedout() == 0
+    other.dispose()
+
+
+def test_environ_used_again(db: Any, store: Store) -> None:
+    """A middleware outside that tries again with the same environ gets a new unit of work."""
+    sessions: list[Any] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        sessions.append(db.session)
+        insert(f"try {len(sessions)}")(db.session)
+        if len(sessions) == 1:
+            raise ConnectionError
+        start_response("201 Created", TEXT)
+        return [b"a"]
+
+    def retrying(environ: Any, start_response: Any) -> Any:
+        try:
+            return wrapped(environ, start_response)
+        except ConnectionError:
+            return wrapped(environ, start_response)
+
+    wrapped = SessionScopeMiddleware(app, db)
+    assert Server(store).serve(retrying).complete
+    assert (store.names(), sessions[0] is sessions[1]) == (["try 2"], False)
+
+
+# -- threads, and the rest ---------------------------------------------------------------------------
+
+
+def test_nothing_leaks_to_the_next_request_of_the_thread(db: Any, store: Store) -> None:
+    """However a request ends, the thread stands in no unit of work afterwards."""
+
+    def fails(environ: Any, start_response: Any) -> Any:
+        raise RuntimeError
+
+    def stream_fails() -> Any:
+        yield b"a"
+        raise RuntimeError
+
+    def scope_left_open(name: str = "own") -> Any:
+        with db.session_scope() as session:
+            insert(name)(session)
+            yield b"a"
+
+    for app in (fails, answering(stream_fails()), answering([b"a"]), answering(scope_left_open())):
+        Server(store).serve(SessionScopeMiddleware(app, db))
+        assert not hasattr(db, "session")
+    assert store.names() == ["own"]
+    body: Any = SessionScopeMiddleware(answering(scope_left_open("interrupted")), db)(
+        new_environ(), Server(store).start_response
+    )
+    next(body)
+    assert not hasattr(db, "session")
+    body.close()
+    assert store.names() == ["own"]
+
+
+def test_requests_that_take_turns_in_one_thread(db: Any, store: Store) -> None:
+    """Bodies of several requests, read in turns as a cooperative server does, keep their own sessions."""
+
+    def stream(name: str) -> Any:
+        session = db.session
+        for number in range(3):
+            assert db.session is session
+            insert(f"{name}{number}")(session) if store.backend == "postgresql" else None
+            yield b"a"
+
+    apps = {name: SessionScopeMiddleware(answering(stream(name)), db) for name in "abc"}
+    bodies: list[Any] = [app(new_environ("GET"), Server(store).start_response) for app in apps.values()]
+    for _ in range(3):
+        for body in bodies:
+            next(body)
+    for body in reversed(bodies):
+        assert list(body) == []
+        body.close()
+    assert len(store.names()) == (9 if store.backend == "postgresql" else 0)
+
+
+def test_discarded_work_is_logged(db: Any, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """What an error costs is said at INFO, with the request that it happened in."""
+    caplog.set_level(logging.INFO, "session_plugin")
+    app = answering([b"a"], "404 Not Found", work=lambda: insert("tea")(db.session))
+    Server(store).serve(SessionScopeMiddleware(app, db), path="/tea")
+    assert [record.getMessage() for record in caplog.records if record.name == "session_plugin"][-1:] == [
+        "POST /tea: ROLLBACK, its work is discarded (status 404)"
+    ]
+
+
+def test_policy_chosen_in_the_app(db: Any, store: Store) -> None:
+    """db.use() holds for the request."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        db.use(lambda outcome: Decision(outcome.method == "PUT", "PUT only"))
+        insert(environ["REQUEST_METHOD"])(db.session)
+        start_response("200 OK", TEXT)
+        return [b"a"]
+
+    for method in ("POST", "PUT"):
+        Server(store).serve(SessionScopeMiddleware(app, db), method=method)
+    assert store.names() == ["PUT"]
+    assert commit_on_success.name == "commit_on_success"

@@ -139,8 +139,8 @@ class Layer:
     """
 
     def __init__(self, exchange: Exchange, send: Send) -> None:
-        self.outer = exchange.innermost
-        self.complete = False
+        self.outer: Layer | None = exchange.innermost
+        self.complete: bool = False
         self._depth = depth.get() + 1
         self._inner_depth: int | None = None
         self._exchange = exchange

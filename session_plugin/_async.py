@@ -5,55 +5,31 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import MetaData
 
+from ._types import AsyncS
 from .access import Access, ScopeRegistry, caller
 from .configuration import DEFAULT, Configuration, PolicyLike
 from .policy import Outcome, commit_on_success
 from .scope import SessionScope, find_scope
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+    from sqlalchemy.ext.asyncio import AsyncEngine, async_scoped_session, async_sessionmaker
 
     from .configuration import Source
     from .database import AsyncDatabase
-
-AsyncS = TypeVar("AsyncS", bound="AsyncSession")
 
 
 class AsyncAccess(Access[AsyncS]):
     """What an async database adds."""
 
-    @overload
-    def __init__(
-        self: AsyncAccess[AsyncSession],
-        source: Source | None = None,
-        *,
-        policy: PolicyLike = ...,
-        metadata: MetaData | None = None,
-        binds: Mapping[Any, Any] | None = None,
-        **options: Any,
-    ) -> None: ...
-
-    @overload
     def __init__(
         self,
         source: Source | None = None,
         *,
-        class_: type[AsyncS],
-        policy: PolicyLike = ...,
-        metadata: MetaData | None = None,
-        binds: Mapping[Any, Any] | None = None,
-        **options: Any,
-    ) -> None: ...
-
-    def __init__(
-        self,
-        source: Source | None = None,
-        *,
-        class_: Any = None,
+        class_: type[AsyncS] | None = None,
         policy: PolicyLike = commit_on_success,
         metadata: MetaData | None = None,
         binds: Mapping[Any, Any] | None = None,
@@ -65,7 +41,7 @@ class AsyncAccess(Access[AsyncS]):
             source: a URL, an engine, a session factory, a `AsyncDatabase` made elsewhere, or named
                 engines: ``{"default": ..., "reports": {"url": ..., "pool_size": 2}}``.  A plugin also
                 takes a function that answers one of these when the app starts.
-            class_: the session class.
+            class_: the session class; `AsyncSession` unless given.
             policy: how units of work begin and end unless they say otherwise.
             metadata: for ``create_all()`` and for migration tools.
             binds: from a mapped class or a table to an engine or the name of one.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine, MetaData
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from ._types import SyncS
 from .access import Access, ScopeRegistry, caller
 from .configuration import DEFAULT, Configuration, PolicyLike
 from .policy import Outcome, commit_on_success
@@ -19,40 +20,15 @@ if TYPE_CHECKING:
     from .configuration import Source
     from .database import Database
 
-SyncS = TypeVar("SyncS", bound=Session)
-
 
 class SyncAccess(Access[SyncS]):
     """What a sync database adds."""
 
-    @overload
-    def __init__(
-        self: SyncAccess[Session],
-        source: Source | None = None,
-        *,
-        policy: PolicyLike = ...,
-        metadata: MetaData | None = None,
-        binds: Mapping[Any, Any] | None = None,
-        **options: Any,
-    ) -> None: ...
-
-    @overload
     def __init__(
         self,
         source: Source | None = None,
         *,
-        class_: type[SyncS],
-        policy: PolicyLike = ...,
-        metadata: MetaData | None = None,
-        binds: Mapping[Any, Any] | None = None,
-        **options: Any,
-    ) -> None: ...
-
-    def __init__(
-        self,
-        source: Source | None = None,
-        *,
-        class_: Any = Session,
+        class_: type[SyncS] | None = None,
         policy: PolicyLike = commit_on_success,
         metadata: MetaData | None = None,
         binds: Mapping[Any, Any] | None = None,
@@ -64,7 +40,7 @@ class SyncAccess(Access[SyncS]):
             source: a URL, an engine, a session factory, a `Database` made elsewhere, or named
                 engines: ``{"default": ..., "reports": {"url": ..., "pool_size": 2}}``.  A plugin also
                 takes a function that answers one of these when the app starts.
-            class_: the session class.
+            class_: the session class; `Session` unless given.
             policy: how units of work begin and end unless they say otherwise.
             metadata: for ``create_all()`` and for migration tools.
             binds: from a mapped class or a table to an engine or the name of one.
@@ -73,7 +49,7 @@ class SyncAccess(Access[SyncS]):
         Raises:
             ConfigurationError: any of it cannot work.
         """
-        configuration = Configuration(source, class_, policy, metadata, binds, options)
+        configuration = Configuration(source, class_ or Session, policy, metadata, binds, options)
         self._set_up(configuration)
 
     @property

@@ -14,20 +14,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from sqlalchemy import MetaData
-from sqlalchemy.orm import Session
 from sqlalchemy.util import ScopedRegistry
 
+from ._types import S
 from .configuration import Configuration, PolicyLike
 from .exceptions import ConfigurationError, NoScopeError
 from .policy import Policy, as_policy
 from .scope import SessionScope, find_scope
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
-
     from .database import BaseDatabase
 
-S = TypeVar("S", bound="Session | AsyncSession")
 F = TypeVar("F", bound=Callable[..., Any])
 
 POLICY_ATTRIBUTE = "__session_policy__"

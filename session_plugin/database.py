@@ -8,11 +8,11 @@ import os
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakSet
 
 from sqlalchemy import Engine, MetaData, Table
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import sessionmaker
 
 from . import _engines
 from ._async import AsyncAccess
@@ -20,6 +20,7 @@ from ._hooks import log_failed
 from ._session import scope_session_class
 from ._sync import SyncAccess
 from ._threads import Permits
+from ._types import AsyncS, S, SyncS
 from .access import Access
 from .configuration import DEFAULT, Configuration
 from .exceptions import ConfigurationError, SessionPluginError
@@ -27,11 +28,8 @@ from .policy import SAFE_METHODS, Policy, as_policy
 from .scope import SessionScope
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+    from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
-S = TypeVar("S", bound="Session | AsyncSession")
-SyncS = TypeVar("SyncS", bound=Session)
-AsyncS = TypeVar("AsyncS", bound="AsyncSession")
 
 AnyEngine: TypeAlias = "Engine | AsyncEngine"
 

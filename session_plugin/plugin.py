@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from ._types import S
 from .access import Access
 from .configuration import Configuration
 from .database import BaseDatabase
@@ -14,10 +15,7 @@ from .exceptions import ConfigurationError, NoScopeError
 from .scope import entered_databases
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
-    from sqlalchemy.orm import Session
-
-S = TypeVar("S", bound="Session | AsyncSession")
+    pass
 
 
 class Plugin(Access[S]):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 from . import _lifecycle
 from ._drive import Steps, arun, run, uncancelled
@@ -16,17 +16,14 @@ from ._hooks import Event, Hook, Hooks
 from ._session import ScopeSession
 from ._session import depth as depth
 from ._threads import in_thread
+from ._types import S
 from ._watch import Work
 from .exceptions import PolicyError, ScopeClosedError, TransactionAbortedError
 from .policy import Decision, Outcome, Policy, as_policy
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
-    from sqlalchemy.orm import Session
-
     from .database import BaseDatabase
 
-S = TypeVar("S", bound="Session | AsyncSession")
 
 _current: ContextVar[SessionScope[Any] | None] = ContextVar("session_plugin_scope", default=None)
 _making_session = threading.Lock()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.orm import Session
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -15,6 +14,7 @@ from starlette.routing import Router
 from ._asgi import ASGIApp, Layer, Receive, Scope, Send
 from ._async import AsyncAccess
 from ._sync import SyncAccess
+from ._types import AsyncS, S, SyncS
 from .access import HasDatabase, endpoint_policy
 from .asgi import SessionScopeMiddleware, find_exchange
 from .database import AsyncDatabase, Database
@@ -23,15 +23,9 @@ from .plugin import Plugin
 from .policy import Outcome, Policy, response_status
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
-
     from .configuration import Source
 
 __all__ = ["AsyncSessionPlugin", "SessionPlugin"]
-
-S = TypeVar("S", bound="Session | AsyncSession")
-SyncS = TypeVar("SyncS", bound=Session)
-AsyncS = TypeVar("AsyncS", bound="AsyncSession")
 
 
 @response_status.register

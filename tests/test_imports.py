@@ -39,7 +39,7 @@ def test_an_adapter_imports_its_own_framework_only() -> None:
 
 
 LAYERS = [
-    {"exceptions"},
+    {"exceptions", "_types"},
     {"policy", "_drive", "_threads", "_hooks"},
     {"_watch", "_lifecycle", "_sqlite", "configuration"},
     {"_session", "_engines"},

@@ -20,9 +20,9 @@ from flask import (
 from flask.globals import app_ctx
 from sqlalchemy import Executable
 from sqlalchemy.exc import MultipleResultsFound, NoResultFound
-from sqlalchemy.orm import Session
 
 from .._sync import SyncAccess
+from .._types import SyncS
 from ..access import POLICY_ATTRIBUTE, endpoint_policy
 from ..configuration import Configuration
 from ..database import Database
@@ -37,7 +37,6 @@ from ._settle import SettlingMiddleware
 if TYPE_CHECKING:
     from ..configuration import PolicyLike, Source
 
-SyncS = TypeVar("SyncS", bound=Session)
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -1,5 +1,33 @@
+"""What FastAPI adds to the promises: dependencies, response models, its own streams and its exit stacks."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import pytest
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, Response, Security, WebSocket
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.sse import EventSourceResponse
+from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, sessionmaker
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from session_plugin import ScopeClosedError
+
 from .apps import AsyncFastAPIHarness, SyncFastAPIHarness
+from .asgi_site import ASYNC_DRIVERS, SYNC_DRIVERS, Gate, Site, stores
 from .contract import Contract, on
+from .harness import Parent, Store, add_orphan, count, insert, wait_for
+
+async_store = stores(ASYNC_DRIVERS)
+sync_store = stores(SYNC_DRIVERS)
+file_store = stores(["sqlite+aiosqlite"])
 
 
 @on(AsyncFastAPIHarness)
@@ -10,3 +38,688 @@ class TestAsyncContract(Contract):
 @on(SyncFastAPIHarness)
 class TestSyncContract(Contract):
     """The promises."""
+
+
+# -- 1: one request, one session -------------------------------------------------------------------
+
+
+def test_one_request_has_one_session(file_store: Store) -> None:
+    """However it is asked for, it is the same session; the next request has another."""
+    site = Site(file_store)
+    app, db = site.app, site.db
+    seen: list[Any] = []
+
+    def note(session: Any = None) -> None:
+        seen.append(db.session if session is None else session)
+
+    class Early(BaseHTTPMiddleware):
+        async def dispatch(self, request: Any, call_next: Any) -> Any:
+            note()
+            response = await call_next(request)
+            note()
+            return response
+
+    app.add_middleware(Early)
+    db.init_app(app)
+    app.add_middleware(Early)
+    SessionDep = Annotated[AsyncSession, Depends(db.get_session)]
+
+    async def sub(session: SessionDep) -> None:
+        note(session)
+
+    def sub_in_a_thread() -> None:
+        note()
+
+    router = APIRouter(dependencies=[Depends(sub), Depends(sub_in_a_thread)])
+
+    @router.get("/")
+    async def endpoint(
+        session: SessionDep,
+        again: Annotated[AsyncSession, Depends(db.get_session, use_cache=False)],
+        by_scope: Annotated[AsyncSession, Depends(db.get_session, scope="function")],
+        secured: Annotated[AsyncSession, Security(db.get_session, scopes=["orders"])],
+        background: BackgroundTasks,
+    ) -> Any:
+        for each in (session, again, by_scope, secured, None):
+            note(each)
+        background.add_task(note)
+
+        async def body() -> Any:
+            note()
+            yield b"body"
+            await asyncio.to_thread(note)
+
+        return StreamingResponse(body(), background=background)
+
+    app.include_router(router, prefix="/orders")
+    mounted = FastAPI()
+    mounted.add_middleware(Early)
+    mounted.get("/")(note_of(note))
+    app.mount("/mounted", mounted)
+    with site.running():
+        assert site.get("/orders/").body == b"body"
+        assert wait_for(lambda: len(seen) == 14)
+        first = set(seen)
+        seen.clear()
+        assert site.get("/mounted/").status == 200
+    assert len(first) == 1
+    assert len(seen) == 7
+    assert len(set(seen)) == 1
+    assert first.isdisjoint(seen)
+
+
+def note_of(note: Callable[[], None]) -> Any:
+    async def endpoint() -> None:
+        note()
+
+    return endpoint
+
+
+def test_dependency_override_replaces_the_session(file_store: Store) -> None:
+    """dependency_overrides[db.get_session] works as for any dependency, and ours is not made."""
+    site = Site(file_store)
+    made: list[Any] = []
+
+    @site.app.get("/")
+    async def endpoint(session: Annotated[Any, Depends(site.db.get_session)]) -> Any:
+        made.append(site.db.scope.has_session)
+        return {"session": session}
+
+    site.app.dependency_overrides[site.db.get_session] = lambda: "fake"
+    with site.running():
+        assert site.get().json == {"session": "fake"}
+    assert made == [False]
+
+
+def test_head_and_options(file_store: Store) -> None:
+    """HEAD and OPTIONS are requests like others: they commit what they write."""
+    site = Site(file_store)
+
+    @site.app.api_route("/", methods=["HEAD", "OPTIONS"])
+    async def endpoint(session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> Any:
+        names = await session.run_sync(count)
+        await session.run_sync(insert(f"row {names}"))
+
+    with site.running():
+        assert (site.get(method="HEAD").status, site.get(method="OPTIONS").status) == (200, 200)
+        assert file_store.names() == ["row 0", "row 1"]
+
+
+def test_middleware_that_answers_itself(file_store: Store) -> None:
+    """An auth middleware's 401 rolls back what it wrote; its 200 commits it."""
+    site = Site(file_store)
+
+    @site.app.middleware("http")
+    async def auth(request: Any, call_next: Any) -> Any:
+        await site.db.session.run_sync(insert(request.url.path))
+        return JSONResponse({}, 401 if request.url.path == "/no" else 200)
+
+    with site.running():
+        assert (site.get("/no").status, site.get("/yes").status) == (401, 200)
+        assert file_store.names() == ["/yes"]
+
+
+# -- 3: refusal ------------------------------------------------------------------------------------
+
+
+def refusing_endpoints(site: Site, ran: list[str]) -> None:
+    """One endpoint per way to answer; each has work that only COMMIT refuses."""
+    app, db, file = site.app, site.db, __file__
+
+    async def dependency(background: BackgroundTasks) -> AsyncSession:
+        session: AsyncSession = await db.get_session()
+        await session.run_sync(add_orphan)
+        db.on_commit(ran.append, "hook")
+        background.add_task(ran.append, "background")
+        return session
+
+    Failing = Annotated[AsyncSession, Depends(dependency)]
+
+    @app.get("/json")
+    async def plain(session: Failing) -> Any:
+        return {"padding": "x" * 2000}
+
+    @app.get("/file")
+    async def file_response(session: Failing, background: BackgroundTasks) -> Any:
+        return FileResponse(file, background=background)
+
+    @app.get("/stream")
+    async def stream(session: Failing, background: BackgroundTasks) -> Any:
+        return StreamingResponse(iter([b"x" * 2000] * 3), background=background)
+
+    @app.get("/group")
+    async def group(session: Failing, background: BackgroundTasks) -> Any:
+        class Grouped(JSONResponse):
+            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(super().__call__(scope, receive, send))
+
+        return Grouped({}, background=background)
+
+    @app.get("/sse", response_class=EventSourceResponse)
+    async def events(session: Failing) -> Any:
+        yield {"padding": "x" * 2000}
+
+
+class Swallowing:
+    """A user's middleware that answers whatever goes wrong inside it as if all were well."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except Exception:
+            await JSONResponse({"swallowed": True})(scope, receive, send)
+
+
+PASSING = BaseHTTPMiddleware, {"dispatch": lambda request, call_next: call_next(request)}
+MIDDLEWARES: dict[str, list[Any]] = {
+    "none": [],
+    "BaseHTTPMiddleware": [PASSING],
+    "GZip": [(GZipMiddleware, {})],
+    "all": [(Swallowing, {}), PASSING, (GZipMiddleware, {}), PASSING],
+}
+WAYS = ["json", "file", "stream", "group", "sse"]
+
+
+@pytest.mark.parametrize("middlewares", MIDDLEWARES)
+@pytest.mark.parametrize("handled", [IntegrityError, SQLAlchemyError])
+def test_failed_commit_is_answered_by_the_apps_handler(
+    async_store: Store, middlewares: str, handled: type[Exception]
+) -> None:
+    """Whatever stands between, the handler for the error or its base answers, with CORS headers, and nothing runs."""
+    site = Site(async_store)
+    ran: list[str] = []
+    for middleware, options in MIDDLEWARES[middlewares]:
+        site.app.add_middleware(middleware, **options)
+    site.app.add_middleware(CORSMiddleware, allow_origins=["*"])
+    refusing_endpoints(site, ran)
+
+    @site.app.exception_handler(handled)
+    async def conflict(request: Any, error: Exception) -> Any:
+        return JSONResponse({"rows": await site.db.session.run_sync(count)}, 409)
+
+    with site.running():
+        for way in WAYS:
+            reply = site.get(f"/{way}", Origin="http://elsewhere")
+            assert (way, reply.status, reply.json) == (way, 409, {"rows": 0})
+            assert site.headers["access-control-allow-origin"] == "*"
+        assert async_store.names() == []
+    assert ran == []
+
+
+@pytest.mark.parametrize("middlewares", ["none", "BaseHTTPMiddleware", "GZip"])
+def test_failed_commit_without_a_handler_is_a_500(file_store: Store, middlewares: str) -> None:
+    """Unhandled, a failed commit is a 500, which the app's handler for Exception may write, after a query."""
+    site = Site(file_store)
+    ran: list[str] = []
+    for middleware, options in MIDDLEWARES[middlewares]:
+        site.app.add_middleware(middleware, **options)
+    refusing_endpoints(site, ran)
+
+    @site.app.exception_handler(Exception)
+    async def crashed(request: Any, error: Exception) -> Any:
+        return JSONResponse({"error": type(error).__name__, "rows": await site.db.session.run_sync(count)}, 500)
+
+    with site.running():
+        for way in WAYS:
+            reply = site.get(f"/{way}")
+            assert (way, reply.status, reply.json) == (way, 500, {"error": "IntegrityError", "rows": 0})
+    assert ran == []
+
+
+def test_the_naive_dependency_fails_where_ours_does_not(file_store: Store) -> None:
+    """Proof that the tests above can fail: the dependency of FastAPI's documentation answers 200."""
+    make = sessionmaker(file_store.engine)
+    app = FastAPI()
+
+    def get_db() -> Any:
+        with make.begin() as session:
+            yield session
+
+    @app.get("/")
+    def endpoint(session: Annotated[Session, Depends(get_db)]) -> Any:
+        add_orphan(session)
+
+    with Site(file_store, app).running() as site:
+        assert site.get().status == 200
+        assert file_store.names() == []
+
+
+# -- 5: handled exceptions -------------------------------------------------------------------------
+
+
+class Oops(Exception):
+    pass
+
+
+def handling_app(site: Site, app: Any) -> Any:
+    """An app whose handlers answer each error as a success of some kind."""
+
+    @app.get("/{name}")
+    async def endpoint(name: str) -> Any:
+        await site.db.session.run_sync(insert(name))
+        if name == "redirect":
+            raise HTTPException(302, headers={"Location": "/elsewhere"})
+        if name == "not-modified":
+            raise HTTPException(304)
+        raise {"oops": Oops, "value": ValueError, "key": KeyError, "type": TypeError}[name]()
+
+    @app.exception_handler(Oops)
+    async def streamed(request: Any, error: Exception) -> Any:
+        return StreamingResponse(iter([b"fine"]))
+
+    @app.exception_handler(ValueError)
+    def in_a_thread(request: Any, error: Exception) -> Any:
+        return JSONResponse({})
+
+    class Callable_:
+        async def __call__(self, request: Any, error: Exception) -> Any:
+            return JSONResponse({})
+
+    app.add_exception_handler(KeyError, Callable_())
+
+    @app.exception_handler(TypeError)
+    async def queried(request: Any, error: Exception) -> Any:
+        return JSONResponse(await site.db.session.run_sync(count))
+
+    return app
+
+
+MOUNTS: dict[str, Callable[[Site], None]] = {
+    "the app": lambda site: handling_app(site, site.app),
+    "mounted": lambda site: site.app.mount("", handling_app(site, FastAPI())),
+    "mounted in a router": lambda site: mount_in_router(site),
+    "mounted in a mounted app": lambda site: mount_twice(site),
+}
+
+
+def mount_in_router(site: Site) -> None:
+    router = APIRouter()
+    router.mount("/in", handling_app(site, FastAPI()))
+    site.app.include_router(router)
+
+
+def mount_twice(site: Site) -> None:
+    outer = FastAPI()
+    outer.add_middleware(PASSING[0], **PASSING[1])
+    outer.mount("/in", handling_app(site, FastAPI()))
+    site.app.mount("", outer)
+
+
+@pytest.mark.parametrize("where", MOUNTS)
+def test_an_error_that_a_handler_answers_as_a_success_rolls_back(file_store: Store, where: str) -> None:
+    """However its handler answers, and whichever app it belongs to, an exception writes nothing; a redirect does."""
+    site = Site(file_store)
+    MOUNTS[where](site)
+    prefix = "/in" if " in " in where else ""
+    with site.running():
+        for name in ("oops", "value", "key", "type"):
+            assert (name, site.get(f"{prefix}/{name}").status) == (name, 200)
+        assert file_store.names() == []
+        assert site.get(f"{prefix}/redirect").status == 302
+        assert site.get(f"{prefix}/not-modified").status == 304
+        assert file_store.names() == ["not-modified", "redirect"]
+
+
+# -- 7 and 8: late work ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("middlewares", MIDDLEWARES)
+def test_a_stream_queries_beside_any_middleware(async_store: Store, middlewares: str) -> None:
+    """Middleware that runs beside the app does not end the stream's transaction, nor the stream its."""
+    site = Site(async_store)
+    for middleware, options in MIDDLEWARES[middlewares]:
+        site.app.add_middleware(middleware, **options)
+
+    @site.app.get("/{fate}")
+    async def stream(fate: str, session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> Any:
+        async def body() -> Any:
+            for number in range(3):
+                await session.run_sync(insert(f"{fate} {number}"))
+                yield b"x" * 1000
+            if fate == "cut":
+                raise Oops
+            if fate == "refused":
+                await session.run_sync(add_orphan)
+
+        async def failing_at_once() -> Any:
+            await session.run_sync(insert("lost"))
+            raise Oops
+            yield b""
+
+        return StreamingResponse(failing_at_once() if fate == "at once" else body())
+
+    with site.running():
+        replies = [site.get(f"/{fate}") for fate in ("kept", "cut", "refused", "at%20once")]
+        assert [reply.complete and reply.status == 200 for reply in replies] == [True, False, False, False]
+        assert async_store.names() == ["kept 0", "kept 1", "kept 2"]
+
+
+@pytest.mark.parametrize("fate", ["kept", "refused"])
+def test_work_of_a_middleware_after_the_response_is_ready(async_store: Store, fate: str) -> None:
+    """What a middleware does after call_next() is settled before the first byte, apart from what the app does."""
+    site = Site(async_store)
+    held: list[int] = []
+
+    @site.app.middleware("http")
+    async def audit(request: Any, call_next: Any) -> Any:
+        response = await call_next(request)
+        await site.db.session.run_sync(insert("audit"))
+        await asyncio.sleep(0.05)  # the app sends its body meanwhile
+        await site.db.session.run_sync(insert("audit 2") if fate == "kept" else add_orphan)
+        return response
+
+    @site.app.get("/json")
+    async def plain(session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> Any:
+        await session.run_sync(insert("early"))
+
+    @site.app.get("/stream")
+    async def stream() -> Any:
+        async def body() -> Any:
+            yield b"chunk"
+            held.append(site.sync_engine.pool.checkedout())
+
+        return StreamingResponse(body())
+
+    with site.running():
+        statuses = [site.get("/json").status, 200 if fate == "refused" else site.get("/json").status]
+        assert async_store.names() == (["audit", "audit 2", "early"] if fate == "kept" else ["early"])
+        async_store.clear()
+        statuses.append(site.get("/stream").status)
+    assert statuses[0] == statuses[2] == (200 if fate == "kept" else 500)
+    assert held == ([0] if fate == "kept" else [])
+
+
+def test_a_body_of_declared_length_is_complete_only_when_its_work_is_saved(async_store: Store) -> None:
+    """A client that counts bytes does not get the last of them before the last work is committed."""
+    site = Site(async_store)
+
+    @site.app.get("/{fate}")
+    async def download(fate: str, session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> Any:
+        async def body() -> Any:
+            yield b"chunk"
+            yield b"chunk"
+            await session.run_sync(insert("audit") if fate == "kept" else add_orphan)
+
+        return StreamingResponse(body(), headers={"Content-Length": "10"})
+
+    with site.running():
+        kept, refused = site.get("/kept"), site.get("/refused")
+        assert (kept.complete, kept.body, refused.complete) == (True, b"chunkchunk", False)
+        assert async_store.names() == ["audit"]
+
+
+@pytest.mark.parametrize("middlewares", ["none", "BaseHTTPMiddleware", "GZip"])
+@pytest.mark.parametrize("reads_body", [False, True])
+def test_a_client_that_left_before_the_last_chunk(async_store: Store, middlewares: str, reads_body: bool) -> None:
+    """A complete stream that nobody read to its end rolls back, whoever stands between us and the server."""
+    site = Site(async_store)
+    gate = Gate()
+    for middleware, options in MIDDLEWARES[middlewares]:
+        site.app.add_middleware(middleware, **options)
+
+    @site.app.post("/")
+    async def stream(request: Request, session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> Any:
+        if reads_body:
+            await request.body()
+
+        class Deaf(StreamingResponse):
+            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+                await self.stream_response(send)
+
+        async def body() -> Any:
+            yield b"x" * 100_000
+            await session.run_sync(insert("late"))
+            await asyncio.to_thread(gate.pass_through)
+
+        return Deaf(body())
+
+    with site.running():
+        with site.connect() as connection:
+            connection.request("POST", "/", body=b"some body")
+            connection.getresponse().read(5)
+            assert gate.reached.wait(10)
+        site.wait_until_left()
+        gate.opened.set()
+        site.settle_down()
+        assert async_store.names() == []
+        assert site.get(method="POST").complete
+        assert async_store.names() == ["late"]
+
+
+def test_asking_ahead_loses_nothing(file_store: Store) -> None:
+    """What was asked for ahead, to see whether the client has left, is there when the app asks."""
+    site = Site(file_store)
+    read: list[Any] = []
+
+    @site.app.post("/")
+    async def endpoint(request: Request) -> Any:
+        class Late(Response):
+            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+                await send({"type": "http.response.start", "status": 200})
+                await site.db.session.run_sync(insert("late"))
+                await send({"type": "http.response.body"})
+                read.append(await receive())
+
+        return Late()
+
+    with site.running(), site.connect() as connection:
+        connection.request("POST", "/", body=b"the body")
+        assert connection.getresponse().read() == b""
+        assert wait_for(lambda: read)
+    assert read == [{"type": "http.request", "body": b"the body", "more_body": False}]
+    assert file_store.names() == ["late"]
+
+
+def test_background_tasks(async_store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """Background tasks share one late transaction: all of it is saved, or none and an error is logged."""
+    site = Site(async_store)
+
+    def in_a_thread(name: str) -> None:
+        asyncio.run_coroutine_threadsafe(site.db.session.run_sync(insert(name)), loops[0]).result(5)
+
+    async def on_the_loop(name: str) -> None:
+        assert site.sync_engine.pool.checkedout() == (0 if name.startswith("1") else 1)
+        await site.db.session.run_sync(insert(name))
+        if name == "1 bad":
+            raise Oops("background")
+
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    @site.app.get("/{names}")
+    async def endpoint(names: str, background: BackgroundTasks) -> None:
+        loops.append(asyncio.get_running_loop())
+        for name in names.split(","):
+            background.add_task(in_a_thread if name.startswith("3") else on_the_loop, name)
+
+    with site.running():
+        assert site.get("/1%20a,2%20b,3%20c").status == 200
+        assert wait_for(async_store.names) == ["1 a", "2 b", "3 c"]
+        assert site.get("/1%20bad,2%20never").status == 200
+        assert wait_for(lambda: any("background" in str(record.exc_info) for record in caplog.records))
+        site.settle_down()
+        assert async_store.names() == ["1 a", "2 b", "3 c"]
+
+
+@pytest.mark.parametrize("middlewares", ["none", "BaseHTTPMiddleware"])
+def test_yield_dependencies_of_the_users_own(async_store: Store, middlewares: str) -> None:
+    """What one writes after `yield` is in the endpoint's transaction, or late work, as its scope says."""
+    site = Site(async_store)
+    for middleware, options in MIDDLEWARES[middlewares]:
+        site.app.add_middleware(middleware, **options)
+    SessionDep = Annotated[AsyncSession, Depends(site.db.get_session)]
+
+    async def audited(session: SessionDep) -> Any:
+        yield
+        await session.run_sync(insert("audit"))
+
+    async def failing(session: SessionDep) -> Any:
+        yield
+        await session.run_sync(add_orphan)
+
+    @site.app.get("/before", dependencies=[Depends(audited, scope="function")])
+    @site.app.get("/after", dependencies=[Depends(audited)])
+    @site.app.get("/refused", dependencies=[Depends(failing, scope="function")])
+    @site.app.get("/late", dependencies=[Depends(failing)])
+    async def endpoint(session: SessionDep) -> None:
+        await session.run_sync(insert("work"))
+
+    with site.running():
+        for path, status, names in (
+            ("/before", 200, ["audit", "work"]),
+            ("/after", 200, ["audit", "work"]),
+            ("/refused", 500, []),
+            ("/late", 200, ["work"]),
+        ):
+            async_store.clear()
+            assert (path, site.get(path).status) == (path, status)
+            assert wait_for(lambda expected=names: async_store.names() == expected), path
+
+
+def test_work_that_outlives_its_request(async_store: Store) -> None:
+    """A task left behind is refused the ended session, and session_scope() opens a fresh one for it."""
+    site = Site(async_store)
+    ended = asyncio.Event()
+    outcome: list[Any] = []
+    tasks = set()
+
+    async def left_behind(session: AsyncSession) -> None:
+        await ended.wait()
+        for refused in (lambda: site.db.session.run_sync(count), lambda: session.run_sync(count)):
+            with pytest.raises(ScopeClosedError, match=r"session_scope\(\)"):
+                await refused()
+        async with site.db.session_scope() as fresh:
+            await fresh.run_sync(insert("fresh"))
+        outcome.append(fresh is not session)
+
+    @site.app.get("/")
+    async def endpoint(session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> None:
+        await session.run_sync(insert("early"))
+        tasks.add(asyncio.create_task(left_behind(session)))
+
+    @site.app.get("/end")
+    async def end() -> None:
+        ended.set()
+
+    with site.running():
+        assert site.get().status == 200
+        site.settle_down()
+        site.get("/end")
+        assert wait_for(lambda: outcome) == [True]
+        assert async_store.names() == ["early", "fresh"]
+
+
+# -- 2: nothing for nothing ------------------------------------------------------------------------
+
+
+def test_a_session_that_is_not_used_costs_nothing(sync_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not asked for: no session. Asked for: no checkout, and no thread hop of ours."""
+    site = Site(sync_store, sync=True)
+    hops: list[Any] = []
+    facts: list[Any] = []
+    monkeypatch.setattr("session_plugin.scope.in_thread", lambda *args, **options: hops.append(args))
+
+    @site.app.get("/unasked")
+    async def unasked() -> None:
+        facts.append(site.db.scope.has_session)
+
+    @site.app.get("/unused")
+    async def unused(session: Annotated[Session, Depends(site.db.get_session)]) -> Any:
+        facts.append(site.db.scope.has_session)
+        facts.append(session.in_transaction())
+        return StreamingResponse(iter([b"body"]))
+
+    checkouts: list[Any] = []
+    with site.running():
+        event.listen(site.sync_engine, "checkout", lambda *args: checkouts.append(args))
+        assert (site.get("/unasked").status, site.get("/unused").status) == (200, 200)
+    assert (facts, hops, checkouts) == ([False, True, False], [], [])
+
+
+# -- 13: WebSockets and server-sent events ---------------------------------------------------------
+
+
+def test_websocket(async_store: Store) -> None:
+    """The handshake's session ends with the handshake; a message has its own scope, and no connection is held."""
+    site = Site(async_store)
+    held: list[int] = []
+
+    @site.app.websocket("/{how}")
+    async def chat(how: str, socket: WebSocket, session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> None:
+        await session.run_sync(add_orphan if how == "refused" else insert(how))
+        if how == "denied":
+            await socket.close()
+            return
+        if how == "left":
+            raise Oops
+        await socket.accept()
+        held.append(site.sync_engine.pool.checkedout())
+        for late in (lambda: session.run_sync(count), lambda: site.db.session.run_sync(count)):
+            with pytest.raises(ScopeClosedError, match=r"handshake.*session_scope\(\)"):
+                await late()
+        async for message in socket.iter_text():
+            async with site.db.session_scope() as session:
+                await session.run_sync(insert(message))
+            held.append(site.sync_engine.pool.checkedout())
+            await socket.send_text("saved")
+
+    with site.running():
+        url = f"ws://127.0.0.1:{site.port}"
+        for how in ("refused", "denied", "left"):
+            with pytest.raises(InvalidStatus):
+                connect(f"{url}/{how}", proxy=None)
+        assert async_store.names() == []
+        with connect(f"{url}/accepted", proxy=None) as client:
+            for message in ("one", "two"):
+                client.send(message)
+                assert client.recv(5) == "saved"
+            assert async_store.names() == ["accepted", "one", "two"]
+    assert held == [0, 0, 0]
+
+
+def test_websocket_handler_can_query(async_store: Store) -> None:
+    """After a failed flush in the handshake, the handler's session works, and its answer is the status."""
+    site = Site(async_store)
+
+    @site.app.websocket("/")
+    async def chat(socket: WebSocket) -> None:
+        await site.db.session.run_sync(insert("twice"))
+        await site.db.session.execute(text("INSERT INTO parent (name) VALUES ('twice')"))
+
+    @site.app.exception_handler(IntegrityError)
+    async def conflict(socket: WebSocket, error: Exception) -> None:
+        rows = await site.db.session.run_sync(count)
+        await socket.send_denial_response(JSONResponse(rows, 409))
+
+    with site.running(), pytest.raises(InvalidStatus) as refusal:
+        connect(f"ws://127.0.0.1:{site.port}/", proxy=None)
+    assert (refusal.value.response.status_code, refusal.value.response.body) == (409, b"0")
+    assert async_store.names() == []
+
+
+def test_server_sent_events(async_store: Store) -> None:
+    """FastAPI starts the generator before the response; an event's own scope commits before the event is sent."""
+    site = Site(async_store)
+    seen: list[list[str]] = []
+
+    async def early(session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> AsyncSession:
+        await session.run_sync(lambda sync_session: sync_session.add(Parent(name="early")))
+        return session
+
+    @site.app.get("/", response_class=EventSourceResponse)
+    async def events(session: Annotated[AsyncSession, Depends(early)]) -> Any:
+        for name in ("one", "two"):
+            async with site.db.session_scope(new=True) as own:
+                await own.run_sync(insert(name))
+            yield {"saved": async_store.names()}
+
+    with site.running():
+        for _ in range(20):
+            async_store.clear()
+            reply = site.get()
+            assert (reply.status, reply.complete) == (200, True)
+            seen.append(async_store.names())
+    assert seen == [["early", "one", "two"]] * 20

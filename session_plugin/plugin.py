@@ -61,10 +61,10 @@ class Plugin(Access[S]):
             return known[0].database
         if not known:
             raise NoScopeError("No app is known here, so there is no database: call db.init_app(app) first.")
-        entered = entered_databases()
-        for database in known:
-            if database.database in entered:
-                return database.database
+        databases = [each.database for each in known]
+        for entered in entered_databases():
+            if entered in databases:
+                return entered
         raise NoScopeError(
             f"This plugin serves {len(known)} apps, and which one is meant cannot be told here: say "
             "db.database_for(app).session_scope()."

@@ -268,8 +268,13 @@ class SessionScope(Generic[S]):
         The permit lasts until the connection is back, so that threads never wait for a
         connection while those that hold one wait for a thread.
         """
-        if self._permit is None and not self.settled:
-            self._permit = await self.database.permits.acquire()
+        if self._permit is not None or not self.can_be_joined:
+            return
+        permit = await self.database.permits.acquire()
+        if permit is not None and (self._permit is not None or not self.can_be_joined):
+            permit()
+        else:
+            self._permit = permit
 
     def _return_permit(self) -> None:
         if self._permit is not None and not self.work.connected:

@@ -1,0 +1,198 @@
+"""A crowd of sync requests on a small pool: it is served at the pool's speed, and nothing it waits for leaks."""
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any
+
+import pytest
+from fastapi import BackgroundTasks, Depends, FastAPI
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from session_plugin import Database
+from session_plugin._threads import Permits, in_thread
+
+from .asgi_site import Site, stores
+from .harness import Parent, Store, count, insert
+
+CROWD = 150
+SHORT = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 3}
+
+store = stores(["postgresql+psycopg"])
+
+
+class ParentOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+    name: str
+
+
+def crowd_site(store: Store) -> Site:
+    site = Site(store, sync=True, **SHORT)
+    SessionDep = Annotated[Session, Depends(site.db.get_session)]
+
+    @site.app.get("/add/{name}")
+    def only_add(name: str, session: SessionDep) -> None:
+        session.add(Parent(name=name))
+
+    @site.app.get("/model/{name}", response_model=ParentOut)
+    def response_model(name: str, session: SessionDep) -> Any:
+        row = Parent(name=name)
+        session.add(row)
+        session.flush()
+        return row
+
+    def user(session: SessionDep) -> int:
+        return count(session)
+
+    @site.app.get("/dependency/{name}")
+    def after_a_dependency(name: str, user: Annotated[int, Depends(user)], session: SessionDep) -> None:
+        insert(name)(session)
+
+    @site.app.get("/nothing")
+    async def nothing() -> None:
+        """Needs no database."""
+
+    return site
+
+
+@pytest.mark.parametrize("kind", ["add", "model", "dependency"])
+def test_a_crowd_is_served_in_turn(store: Store, kind: str) -> None:
+    """150 sync requests at once on five connections: every one is answered, and the others are not kept waiting."""
+    site = crowd_site(store)
+    longest = 0.0
+    with site.running(), ThreadPoolExecutor(CROWD) as clients:
+        replies = [clients.submit(site.get, f"/{kind}/{number:03}") for number in range(CROWD)]
+        while not all(reply.done() for reply in replies):
+            began = time.monotonic()
+            assert site.get("/nothing").status == 200
+            longest = max(longest, time.monotonic() - began)
+        assert [reply.result().status for reply in replies] == [200] * CROWD
+        assert len(store.names()) == CROWD
+    assert longest < 2
+
+
+def test_the_naive_dependency_starves(store: Store) -> None:
+    """Proof that the crowd can starve: with the dependency of FastAPI's documentation many of it are a 500."""
+    engine = create_engine(store.url, **SHORT)
+    make = sessionmaker(engine)
+    site = Site(store, FastAPI())
+
+    def get_db() -> Any:
+        with make() as session:
+            yield session
+
+    def user(session: Annotated[Session, Depends(get_db)]) -> int:
+        return count(session)
+
+    @site.app.get("/")
+    def endpoint(user: Annotated[int, Depends(user)], session: Annotated[Session, Depends(get_db)]) -> int:
+        return count(session)
+
+    with site.running(), ThreadPoolExecutor(CROWD) as clients:
+        replies = list(clients.map(lambda _: site.get(), range(CROWD)))
+    engine.dispose()
+    assert 500 in {reply.status for reply in replies}
+
+
+def test_permits_never_leak(store: Store) -> None:
+    """However a request ends, and whatever it did with its session, its permit is back."""
+    site = Site(store, sync=True, pool_size=1, max_overflow=0, pool_timeout=3)
+    SessionDep = Annotated[Session, Depends(site.db.get_session)]
+
+    @site.app.get("/{how}")
+    def endpoint(how: str, session: SessionDep, background: BackgroundTasks) -> None:
+        if how == "unused":
+            return
+        count(session)
+        if how == "error":
+            raise KeyError
+        if how == "rollback":
+            session.rollback()
+        if how == "commit":
+            session.commit()
+            count(session)
+        if how == "closed":
+            session.close()
+        if how == "background":
+            background.add_task(count, session)
+
+    with site.running():
+        for how in ("unused", "used", "error", "rollback", "commit", "closed", "background") * 2:
+            assert (how, site.get(f"/{how}").status) == (how, 500 if how == "error" else 200)
+
+
+def test_a_request_that_stops_waiting_returns_its_permit(store: Store) -> None:
+    """Cancelled while it waits, or just as it is served: the next in line is served."""
+    site = Site(store, sync=True, pool_size=1, max_overflow=0, pool_timeout=3)
+    permits = site.db.init_app(site.app) or site.db.database.permits
+
+    async def scenario() -> None:
+        release = await permits.acquire()
+        assert release is not None
+        waiting = [asyncio.create_task(permits.acquire()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        release()
+        waiting[1].cancel()
+        last = await asyncio.wait_for(waiting[2], 5)
+        assert last is not None
+        last()
+
+    asyncio.run(scenario())
+    site.db.dispose()
+
+
+def test_permits_asked_for_twice_at_once(store: Store) -> None:
+    """Two dependencies that wait side by side for one scope's permit take one; one that waits beyond its end, none."""
+    database = Database(store.url, pool_size=2, max_overflow=0)
+
+    async def scenario() -> None:
+        from session_plugin.scope import SessionScope
+
+        permits = database.permits
+        scope = SessionScope(database, origin="test")
+        first, second = await permits.acquire(), await permits.acquire()
+        waiting = [asyncio.create_task(scope.permit()) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert first is not None and second is not None
+        first()
+        second()
+        await asyncio.gather(*waiting)
+        await scope.aclose()
+        all_back = [await asyncio.wait_for(permits.acquire(), 5) for _ in range(2)]
+        late = SessionScope(database, origin="test")
+        beyond_the_end = asyncio.create_task(late.permit())
+        await asyncio.sleep(0)
+        await late.aclose()
+        for release in all_back:
+            assert release is not None
+            release()
+        await beyond_the_end
+        for _ in range(2):
+            await asyncio.wait_for(permits.acquire(), 5)
+
+    asyncio.run(scenario())
+    database.dispose()
+
+
+def test_no_permit_where_nothing_limits_the_pool() -> None:
+    """A pool without a limit needs none."""
+    assert asyncio.run(Permits(None).acquire()) is None
+
+
+def test_holders_do_not_queue_behind_those_who_wait() -> None:
+    """A call that would give a connection back runs although every worker of the others is taken."""
+    gate = threading.Event()
+
+    async def scenario() -> None:
+        blocked = [in_thread(lambda: gate.wait(10), holds_connection=False) for _ in range(40)]
+        try:
+            assert await asyncio.wait_for(in_thread(lambda: "back", holds_connection=True), 5) == "back"
+        finally:
+            gate.set()
+        await asyncio.gather(*blocked)
+
+    asyncio.run(scenario())

@@ -69,7 +69,7 @@ def make_engine(url: str | URL, options: Mapping[str, Any], owner: object, *, is
     """
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise ConfigurationError(
             "The database URL cannot be read. It has the form dialect+driver://user:password@host/database, "
             "for example postgresql+psycopg://localhost/shop."

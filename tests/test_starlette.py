@@ -1,7 +1,362 @@
+"""What Starlette adds to the promises: lifespans, mounted apps, several plugins, one plugin on several apps."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import create_async_engine
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import JSONResponse
+from starlette.routing import Host, Mount, Route, Router
+
+from session_plugin import ConfigurationError, Database, NoScopeError
+from session_plugin.starlette import AsyncSessionPlugin, SessionPlugin
+
 from .apps import StarletteHarness
+from .asgi_site import Site, stores
 from .contract import Contract, on
+from .harness import Base, Store, add_orphan, count, insert
+
+store = stores(["postgresql+asyncpg"])
+file_store = stores(["sqlite+aiosqlite"])
 
 
 @on(StarletteHarness)
 class TestContract(Contract):
     """The promises."""
+
+
+# -- lifespan --------------------------------------------------------------------------------------
+
+
+class Lifespan:
+    """A server's side of the lifespan protocol, up to the message that ends each phase."""
+
+    def __init__(self, app: Any) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self._app = app
+        self._to_app: asyncio.Queue[Any] = asyncio.Queue()
+        self._answered: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def __aenter__(self) -> Any:
+        self.task = asyncio.create_task(self._run())
+        await self.tell("startup")
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        if not self.task.done():
+            await self.tell("shutdown")
+        await asyncio.wait([self.task], timeout=5)
+
+    async def tell(self, phase: str) -> None:
+        await self._to_app.put({"type": f"lifespan.{phase}"})
+        await asyncio.wait_for(self._answered.get(), 5)
+
+    async def _run(self) -> None:
+        try:
+            await self._app({"type": "lifespan", "state": {}}, self._to_app.get, self._send)
+        finally:
+            await self._answered.put(None)
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(message)
+        await self._answered.put(None)
+
+    @property
+    def types(self) -> list[str]:
+        return [message["type"].removeprefix("lifespan.") for message in self.sent]
+
+
+def disposals(engine: Any) -> list[str]:
+    """Fills whenever ``engine`` is disposed."""
+    from sqlalchemy import event
+
+    log: list[str] = []
+    event.listen(engine, "engine_disposed", lambda engine: log.append("disposed"))
+    return log
+
+
+@pytest.mark.parametrize("fails", [None, "startup", "shutdown"])
+def test_lifespan_is_kept_and_engines_are_disposed(store: Store, fails: str | None) -> None:
+    """The user's own lifespan runs and can use the database; ours is disposed however it ends, before that is told."""
+    db = AsyncSessionPlugin(store.url)
+    other = AsyncSessionPlugin(store.url)
+    log: list[Any] = []
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
+        async with db.session_scope() as session:
+            log.append(await session.run_sync(count))
+        if fails == "startup":
+            raise KeyError
+        yield {}
+        async with db.session_scope() as session:
+            log.append(await session.run_sync(count))
+        if fails == "shutdown":
+            raise KeyError
+
+    app = Starlette(lifespan=lifespan)
+    db.init_app(app)
+    other.init_app(app)
+    disposed = [disposals(plugin.engine.sync_engine) for plugin in (db, other)]
+
+    async def scenario() -> list[str]:
+        async with Lifespan(app) as server:
+            if fails != "startup":
+                assert disposed == [[], []]
+        if fails:
+            assert isinstance(server.task.exception(), KeyError)
+        return server.types
+
+    expected = {None: ["startup.complete", "shutdown.complete"], "startup": ["startup.failed"]}
+    assert asyncio.run(scenario()) == expected.get(fails, ["startup.complete", "shutdown.failed"])
+    assert disposed == [["disposed"] * 2] * 2
+    assert log == [0] * (1 if fails == "startup" else 2)
+
+
+def test_engines_made_elsewhere_are_not_disposed(store: Store) -> None:
+    """Engines made elsewhere are their maker's to dispose, sync and async."""
+    engine = create_engine(store.url.replace("asyncpg", "psycopg"))
+    async_engine = create_async_engine(store.url)
+    app = Starlette()
+    SessionPlugin(engine).init_app(app)
+    AsyncSessionPlugin(async_engine).init_app(app)
+    disposed = [disposals(engine), disposals(async_engine.sync_engine)]
+
+    async def scenario() -> None:
+        async with Lifespan(app) as server:
+            pass
+        assert server.types == ["startup.complete", "shutdown.complete"]
+
+    asyncio.run(scenario())
+    assert disposed == [[], []]
+
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (f"nonsense://user:{SECRET}@host/db", "nonsense://user:***@host/db"),
+        (f"user:{SECRET}@host", "cannot be read"),
+        (f"postgresql://host:{SECRET}/db", "cannot be read"),
+        (f"postgresql+psycopg2cffi://user:{SECRET}@host/db", "***"),
+        (None, "No database is configured"),
+        (KeyError(SECRET), "KeyError"),
+    ],
+)
+def test_a_late_source_that_cannot_work_fails_the_startup(source: Any, told: str) -> None:
+    """What a late source gets wrong is told to the server in a sentence, without the password."""
+
+    def late() -> Any:
+        if isinstance(source, Exception):
+            raise source
+        return source
+
+    db = SessionPlugin(late)
+    app = Starlette()
+    db.init_app(app)
+
+    async def scenario() -> list[dict[str, Any]]:
+        async with Lifespan(app) as server:
+            pass
+        assert server.task.exception() is not None
+        return server.sent
+
+    [message] = asyncio.run(scenario())
+    assert message["type"] == "lifespan.startup.failed"
+    assert told in message["message"]
+    assert SECRET not in message["message"]
+
+
+def test_init_app_twice_or_too_late() -> None:
+    """Both are told, and what to do."""
+    db = SessionPlugin("sqlite://")
+    app = Starlette()
+    db.init_app(app)
+    with pytest.raises(ConfigurationError, match="once is enough"):
+        db.init_app(app)
+    app.middleware_stack = app.build_middleware_stack()
+    with pytest.raises(ConfigurationError, match="where the app is made"):
+        SessionPlugin("sqlite://").init_app(app)
+
+
+def test_other_connection_types_pass(file_store: Store) -> None:
+    """What is no request, WebSocket or lifespan is the app's own business."""
+    from session_plugin.asgi import SessionScopeMiddleware
+
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["type"])
+
+    middleware = SessionScopeMiddleware(app, Database("sqlite://"))
+    asyncio.run(middleware({"type": "mqtt"}, None, None))  # type: ignore[arg-type]
+    assert seen == ["mqtt"]
+
+
+# -- several plugins, several apps -----------------------------------------------------------------
+
+
+def test_a_sync_plugin_beside_an_async_one(store: Store) -> None:
+    """Each has its session and its fate; both settle before the response, and one's failed commit is the response's."""
+    site = Site(store, Starlette())
+    sync = SessionPlugin(store.url.replace("asyncpg", "psycopg"), pool_size=5, max_overflow=0)
+
+    async def both(request: Any) -> Any:
+        session = await sync.get_session()
+        await asyncio.to_thread(insert("sync"), session)
+        await site.db.session.run_sync(insert("async"))
+        if request.path_params["fate"] == "sync refused":
+            await asyncio.to_thread(add_orphan, session)
+        if request.path_params["fate"] == "async doomed":
+            site.db.doom()
+        return JSONResponse({})
+
+    async def conflict(request: Any, error: Exception) -> Any:
+        return JSONResponse({"rows": await site.db.session.run_sync(count)}, 409)
+
+    site.app.router.routes.append(Route("/{fate}", both))
+    site.app.add_exception_handler(IntegrityError, conflict)
+    site.db.init_app(site.app)
+    sync.init_app(site.app)
+    with site.running():
+        assert site.get("/kept").status == 200
+        assert store.names() == ["async", "sync"]
+        store.clear()
+        assert site.get("/async%20doomed").status == 200
+        assert store.names() == ["sync"]
+        store.clear()
+        assert site.get("/sync%20refused").status == 409
+        assert "sync" not in store.names()
+        assert sync.engine.pool.checkedout() == 0
+
+
+def client_of(app: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+def test_one_plugin_on_several_apps(tmp_path: Any) -> None:
+    """Each app has its own database, also in an app mounted in both, and in a request that one makes to the other."""
+    db = AsyncSessionPlugin(metadata=Base.metadata)
+
+    async def add(request: Any) -> Any:
+        await db.session.run_sync(insert(request.path_params["name"]))
+        return JSONResponse({})
+
+    async def ask(request: Any) -> Any:
+        own = await db.session.run_sync(count)
+        async with client_of(apps[0]) as client:
+            await client.get(f"/shared/{request.path_params['name']}")
+        return JSONResponse([own, await db.session.run_sync(count)])
+
+    shared = Starlette(routes=[Route("/{name}", add)])
+    shared.add_middleware(BaseHTTPMiddleware, dispatch=lambda request, call_next: call_next(request))
+    apps = [Starlette(routes=[Mount("/shared", shared), Route("/ask/{name}", ask)]) for _ in range(2)]
+    for number, app in enumerate(apps):
+        db.init_app(app, f"sqlite+aiosqlite:///{tmp_path}/{number}.db")
+
+    async def scenario() -> None:
+        for app in apps:
+            await db.database_for(app).create_all()
+        with pytest.raises(NoScopeError, match="database_for"):
+            db.session  # noqa: B018
+        with pytest.raises(ConfigurationError, match="init_app"):
+            db.database_for(shared)
+        for number, app in enumerate(apps):
+            async with client_of(app) as client:
+                assert (await client.get(f"/shared/{number}")).status_code == 200
+        async with client_of(apps[1]) as client:
+            assert (await client.get("/ask/2")).json() == [1, 1]
+        counts = []
+        for app in apps:
+            async with db.database_for(app).session_scope() as session:
+                counts.append(await session.run_sync(count))
+            await db.database_for(app).dispose()
+        assert counts == [2, 1]
+
+    asyncio.run(scenario())
+
+
+class Named:
+    """A mount's own middleware."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)
+
+
+@pytest.mark.parametrize("where", ["mount", "router", "middleware", "host", "router with an app"])
+def test_mounted_apps_answer_their_own_errors(file_store: Store, where: str) -> None:
+    """Wherever an app is mounted, its own handlers answer a failed commit, and what they answer for rolls back."""
+    site = Site(file_store, Starlette())
+
+    async def refused(request: Any) -> Any:
+        await site.db.session.run_sync(add_orphan)
+        return JSONResponse({})
+
+    async def handled(request: Any) -> Any:
+        await site.db.session.run_sync(insert("lost"))
+        raise KeyError
+
+    async def answer(request: Any, error: Exception) -> Any:
+        return JSONResponse({"rows": await site.db.session.run_sync(count)})
+
+    handlers: Any = {IntegrityError: answer, KeyError: answer}
+    inner = Starlette(
+        routes=[Route("/refused", refused), Route("/handled", handled)],
+        exception_handlers=handlers,
+    )
+    routes = {
+        "mount": [Mount("/in", inner)],
+        "router": [Mount("/in", routes=[Mount("/", inner)])],
+        "middleware": [Mount("/in", inner, middleware=[Middleware(Named)])],
+        "host": [Host("127.0.0.1", Router([Mount("/in", inner)]))],
+        "router with an app": [Mount("/in", Router([Mount("/", inner)], middleware=[Middleware(Named)]))],
+    }
+    site.app.router.routes.extend(routes[where])
+    with site.running():
+        for path in ("/in/refused", "/in/handled"):
+            reply = site.get(path)
+            assert (path, reply.status, reply.json) == (path, 200, {"rows": 0})
+        assert file_store.names() == []
+
+
+def test_rebuilding_the_stack_does_not_pile_up_layers(file_store: Store) -> None:
+    """Instrumentation rebuilds an app's middleware; each plugin still has one layer inside it."""
+    from session_plugin.starlette import SettlingMiddleware
+
+    app = Starlette()
+    SessionPlugin("sqlite://").init_app(app)
+    AsyncSessionPlugin(file_store.url).init_app(app)
+    for _ in range(3):
+        app.build_middleware_stack()
+    assert len(list(SettlingMiddleware.accesses(app.router.middleware_stack))) == 2
+
+
+def test_policy_of_a_mounted_apps_endpoint(store: Store) -> None:
+    """@db.policy on an endpoint counts wherever it is mounted."""
+    from session_plugin import read_only
+
+    site = Site(store, Starlette())
+
+    @site.db.policy(read_only)
+    async def endpoint(request: Any) -> Any:
+        from sqlalchemy import text
+
+        return JSONResponse((await site.db.session.execute(text("SHOW transaction_read_only"))).scalar())
+
+    site.app.router.routes.append(Mount("/in", Starlette(routes=[Route("/", endpoint)])))
+    with site.running():
+        assert site.get("/in/").json == "on"

@@ -103,14 +103,11 @@ class Response:
                 raise AssertionError("start_response() was called a second time, and without exc_info.")
             self._started = (status, headers)
             return self.write
-        try:
-            if self._sent or (self._server_write is not None and self._scope.saved):
-                raise exc_info[1].with_traceback(exc_info[2])
-            self._started = (status, headers, exc_info)
-            self._scope.error = exc_info[1]
-            self._failure = self._server_write = None
-        finally:
-            exc_info = None  # PEP 3333: no cycle through the traceback
+        if self._sent or (self._server_write is not None and self._scope.saved):
+            raise exc_info[1].with_traceback(exc_info[2])
+        self._started = (status, headers, exc_info)
+        self._scope.error = exc_info[1]
+        self._failure = self._server_write = None
         return self.write
 
     def write(self, data: bytes) -> None:
@@ -148,9 +145,10 @@ class Response:
                 if close is not None:
                     with scope.entered():
                         close()
-            scope.settle(Outcome(error=self._failure, method=scope.method, interrupted=not self._complete))
+            scope.settle(Outcome(method=scope.method, interrupted=not self._complete))
         finally:
             scope.close()
+            self._started = self._failure = scope.error = None  # PEP 3333: no cycle through a traceback
 
     def _pass_on_start(self) -> Callable[[bytes], object]:
         """Settle, and only then tell the server what the app has told."""
@@ -162,7 +160,6 @@ class Response:
         length = next((value for name, value in headers if name.lower() == "content-length"), "")
         self._left_to_send = int(length) if length.isdecimal() else None
         self._server_write = self._start_response(*self._started)
-        self._started = (status, headers)
         return self._server_write
 
     def _about_to_send(self, chunk: bytes | None) -> None:
@@ -189,10 +186,8 @@ class Response:
     def _fail(self, error: BaseException) -> None:
         """Roll back; if something is durable already, the client gets a cut success and not an error."""
         scope = self._scope
-        outcome = Outcome.raised(error, method=scope.method)
-        self._failure = scope.error = outcome.error
         try:
-            scope.settle(outcome)
+            scope.settle(Outcome.raised(error, method=scope.method))
         finally:
             if scope.saved and self._started is not None and not self._sent:
                 server_write = self._server_write or self._start_response(*self._started)

@@ -245,14 +245,16 @@ def test_start_response_again_after_settling_nothing(db: Any, store: Store) -> N
 
 def test_start_response_again_after_the_first_byte(db: Any, store: Store) -> None:
     """Once a byte has left, the exception is raised, as a server raises it."""
+    reached: list[str] = []
 
     def app(environ: Any, start_response: Any) -> Any:
         start_response("200 OK", TEXT)
         yield b"a"
         catching(start_response, "500 Oops")
+        reached.append("the line after start_response()")
 
     server = Server(store).serve(SessionScopeMiddleware(app, db))
-    assert (server.sent, str(server.error)) == ([("200 OK", []), (b"a", [])], "boom")
+    assert (server.sent, str(server.error), reached) == ([("200 OK", []), (b"a", [])], "boom", [])
 
 
 def test_error_after_settling_and_before_the_first_byte(site: Site) -> None:
@@ -282,7 +284,7 @@ def test_error_after_settling_and_before_the_first_byte(site: Site) -> None:
 
 
 def test_exc_info_is_not_kept(db: Any, store: Store) -> None:
-    """The traceback's frames end with the request."""
+    """The traceback's frames end with the request, and do not wait for the garbage collector."""
 
     class Local:
         pass
@@ -298,12 +300,26 @@ def test_exc_info_is_not_kept(db: Any, store: Store) -> None:
             start_response("400 Bad", TEXT, sys.exc_info())
         return [b"a"]
 
-    body = SessionScopeMiddleware(app, db)(new_environ(), lambda *_: None)
-    assert [next(iter(body))] == [b"a"]
-    body.close()  # type: ignore[attr-defined]
-    del body
-    gc.collect()
-    assert seen[0]() is None
+    gc.disable()
+    try:
+        body: Any = SessionScopeMiddleware(app, db)(new_environ(), lambda *_: None)
+        assert next(body) == b"a"
+        body.close()
+        assert seen[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_error_after_an_empty_chunk(db: Any, store: Store) -> None:
+    """An empty chunk sends nothing, so the server could still tell an error, and must not."""
+
+    def stream() -> Any:
+        yield b""
+        raise RuntimeError("boom")
+
+    app = answering(stream(), "201 Created", work=lambda: insert("tea")(db.session))
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (server.sent, server.complete) == ([("201 Created", ["tea"])], False)
 
 
 # -- write() -------------------------------------------------------------------------------------
@@ -517,9 +533,10 @@ def test_failed_body_keeps_nothing_of_what_its_close_does(db: Any, store: Store)
             yield b"a"
             raise RuntimeError("boom")
 
-    app = SessionScopeMiddleware(answering(Failing(lambda: insert("late")(db.session))), db)
-    assert not Server(store).serve(app).complete
-    assert store.names() == []
+    body = Failing(lambda: insert("late")(db.session))
+    app = SessionScopeMiddleware(answering(body, work=lambda: insert("tea")(db.session)), db)
+    server = Server(store).serve(app)
+    assert (str(server.error), server.complete, store.names()) == ("boom", False, ["tea"])
 
 
 def test_body_is_closed_although_settling_fails(db: Any, store: Store) -> None:

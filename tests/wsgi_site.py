@@ -66,7 +66,8 @@ class Server:
             try:
                 for chunk in body:
                     self.write(chunk, flush=bool(chunk))
-                self.write(b"")
+                if not self.sent:
+                    self.write(b"")
                 self.complete = True
             finally:
                 if hasattr(body, "close"):
@@ -84,6 +85,7 @@ class Server:
 
     def write(self, data: bytes, *, flush: bool = True) -> None:
         assert self.started is not None, "a body before start_response()"
+        assert data or not flush or not self.sent, "an empty write, which ends a chunked response on some servers"
         if flush and not self.sent:
             self.sent.append((self.started[0], self.store.names()))
         if data:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import MetaData
 
+from ._current import find_scope
 from ._types import AsyncS
 from .access import Access, ScopeRegistry, caller
 from .configuration import DEFAULT, Configuration, PolicyLike
 from .policy import Outcome, commit_on_success
-from .scope import SessionScope, find_scope
+from .scope import SessionScope
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, async_scoped_session, async_sessionmaker

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
@@ -54,8 +55,15 @@ def sync_engine(engine: Any) -> Any:
     return getattr(engine, "sync_engine", engine)
 
 
+_prepared: WeakSet[Engine] = WeakSet()
+"""The engines that are listened to: `event.contains` goes by an id, which another engine may have had."""
+
+
 def prepare(engine: Engine) -> None:
     """Listen on ``engine`` for what the promises need; a second call changes nothing."""
+    if engine in _prepared:
+        return
+    _prepared.add(engine)
     watch_engine(engine)
     if engine.dialect.name == "sqlite":
         _sqlite.prepare(engine)

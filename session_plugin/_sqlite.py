@@ -47,11 +47,10 @@ def shared_memory_url(url: URL, owner: object) -> URL:
 
 
 def prepare(engine: Engine) -> None:
-    """Make every transaction of ``engine`` a real one; a second call changes nothing."""
-    if not event.contains(engine, "begin", _begin):
-        event.listen(engine, "begin", _begin)
-        event.listen(engine, "reset", _leave_query_only)
-        event.listen(engine, "begin", _recommend_wal, once=True)
+    """Make every transaction of ``engine`` a real one."""
+    event.listen(engine, "begin", _recommend_wal, once=True)
+    event.listen(engine, "begin", _begin)
+    event.listen(engine, "reset", _leave_query_only)
 
 
 def _begin(connection: Connection) -> None:

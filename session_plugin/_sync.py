@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Engine, MetaData
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from ._current import find_scope
 from ._types import SyncS
 from .access import Access, ScopeRegistry, caller
 from .configuration import DEFAULT, Configuration, PolicyLike
 from .policy import Outcome, commit_on_success
-from .scope import SessionScope, find_scope
+from .scope import SessionScope
 
 if TYPE_CHECKING:
     from .configuration import Source

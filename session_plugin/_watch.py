@@ -128,11 +128,10 @@ def _handle_error(context: ExceptionContext) -> None:
 
 
 def watch_engine(engine: Engine) -> None:
-    """Listen to what the sessions of our scopes do on ``engine``; a second call changes nothing."""
-    if not event.contains(engine, "handle_error", _handle_error):
-        event.listen(engine, "before_cursor_execute", _before_cursor_execute)
-        event.listen(engine, "after_cursor_execute", _after_cursor_execute)
-        event.listen(engine, "handle_error", _handle_error)
+    """Listen to what the sessions of our scopes do on ``engine``."""
+    event.listen(engine, "before_cursor_execute", _before_cursor_execute)
+    event.listen(engine, "after_cursor_execute", _after_cursor_execute)
+    event.listen(engine, "handle_error", _handle_error)
 
 
 class Work:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from . import _lifecycle
+from ._current import entered, open_scope
 from ._drive import Steps, arun, run, uncancelled
 from ._hooks import Event, Hook, Hooks
 from ._session import ScopeSession
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .database import BaseDatabase
 
 
-_current: ContextVar[SessionScope[Any] | None] = ContextVar("session_plugin_scope", default=None)
 _making_session = threading.Lock()
 
 
@@ -34,6 +33,7 @@ class SessionScope(Generic[S]):
 
     Attributes:
         database: whose session it has.
+        outer: the scope, of any database, in which it was opened, or None.
         method: the HTTP method, or None outside HTTP.
         settled: True once its transaction was settled; what follows is late work.
         saved: True once a settling has committed work.
@@ -79,9 +79,7 @@ class SessionScope(Generic[S]):
         self._doomed: str | None = None
         self._session: S | None = None
         self._permit: Callable[[], None] | None = None
-        self._outer: SessionScope[Any] | None = _current.get()
-        while self._outer is not None and self._outer.closed:
-            self._outer = self._outer._outer
+        self.outer: SessionScope[Any] | None = open_scope()
 
     def __repr__(self) -> str:
         return self._origin
@@ -216,17 +214,9 @@ class SessionScope(Generic[S]):
 
     # -- its course ----------------------------------------------------------------------------
 
-    @contextmanager
-    def entered(self) -> Generator[None]:
+    def entered(self) -> AbstractContextManager[None]:
         """Make this the current scope of the block."""
-        token = _current.set(self)
-        try:
-            yield
-        finally:
-            try:
-                _current.reset(token)
-            except ValueError:
-                pass  # left in another context, whose copy of the variable ends with it
+        return entered(self)
 
     @contextmanager
     def joined(self) -> Generator[S]:
@@ -293,21 +283,3 @@ class SessionScope(Generic[S]):
             await uncancelled(arun(steps))
         else:
             await uncancelled(in_thread(partial(run, steps), holds_connection=self.work.connected))
-
-
-def find_scope(database: BaseDatabase[S]) -> SessionScope[S] | None:
-    """The scope of ``database`` in which the caller stands, or None."""
-    scope = _current.get()
-    while scope is not None and scope.database is not database:
-        scope = scope._outer
-    return scope
-
-
-def entered_databases() -> list[BaseDatabase[Any]]:
-    """The databases in whose scopes the caller stands, the innermost first."""
-    databases = []
-    scope = _current.get()
-    while scope is not None:
-        databases.append(scope.database)
-        scope = scope._outer
-    return databases

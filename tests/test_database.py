@@ -306,3 +306,16 @@ def test_databases_are_collected() -> None:
     del db, session
     gc.collect()
     assert gone() is None
+
+
+def test_every_engine_is_listened_to() -> None:
+    """Also one that lies where a collected one lay: an engine's id is no proof that it is known."""
+    for _ in range(200):
+        db = Database("sqlite://")
+        with db.session_scope() as session:
+            session.execute(text("CREATE TABLE t (n INTEGER)"))
+            session.execute(text("INSERT INTO t VALUES (1)"))
+            assert db.scope.wrote
+        db.dispose()
+        del db, session
+        gc.collect(1)

@@ -40,6 +40,7 @@ def test_an_adapter_imports_its_own_framework_only() -> None:
 
 LAYERS = [
     {"exceptions", "_types"},
+    {"_current"},
     {"policy", "_drive", "_threads", "_hooks"},
     {"_watch", "_lifecycle", "_sqlite", "configuration"},
     {"_session", "_engines"},

@@ -21,6 +21,7 @@ from flask.globals import app_ctx
 from sqlalchemy import Executable
 from sqlalchemy.exc import MultipleResultsFound, NoResultFound
 
+from .._current import find_scope
 from .._sync import SyncAccess
 from .._types import SyncS
 from ..access import POLICY_ATTRIBUTE, endpoint_policy
@@ -29,7 +30,7 @@ from ..database import Database
 from ..exceptions import NoScopeError
 from ..plugin import Plugin
 from ..policy import Outcome, Policy, as_policy, manual
-from ..scope import SessionScope, find_scope
+from ..scope import SessionScope
 from ..wsgi import SessionScopeMiddleware
 from ._configuration import configured
 from ._settle import SettlingMiddleware

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Response, current_app, has_request_context
 from werkzeug.exceptions import HTTPException
 
+from .._current import find_scope
 from ..policy import Outcome, response_status
-from ..scope import SessionScope, find_scope
+from ..scope import SessionScope
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment

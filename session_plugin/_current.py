@@ -1,0 +1,53 @@
+"""Where the caller stands: the scopes that are open around it, the innermost first."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from ._types import S
+
+if TYPE_CHECKING:
+    from .database import BaseDatabase
+    from .scope import SessionScope
+
+_innermost: ContextVar[SessionScope[Any] | None] = ContextVar("session_plugin_scope", default=None)
+
+
+def open_scope() -> SessionScope[Any] | None:
+    """The innermost scope that is not closed: a closed one is kept by nobody who opens the next."""
+    scope = _innermost.get()
+    while scope is not None and scope.closed:
+        scope = scope.outer
+    return scope
+
+
+def find_scope(database: BaseDatabase[S]) -> SessionScope[S] | None:
+    """The scope of ``database`` in which the caller stands, or None."""
+    scope = _innermost.get()
+    while scope is not None and scope.database is not database:
+        scope = scope.outer
+    return scope
+
+
+def entered_databases() -> Iterator[BaseDatabase[Any]]:
+    """The databases in whose scopes the caller stands, the innermost first."""
+    scope = _innermost.get()
+    while scope is not None:
+        yield scope.database
+        scope = scope.outer
+
+
+@contextmanager
+def entered(scope: SessionScope[Any]) -> Generator[None]:
+    """Make ``scope`` the innermost one of the block."""
+    token = _innermost.set(scope)
+    try:
+        yield
+    finally:
+        try:
+            _innermost.reset(token)
+        except ValueError:
+            pass  # left in another context, whose copy of the variable ends with it

@@ -145,7 +145,7 @@ def test_two_in_memory_urls_are_two_databases() -> None:
 
 def test_an_old_sqlite_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sqlite.sqlite3, "sqlite_version_info", (3, 35, 5))
-    with pytest.raises(ConfigurationError, match="3.36 or newer"):
+    with pytest.raises(ConfigurationError, match=r"3\.36 or newer"):
         Database("sqlite://")
 
 

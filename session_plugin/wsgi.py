@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from .access import HasDatabase
 from .policy import Outcome, Policy
@@ -40,7 +41,7 @@ class SessionScopeMiddleware:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
-        scopes: dict[Any, SessionScope[Any]] = environ.setdefault(KEY, {})
+        scopes: WeakValueDictionary[Any, SessionScope[Any]] = environ.setdefault(KEY, WeakValueDictionary())
         database = self._access.database
         outer = scopes.get(database)
         if outer is not None and not outer.closed:

@@ -1,7 +1,1339 @@
+"""Flask, as its users write it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from io import BytesIO
+from typing import Any
+from weakref import ref
+from wsgiref.validate import validator
+
+import pytest
+from flask import (
+    Blueprint,
+    Flask,
+    abort,
+    copy_current_request_context,
+    flash,
+    g,
+    get_flashed_messages,
+    redirect,
+    render_template_string,
+    request_finished,
+    send_file,
+    session,
+    stream_with_context,
+)
+from flask.views import MethodView, View
+from sqlalchemy import make_url, select
+from sqlalchemy.exc import IntegrityError, MultipleResultsFound, SQLAlchemyError
+from sqlalchemy.orm import Session
+from werkzeug.debug import DebuggedApplication
+from werkzeug.exceptions import Conflict, Forbidden, HTTPException, InternalServerError
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+from werkzeug.middleware.proxy_fix import ProxyFix
+from werkzeug.routing import RequestRedirect
+
+from session_plugin import (
+    ConfigurationError,
+    Database,
+    NoScopeError,
+    PolicyError,
+    ReadOnlyError,
+    ScopeClosedError,
+    manual,
+    read_only,
+)
+from session_plugin.flask import SessionPlugin
+from session_plugin.wsgi import SessionScopeMiddleware
+
 from .apps import FlaskHarness
 from .contract import Contract, on
+from .harness import POOL, Base, Child, Parent, Store, add, add_orphan, count, insert
+from .wsgi_site import TEXT, Server, Site, module_store, new_environ, store
+
+__all__ = ["module_store", "store"]
+
+FAILING: dict[str, Callable[[Session], None]] = {"flush": lambda session: twice(session), "commit": add_orphan}
 
 
 @on(FlaskHarness)
 class TestContract(Contract):
     """The promises."""
+
+
+def twice(session: Session) -> None:
+    insert("lost")(session)
+    session.connection().execute(Parent.__table__.insert(), {"name": "lost"})
+
+
+def flask_app(**config: Any) -> Flask:
+    app = Flask(__name__)
+    app.secret_key = "secret"
+    app.config.update(config)
+    app.logger.disabled = True
+    return app
+
+
+@pytest.fixture
+def site(store: Store) -> Iterator[Site]:
+    """A Flask app with a plugin on each database; at the end nothing is held."""
+    app = flask_app()
+    db = SessionPlugin(store.url, metadata=Base.metadata, **POOL)
+    db.init_app(app)
+    with Site(store, app, db).checked() as site:
+        yield site
+
+
+@pytest.fixture
+def app(site: Site) -> Any:
+    return site.app
+
+
+@pytest.fixture
+def db(site: Site) -> Any:
+    return site.db
+
+
+# -- why not in a teardown ------------------------------------------------------------------------
+
+
+def test_naive_teardown_commit_lies(store: Store) -> None:
+    """What people write by hand tells a 201 and saves nothing; the tests below can fail."""
+    app = flask_app()
+    database = Database(store.url, **POOL)
+
+    @app.before_request
+    def begin() -> None:
+        g.session = database.sessionmaker()
+
+    @app.teardown_request
+    def end(error: BaseException | None) -> None:
+        with closing(g.session):
+            if error is None:
+                g.session.commit()
+
+    @app.post("/orphan")
+    def orphan() -> Any:
+        g.session.add(Child(name="x" * 3, parent="nobody"))
+        g.session.connection().execute(Parent.__table__.insert(), {"name": "tea"})
+        g.session.add(Parent(name="tea"))
+        return {}, 201
+
+    @app.post("/handled")
+    def handled() -> Any:
+        insert("handled")(g.session)
+        abort(409)
+
+    started: list[str] = []
+    with pytest.raises(IntegrityError):
+        app(new_environ(path="/orphan"), lambda status, headers: started.append(status))
+    assert (started, store.names()) == (["201 CREATED"], [])
+    assert app.test_client().post("/handled").status_code == 409
+    assert store.names() == ["handled"]
+    database.dispose()
+
+
+# -- one request, one session -----------------------------------------------------------------------
+
+
+def test_one_session_wherever_it_is_asked_for(site: Site, app: Any, db: Any) -> None:
+    """Request functions, views, nested app contexts, templates, signals and streams share one."""
+    seen: dict[str, Any] = {}
+    keep = lambda place: seen.update({place: db.session})  # noqa: E731
+    blueprint = Blueprint("b", __name__)
+    app.before_request(lambda: keep("before_request"))
+    blueprint.before_request(lambda: keep("blueprint"))
+    app.after_request(lambda response: keep("after_request") or response)
+    app.teardown_request(lambda error: keep("teardown_request"))
+    app.teardown_appcontext(lambda error: keep("teardown_appcontext"))
+    app.context_processor(lambda: keep("context_processor") or {"note": keep})
+
+    def finished(sender: Any, response: Any, **_: Any) -> None:
+        keep("signal")
+
+    request_finished.connect(finished, app)
+
+    @blueprint.post("/one")
+    def one() -> Any:
+        keep("view")
+        with app.app_context():
+            keep("nested app context")
+        with db.session_scope():
+            keep("session_scope")
+        keep("scoped_session") if db.scoped_session() is db.session else None
+        render_template_string("{{ note('template') or '' }}")
+
+        def stream() -> Any:
+            yield b"a"
+            keep("stream")
+
+        return app.response_class(stream_with_context(stream()))
+
+    app.register_blueprint(blueprint)
+    assert site.ask("/one").complete
+    assert set(seen) == {
+        *("before_request", "blueprint", "after_request", "teardown_request", "teardown_appcontext"),
+        *("context_processor", "signal", "view", "nested app context", "session_scope", "scoped_session"),
+        *("template", "stream"),
+    }
+    assert len(set(map(id, seen.values()))) == 1
+
+
+class Names(MethodView):
+    def __init__(self, db: Any) -> None:
+        self.db = db
+
+    def get(self) -> Any:
+        return {"rows": count(self.db.session)}
+
+    def post(self) -> Any:
+        insert("method view")(self.db.session)
+        return {}, 201
+
+
+class Put(View):
+    methods = ("POST",)
+
+    def __init__(self, db: Any) -> None:
+        self.db = db
+
+    def dispatch_request(self) -> Any:
+        insert("view class")(self.db.session)
+        return {}, 201
+
+
+def test_views_of_every_kind(site: Site, app: Any, db: Any) -> None:
+    """Functions, coroutines, classes and method views commit alike, and fail alike."""
+    app.add_url_rule("/class", view_func=Put.as_view("class", db))
+    app.add_url_rule("/method", view_func=Names.as_view("method", db))
+
+    @app.post("/async")
+    async def coroutine() -> Any:
+        insert("coroutine")(db.session)
+        return {}, 201
+
+    @app.post("/async-fails")
+    async def coroutine_fails() -> Any:
+        insert("lost")(db.session)
+        raise Forbidden
+
+    assert [site.ask(path).status for path in ("/class", "/method", "/async", "/async-fails")] == [201, 201, 201, 403]
+    assert site.store.names() == ["coroutine", "method view", "view class"]
+
+
+@pytest.mark.parametrize("when", ["before init_app", "after init_app"])
+def test_after_request_writes_are_in_the_transaction(store: Store, when: str) -> None:
+    """Whatever the order of registration: a library that commits in its own after_request loses one of the two."""
+    app, db = flask_app(), SessionPlugin(store.url, **POOL)
+
+    def audit(response: Any) -> Any:
+        insert(f"audit {response.status_code}")(db.session)
+        return response
+
+    if when == "before init_app":
+        app.after_request(audit)
+    db.init_app(app)
+    if when == "after init_app":
+        app.after_request(audit)
+    app.add_url_rule("/<int:status>", "view", lambda status: ({}, status), methods=["POST"])
+    with Site(store, app, db).checked() as site:
+        assert [site.ask("/201").status, site.ask("/400").status] == [201, 400]
+    assert store.names() == ["audit 201"]
+
+
+def test_before_request_that_answers_commits(site: Site, app: Any, db: Any) -> None:
+    """A request that never reached a view is a request."""
+
+    @app.before_request
+    def answer() -> Any:
+        insert("before")(db.session)
+        return {}, 201
+
+    assert (site.ask("/").status, site.store.names()) == (201, ["before"])
+
+
+def test_objects_of_a_request_stay_readable(site: Site, app: Any, db: Any) -> None:
+    """A test reads what a request loaded, after it ended."""
+    loaded: list[Any] = []
+
+    @app.post("/")
+    def view() -> Any:
+        insert("tea")(db.session)
+        g.user = db.session.get(Parent, "tea")
+        loaded.append(g.user)
+        return {}
+
+    with app.test_client() as client:
+        client.post("/")
+        assert g.user.name == "tea"
+    assert loaded[0].name == "tea"
+
+
+def test_thread_of_a_request_has_no_share_in_its_session(site: Site, app: Any, db: Any) -> None:
+    """A copied request context brings Flask's request to a thread, and not the session."""
+    seen: list[Any] = []
+
+    @app.post("/")
+    def view() -> Any:
+        @copy_current_request_context
+        def work() -> None:
+            seen.append(db.session is own)
+            with db.session_scope() as scoped:
+                seen.append(scoped is own)
+
+        own = db.session
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(5)
+        return {}
+
+    assert (site.ask("/").status, seen) == (200, [False, False])
+
+
+# -- failed commits -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def failing(app: Any, db: Any) -> Any:
+    """Routes /flush and /commit that fail there, with a session cookie, g and after_request at work."""
+
+    @app.before_request
+    def load() -> None:
+        g.user = "ada"
+
+    @app.post("/<where>")
+    def view(where: str) -> Any:
+        session["visits"] = session.get("visits", 0) + 1
+        flash("kept")
+        FAILING[where](db.session)
+        return {}, 201
+
+    @app.after_request
+    def header(response: Any) -> Any:
+        response.headers["X-User"] = g.user
+        return response
+
+
+HANDLED = [IntegrityError, SQLAlchemyError, Exception, 500, InternalServerError]
+
+
+@pytest.mark.usefixtures("failing")
+@pytest.mark.parametrize("where", FAILING)
+@pytest.mark.parametrize("handled", HANDLED, ids=str)
+def test_handlers_answer_failed_commits(site: Site, app: Any, db: Any, handled: Any, where: str) -> None:
+    """A failed commit reaches the handler that a failed flush reaches; cookie, g and headers are intact."""
+
+    @app.errorhandler(handled)
+    def answer(error: Any) -> Any:
+        original = getattr(error, "original_exception", error)
+        messages = get_flashed_messages()
+        return {"error": type(original).__name__, "rows": count(db.session), "user": g.user, "flashed": messages}, 409
+
+    reply = site.ask(f"/{where}")
+    assert (reply.status, reply.headers["X-User"]) == (409, "ada")
+    assert app.json.loads(reply.body) == {"error": "IntegrityError", "rows": 0, "user": "ada", "flashed": ["kept"]}
+    cookie = reply.cookies["session"].value
+    with app.test_request_context("/", headers={"Cookie": f"session={cookie}"}):
+        assert session["visits"] == 1
+    assert site.store.names() == []
+
+
+@pytest.mark.usefixtures("failing")
+@pytest.mark.parametrize("where", FAILING)
+def test_failed_commit_without_a_handler(site: Site, app: Any, where: str) -> None:
+    """It is Flask's own 500, with after_request's headers."""
+    answer = site.ask(f"/{where}")
+    assert (answer.status, answer.headers["X-User"], site.store.names()) == (500, "ada", [])
+
+
+@pytest.mark.usefixtures("failing")
+@pytest.mark.parametrize("where", FAILING)
+@pytest.mark.parametrize("key", ["TESTING", "DEBUG", "PROPAGATE_EXCEPTIONS"])
+def test_failed_commit_propagates_where_errors_do(site: Site, app: Any, where: str, key: str) -> None:
+    """A test sees the very exception, and nothing is written."""
+    app.config[key] = True
+    with pytest.raises(IntegrityError):
+        app.test_client().post(f"/{where}")
+    assert site.store.names() == []
+
+
+def test_blueprint_handlers_answer_for_their_views(site: Site, app: Any, db: Any) -> None:
+    """The handler nearest to the view is the one that answers."""
+    blueprint = Blueprint("b", __name__)
+
+    @blueprint.post("/inside")
+    def inside() -> Any:
+        add_orphan(db.session)
+        return {}, 201
+
+    app.add_url_rule("/outside", "outside", inside, methods=["POST"])
+    blueprint.register_error_handler(IntegrityError, lambda error: ("blueprint", 409))
+    app.register_error_handler(IntegrityError, lambda error: ("app", 409))
+    app.register_blueprint(blueprint)
+    assert [site.ask("/inside").body, site.ask("/outside").body] == [b"blueprint", b"app"]
+
+
+def test_async_handlers_answer_too(site: Site, app: Any, db: Any) -> None:
+    """A coroutine function may handle a failed commit."""
+
+    @app.post("/")
+    def view() -> Any:
+        add_orphan(db.session)
+        return {}, 201
+
+    @app.errorhandler(IntegrityError)
+    async def answer(error: Any) -> Any:
+        return {"rows": count(db.session)}, 409
+
+    assert (site.ask("/").status, site.store.names()) == (409, [])
+
+
+@pytest.mark.parametrize("orphan", [True, False])
+def test_error_in_the_handler_of_a_failed_commit(site: Site, app: Any, db: Any, orphan: bool) -> None:
+    """A handler that fails is a 500, and nothing of it or of the view is written."""
+
+    @app.post("/")
+    def view() -> Any:
+        (add_orphan if orphan else twice)(db.session)
+        return {}, 201
+
+    @app.errorhandler(IntegrityError)
+    def answer(error: Any) -> Any:
+        insert("handler")(db.session)
+        raise RuntimeError("boom")
+
+    assert (site.ask("/").status, site.store.names()) == (500, [])
+
+
+def test_writes_of_error_handlers_are_discarded(site: Site, app: Any, db: Any) -> None:
+    """The session saves nothing under an error; a unit of work of its own does."""
+
+    @app.post("/")
+    def view() -> Any:
+        add_orphan(db.session)
+        return {}, 201
+
+    @app.errorhandler(IntegrityError)
+    def answer(error: Any) -> Any:
+        insert("lost")(db.session)
+        if site.store.backend == "sqlite":
+            db.session.rollback()  # one writer at a time
+        with db.session_scope() as audit:
+            insert("audit")(audit)
+        return {}, 200
+
+    assert (site.ask("/").status, site.store.names()) == (200, ["audit"])
+
+
+def test_refused_response_is_closed_and_its_work_discarded(site: Site, app: Any, db: Any) -> None:
+    """call_on_close is for cleaning up, and runs; what it writes under a refused response is not saved."""
+    closed: list[str] = []
+
+    @app.post("/")
+    def view() -> Any:
+        add_orphan(db.session)
+        response = app.response_class("fine", 201)
+
+        @response.call_on_close
+        def clean_up() -> None:
+            closed.append("closed")
+            insert("late")(db.session)
+
+        return response
+
+    assert (site.ask("/").status, closed, site.store.names()) == (500, ["closed"], [])
+
+
+# -- raised, handled, returned -------------------------------------------------------------------------
+
+
+class Teapot(HTTPException):
+    code = 418
+
+
+class Done(HTTPException):
+    code = 202
+
+
+def raising(error: Exception) -> Callable[[], Any]:
+    def view() -> Any:
+        raise error
+
+    return view
+
+
+ENDINGS = {
+    "abort(404)": (lambda: abort(404), 404, False),
+    "abort(Response 400)": (lambda: abort(Flask.response_class("no", 400)), 400, False),
+    "abort(Response 201)": (lambda: abort(Flask.response_class("yes", 201)), 201, True),
+    "abort(redirect)": (lambda: abort(redirect("/elsewhere")), 302, True),
+    "RequestRedirect": (raising(RequestRedirect("/elsewhere")), 308, True),
+    "HTTPException subclass": (raising(Teapot()), 418, False),
+    "HTTPException below 400": (raising(Done()), 202, True),
+    "error": (raising(RuntimeError("boom")), 500, False),
+    "returned 422": (lambda: ({}, 422), 422, False),
+    "returned redirect": (lambda: redirect("/elsewhere"), 302, True),
+    "returned exception": (lambda: Conflict(), 409, False),
+    "nothing returned": (lambda: None, 500, False),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_how_a_view_ends_decides(site: Site, app: Any, db: Any, ending: str) -> None:
+    """Errors roll back, raised or returned; a raised response below 400 commits."""
+    end, status, saved = ENDINGS[ending]
+
+    @app.post("/")
+    def view() -> Any:
+        insert("tea")(db.session)
+        return end()
+
+    assert (site.ask("/").status, site.store.names()) == (status, ["tea"] if saved else [])
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("boom"), Forbidden(), Teapot()], ids=repr)
+@pytest.mark.parametrize("handled", [Exception, "its class"], ids=str)
+def test_handled_as_a_success_rolls_back(site: Site, app: Any, db: Any, raised: Any, handled: Any) -> None:
+    """An error that its handler answers by a 200 saved nothing, as the handler's own query sees."""
+
+    @app.post("/")
+    def view() -> Any:
+        insert("tea")(db.session)
+        raise raised
+
+    @app.errorhandler(type(raised) if handled == "its class" else handled)
+    def answer(error: Any) -> Any:
+        return {"rows": count(db.session)}, 200
+
+    reply = site.ask("/")
+    assert (reply.status, app.json.loads(reply.body), site.store.names()) == (200, {"rows": 0}, [])
+
+
+@pytest.mark.parametrize("where", ["before_request", "after_request", "request_finished", "template", "user loader"])
+def test_errors_beside_the_view_roll_back(site: Site, app: Any, db: Any, where: str) -> None:
+    """Wherever the error is raised while the response is made, nothing is saved."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        insert(where)(db.session)
+        raise RuntimeError("boom")
+
+    if where == "before_request":
+        app.before_request(fail)
+    elif where == "after_request":
+        app.after_request(fail)
+    elif where == "request_finished":
+        request_finished.connect(fail, app)
+    elif where == "user loader":
+        app.url_value_preprocessor(fail)
+
+    @app.post("/")
+    def view() -> Any:
+        insert("view")(db.session)
+        return render_template_string("{{ fail() }}", fail=fail if where == "template" else str)
+
+    assert (site.ask("/").status, site.store.names()) == (500, [])
+
+
+def test_error_in_a_teardown_function_is_told_as_a_cut_success(site: Site, app: Any, db: Any) -> None:
+    """By then the work is durable, and the client must not read an error; without work it may."""
+
+    @app.teardown_request
+    def fail(error: Any) -> None:
+        raise RuntimeError("boom")
+
+    @app.post("/write")
+    def write() -> Any:
+        insert("tea")(db.session)
+        return {}, 201
+
+    @app.post("/read")
+    def read() -> Any:
+        return {"rows": count(db.session)}
+
+    answer = site.ask("/write")
+    assert (answer.status, answer.complete, site.store.names()) == (201, False, ["tea"])
+    assert site.ask("/read").status == 500
+
+
+def test_handled_error_of_another_app_is_forgotten(store: Store) -> None:
+    """Two apps in a cascade share a unit of work: the first one's 404 is no error of the second's answer."""
+    shared = Database(store.url, **POOL)
+    first, second = flask_app(), flask_app()
+    SessionPlugin(shared).init_app(first)
+    SessionPlugin(shared).init_app(second)
+    second.add_url_rule("/", "view", lambda: (insert("tea")(shared.session) or {}, 201), methods=["POST"])
+
+    def cascade(environ: Any, start_response: Any) -> Any:
+        statuses: list[str] = []
+        body = first(environ, lambda status, headers, exc_info=None: statuses.append(status))
+        body.close()
+        return second(environ, start_response) if statuses[0].startswith("404") else body
+
+    with Site(store, SessionScopeMiddleware(cascade, shared), shared).checked() as site:
+        assert (site.ask("/").status, store.names()) == (201, ["tea"])
+
+
+# -- streams -------------------------------------------------------------------------------------------
+
+
+def test_stream_queries_and_writes(site: Site, app: Any, db: Any) -> None:
+    """A generator works with the request's session, whose work is settled by the last byte."""
+
+    @app.post("/")
+    def view() -> Any:
+        insert("early")(db.session)
+
+        @stream_with_context
+        def stream() -> Any:
+            yield f"{count(db.session)}"
+            insert("late")(db.session)
+            yield f"{count(db.session)}"
+
+        return app.response_class(stream())
+
+    assert (site.ask("/").body, site.store.names()) == (b"12", ["early", "late"])
+
+
+def test_stream_that_fails_before_its_first_byte(site: Site, app: Any, db: Any) -> None:
+    """The view's work is durable, so that the client reads a success that is cut, and no error."""
+
+    @app.post("/")
+    def view() -> Any:
+        insert("early")(db.session)
+
+        def stream() -> Any:
+            raise RuntimeError("boom")
+            yield ""
+
+        return app.response_class(stream_with_context(stream()), 201)
+
+    answer = site.ask("/")
+    assert (answer.status, answer.complete, site.store.names()) == (201, False, ["early"])
+
+
+def test_stream_abandoned_and_collected_elsewhere(
+    site: Site, app: Any, db: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first thread's next requests have sessions of their own that end, and no connection is lost."""
+    told: list[str] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
+
+    @app.post("/stream")
+    def stream() -> Any:
+        def chunks() -> Any:
+            insert("half")(db.session)
+            yield "a"
+            yield "b"
+
+        return app.response_class(stream_with_context(chunks()))
+
+    @app.post("/<name>")
+    def view(name: str) -> Any:
+        insert(name)(db.session)
+        return {}, 201
+
+    def abandon() -> None:
+        bodies: list[Any] = [app(new_environ(path="/stream"), Server(site.store).start_response)]
+        next(bodies[0])
+        collector = threading.Thread(target=lambda: (bodies.clear(), gc.collect()))
+        collector.start()
+        collector.join(5)
+        for name in ("one", "two"):
+            assert Server(site.store).serve(app, path=f"/{name}").status == 201
+
+    thread = threading.Thread(target=abandon)
+    thread.start()
+    thread.join(10)
+    assert (site.store.names(), db.engine.pool.checkedout()) == (["one", "two"], 0)
+    assert any("POST /stream was never closed" in message for message in told)
+
+
+def test_send_file_commits_first(site: Site, app: Any, db: Any) -> None:
+    """A file that the server may send by itself is a response like any other."""
+
+    @app.post("/")
+    def view() -> Any:
+        insert("tea")(db.session)
+        return send_file(BytesIO(b"file"), "text/plain")
+
+    assert (site.ask("/").body, site.store.names()) == (b"file", ["tea"])
+
+
+# -- wrappers -----------------------------------------------------------------------------------------
+
+
+def buffering(app: Any) -> Any:
+    """A middleware that starts the response only once it has all of it."""
+
+    def middleware(environ: Any, start_response: Any) -> Any:
+        started: list[Any] = []
+        body = app(environ, lambda *args: started.append(args))
+        chunks = list(body)
+        if hasattr(body, "close"):
+            body.close()
+        start_response(*started[0])
+        return chunks
+
+    return middleware
+
+
+WRAPPERS = {
+    "ProxyFix": ProxyFix,
+    "buffering": buffering,
+    "debugger": lambda app: DebuggedApplication(app, evalex=False),
+    "validator": validator,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("when", ["before init_app", "after init_app"])
+def test_wrappers_around_the_app(store: Store, wrapper: str, when: str) -> None:
+    """A middleware around ``app.wsgi_app`` changes no promise; the app's handlers answer through all but one."""
+    app, db = flask_app(), SessionPlugin(store.url, **POOL)
+    if when == "after init_app":
+        db.init_app(app)
+    app.wsgi_app = WRAPPERS[wrapper](app.wsgi_app)  # type: ignore[method-assign]
+    if when == "before init_app":
+        db.init_app(app)
+
+    @app.post("/<name>")
+    def view(name: str) -> Any:
+        (add_orphan if name == "orphan" else insert(name))(db.session)
+        return {}, 201
+
+    app.register_error_handler(IntegrityError, lambda error: ("conflict", 409))
+    with Site(store, app, db).checked() as site:
+        hidden = (wrapper, when) == ("buffering", "before init_app")
+        assert site.ask("/orphan").status == (500 if hidden else 409)
+        assert store.names() == []
+        assert (site.ask("/tea").status, store.names()) == (201, ["tea"])
+
+
+def test_refused_response_discards_what_a_wrapper_writes(store: Store) -> None:
+    """A middleware inside that sends by write() cannot put a refused success in front of the answer."""
+    app, db = flask_app(), SessionPlugin(store.url, **POOL)
+    flask_wsgi_app = app.wsgi_app
+
+    def writing(environ: Any, start_response: Any) -> Any:
+        writers: list[Any] = []
+
+        def start(*args: Any) -> Any:
+            writers.append(start_response(*args))
+            writers[0](b"first ")
+            return writers[0]
+
+        return flask_wsgi_app(environ, start)
+
+    app.wsgi_app = writing  # type: ignore[method-assign]
+    db.init_app(app)
+
+    @app.post("/<name>")
+    def view(name: str) -> Any:
+        (add_orphan if name == "orphan" else insert(name))(db.session)
+        return app.response_class(iter(["success"]), 201)
+
+    app.register_error_handler(IntegrityError, lambda error: (iter(["conflict"]), 409))
+    with Site(store, app, db).checked() as site:
+        assert (site.ask("/tea").body, site.ask("/orphan").body) == (b"first success", b"conflict")
+
+
+@pytest.mark.parametrize("when", ["before init_app", "after init_app"])
+def test_mounted_apps_with_one_database(store: Store, when: str) -> None:
+    """Each app answers for its own requests, with its own handlers and its own policies."""
+    shared = Database(store.url, **POOL)
+    outer, inner = flask_app(), flask_app()
+    db, mounted = SessionPlugin(shared), SessionPlugin(shared)
+    mounted.init_app(inner)
+    if when == "after init_app":
+        db.init_app(outer)
+    outer.wsgi_app = DispatcherMiddleware(outer.wsgi_app, {"/inner": inner})  # type: ignore[method-assign]
+    if when == "before init_app":
+        db.init_app(outer)
+    for app, name in ((outer, "outer"), (inner, "inner")):
+        app.add_url_rule("/orphan", "orphan", lambda: (add_orphan(shared.session) or {}, 201), methods=["POST"])
+        app.add_url_rule("/add", "add", lambda name=name: (insert(name)(shared.session) or {}, 201), methods=["POST"])
+        app.register_error_handler(IntegrityError, lambda error, name=name: (name, 409))
+    with Site(store, outer, shared).checked() as site:
+        assert [site.ask(path).body for path in ("/orphan", "/inner/orphan")] == [b"outer", b"inner"]
+        assert store.names() == []
+        assert [site.ask(path).status for path in ("/add", "/inner/add")] == [201, 201]
+        assert store.names() == ["inner", "outer"]
+
+
+def test_plain_middleware_around_the_app(store: Store) -> None:
+    """It opens the unit of work, Flask ends it: with its handlers, and with the view's policy from the start."""
+    shared = Database(store.url, **POOL)
+    app, db = flask_app(), SessionPlugin(shared)
+    db.init_app(app)
+
+    @app.before_request
+    def load() -> None:
+        count(db.session)
+
+    @app.get("/")
+    @db.policy(read_only)
+    def report() -> Any:
+        insert("tea")(db.session)
+        return {}
+
+    @app.post("/")
+    def orphan() -> Any:
+        add_orphan(db.session)
+        return {}, 201
+
+    app.register_error_handler(IntegrityError, lambda error: ("conflict", 409))
+    app.register_error_handler(ReadOnlyError, lambda error: ("read only", 403))
+    with Site(store, SessionScopeMiddleware(app, shared), shared).checked() as site:
+        assert (site.ask("/").status, site.ask("/", "GET").status, store.names()) == (409, 403, [])
+
+
+def test_two_plugins_on_one_app(store: Store, tmp_path: Any) -> None:
+    """Each database has its own session; whichever commit fails, the app's handler answers."""
+    other_store = Store("sqlite+pysqlite", tmp_path / "other.db")
+    app = flask_app()
+    db, other = SessionPlugin(store.url, **POOL), SessionPlugin(other_store.url, **POOL)
+    db.init_app(app)
+    other.init_app(app)
+
+    @app.post("/<fails>")
+    def view(fails: str) -> Any:
+        insert("here")(db.session)
+        insert("there")(other.session)
+        {"here": lambda: add_orphan(db.session), "there": lambda: twice_at_commit(other), "none": lambda: None}[fails]()
+        return {}, 201
+
+    def twice_at_commit(plugin: Any) -> None:
+        plugin.session.execute(Parent.__table__.insert(), {"name": "taken"})
+        plugin.session.add(Parent(name="taken"))
+
+    app.register_error_handler(IntegrityError, lambda error: ({"rows": count(db.session)}, 409))
+    assert app.extensions["session_plugin"] == [db, other]
+    with Site(store, app, db).checked() as site:
+        assert (site.ask("/here").status, store.names(), other_store.names()) == (409, [], [])
+        assert (site.ask("/there").status, other_store.names()) == (409, [])
+        store.clear()
+        assert (site.ask("/none").status, store.names(), other_store.names()) == (201, ["here"], ["there"])
+        assert other.engine.pool.checkedout() == 0
+    other.dispose()
+    other_store.engine.dispose()
+
+
+# -- policies -------------------------------------------------------------------------------------------
+
+
+def test_read_only_refuses(site: Site, app: Any, db: Any) -> None:
+    """Neither the session nor, where it can, the database lets a read-only view write."""
+
+    @app.before_request
+    def load() -> None:
+        count(db.session)
+
+    @app.post("/orm")
+    @db.policy(read_only)
+    def orm() -> Any:
+        insert("orm")(db.session)
+        return {}, 201
+
+    @app.post("/core")
+    @db.policy(read_only)
+    async def core() -> Any:
+        db.session.execute(Parent.__table__.insert(), {"name": "core"})
+        return {}, 201
+
+    @app.post("/write")
+    def write() -> Any:
+        insert("written")(db.session)
+        return {}, 201
+
+    assert [site.ask(path).status for path in ("/orm", "/core", "/write")] == [500, 500, 201]
+    assert site.store.names() == ["written"]
+
+
+def test_policies_of_classes_and_blueprints(site: Site, app: Any, db: Any) -> None:
+    """The nearest policy holds: the method's, the view's, its class's, its blueprint's."""
+
+    @app.before_request
+    def load() -> None:
+        count(db.session)
+
+    class Decorated(Put):
+        decorators = [db.policy(manual)]  # noqa: RUF012
+
+    @db.policy(manual)
+    class Marked(Put):
+        pass
+
+    class Methods(MethodView):
+        @db.policy(manual)
+        def post(self) -> Any:
+            insert("method")(db.session)
+            return {}, 201
+
+        def put(self) -> Any:
+            insert("put")(db.session)
+            return {}, 201
+
+    def handwritten() -> Any:
+        insert("handwritten")(db.session)
+        return {}, 201
+
+    reports = db.policy(manual)(Blueprint("reports", __name__))
+    nested = Blueprint("nested", __name__)
+    nested.post("/nested")(handwritten)
+    reports.post("/reports")(handwritten)
+    reports.post("/other", endpoint="other")(
+        db.policy(lambda outcome: manual.decide(outcome).__class__(True, "always"))(handwritten)
+    )
+    reports.register_blueprint(nested)
+    app.register_blueprint(reports)
+    app.add_url_rule("/decorated", view_func=Decorated.as_view("decorated", db))
+    app.add_url_rule("/marked", view_func=Marked.as_view("marked", db))
+    app.add_url_rule("/methods", view_func=Methods.as_view("methods"))
+
+    def saved(path: str, method: str = "POST") -> bool:
+        site.store.clear()
+        assert site.ask(path, method).status == 201
+        return site.store.names() != []
+
+    paths = ["/decorated", "/marked", "/methods", "/reports", "/nested"]
+    assert [saved(path) for path in paths] == [False] * len(paths)
+    assert (saved("/methods", "PUT"), saved("/other")) == (True, True)
+    with pytest.raises(PolicyError):
+        db.policy("manual")
+
+
+def test_policy_for_the_whole_app(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """Manual is what an app that commits by hand starts from: only commit() saves, and what it forgot is said."""
+    app, db = flask_app(), SessionPlugin(store.url, policy=manual, **POOL)
+    db.init_app(app)
+
+    @app.post("/forgotten")
+    def forgotten() -> Any:
+        insert("forgotten")(db.session)
+        return {}, 201
+
+    @app.post("/committed")
+    def committed() -> Any:
+        insert("committed")(db.session)
+        db.session.commit()
+        return {}, 201
+
+    with Site(store, app, db).checked() as site:
+        assert (site.ask("/forgotten").status, site.ask("/committed").status, store.names()) == (
+            201,
+            201,
+            ["committed"],
+        )
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [message for message in warnings if message.startswith("POST")] == [
+        "POST /forgotten: ROLLBACK, its work is discarded (only an explicit commit() saves under this policy)"
+    ]
+
+
+# -- lookups ---------------------------------------------------------------------------------------------
+
+
+def test_lookups(site: Site, app: Any, db: Any) -> None:
+    """get_or_404 and one_or_404 answer what there is, else a 404 with their description."""
+
+    @app.get("/get/<name>")
+    def get(name: str) -> Any:
+        return db.get_or_404(Parent, name, populate_existing=True).name
+
+    @app.get("/one/<prefix>")
+    def one(prefix: str) -> Any:
+        return db.one_or_404(select(Parent).where(Parent.name.startswith(prefix)), description="No such tea.").name
+
+    @app.get("/described")
+    def described() -> Any:
+        return db.get_or_404(Parent, "gold", description="We do not sell that.").name
+
+    with db.session_scope() as scope:
+        scope.add_all([Parent(name="black"), Parent(name="blue"), Parent(name="green")])
+    ask = lambda path: site.ask(path, "GET")  # noqa: E731
+    assert [ask(path).body for path in ("/get/black", "/one/g")] == [b"black", b"green"]
+    assert [ask(path).status for path in ("/get/red", "/one/r", "/one/bl", "/described")] == [404] * 4
+    assert (b"No such tea." in ask("/one/bl").body, b"We do not sell" in ask("/described").body) == (True, True)
+    assert MultipleResultsFound.__name__ not in ask("/one/bl").body.decode()
+
+
+# -- app contexts without a request -------------------------------------------------------------------------
+
+
+def messages(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == level and r.name == "session_plugin"]
+
+
+def test_app_context_commits_nothing_by_itself(site: Site, app: Any, db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Only commit() saves there; what nobody saved is rolled back with a warning, under an error without."""
+    caplog.set_level(logging.INFO, "session_plugin")
+    with app.app_context():
+        add("kept")(db.session)
+        db.session.commit()
+        add("lost")(db.session)
+    assert (site.store.names(), len(messages(caplog, logging.WARNING))) == (["kept"], 1)
+    caplog.clear()
+    with pytest.raises(KeyError), app.app_context():
+        insert("lost")(db.session)
+        raise KeyError
+    assert (site.store.names(), messages(caplog, logging.WARNING)) == (["kept"], [])
+    assert messages(caplog, logging.INFO) == ["app context: ROLLBACK, its work is discarded (KeyError)"]
+
+
+def test_app_context_has_one_session_that_ends_with_it(site: Site, app: Any, db: Any) -> None:
+    """Each context has its own, the same at every call; afterwards it refuses, and what it loaded can be read."""
+    with app.app_context():
+        add("tea")(db.session)
+        db.session.commit()
+    with app.app_context():
+        outer = db.session
+        tea = db.session.get(Parent, "tea")
+        with app.app_context():
+            assert db.session is not outer
+        assert db.session is outer
+    assert tea.name == "tea"
+    with pytest.raises(ScopeClosedError):
+        count(outer)
+    with pytest.raises(NoScopeError, match="session_scope"):
+        db.session  # noqa: B018
+
+
+def test_session_scope_in_an_app_context_commits(site: Site, app: Any, db: Any) -> None:
+    """It is a unit of work of its own, and does not join what commits nothing."""
+    with app.app_context():
+        before = db.session
+        with db.session_scope() as scope:
+            assert scope is not before
+            assert db.session is scope
+            insert("tea")(scope)
+        assert db.session is before
+    assert site.store.names() == ["tea"]
+
+
+def test_teardown_functions_use_the_session_of_an_app_context(store: Store) -> None:
+    """Even one that was registered before init_app, and so runs after a library's own, leaks no connection."""
+    app, db = flask_app(), SessionPlugin(store.url, **POOL)
+    seen: list[Any] = []
+    app.teardown_appcontext(lambda error: seen.append((db.session is seen[0], count(db.session))))
+    db.init_app(app)
+    with app.app_context():
+        seen.append(db.session)
+        count(db.session)
+    assert (seen[1], db.engine.pool.checkedout()) == ((True, 0), 0)
+    db.dispose()
+
+
+def test_app_context_without_use_takes_nothing(site: Site, app: Any, db: Any) -> None:
+    """No session is made that nobody asked for; one that was only looked at takes no connection."""
+    with app.app_context():
+        pass
+    with app.app_context():
+        db.session  # noqa: B018
+        db.scope  # noqa: B018
+        assert db.engine.pool.checkedout() == 0
+    with app.app_context():
+        db.scope.doom("no session, nothing to end")
+
+
+@pytest.fixture
+def renaming(app: Any, db: Any) -> None:
+    @app.post("/<old>/<new>")
+    def rename(old: str, new: str) -> Any:
+        parent = db.session.get(Parent, old)
+        db.session.add(Parent(name=new))
+        db.session.delete(parent)
+        return {}, 201
+
+
+@pytest.mark.usefixtures("renaming")
+def test_request_inside_an_app_context(site: Site, app: Any, db: Any) -> None:
+    """A test's context and its request have two sessions: the request commits, ends, and is seen afterwards.
+
+    What the context has only read locks nobody out, which on SQLite it would.
+    """
+    with app.app_context():
+        add("tea")(db.session)
+        db.session.commit()
+        outer, tea = db.session, db.session.get(Parent, "tea")
+        assert app.test_client().post(f"/{tea.name}/coffee").status_code == 201
+        assert db.session is outer
+        assert db.session.scalars(select(Parent.name)).all() == ["coffee"]
+        assert db.session.get(Parent, "tea") is None
+        assert db.engine.pool.checkedout() == 1
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///shop.db"])
+def test_reading_app_context_locks_no_request_out(tmp_path: Any, url: str) -> None:
+    """Nor where SQLite has no WAL: in memory, and in a file as it is made."""
+    app = Flask(__name__, instance_path=str(tmp_path))
+    db = SessionPlugin(url, metadata=Base.metadata, connect_args={"timeout": 0.1})
+    logging.getLogger("session_plugin").setLevel(logging.ERROR)
+    try:
+        db.init_app(app)
+        app.add_url_rule("/", "view", lambda: (insert("coffee")(db.session) or {}, 201), methods=["POST"])
+        with app.app_context():
+            db.create_all()
+            assert count(db.session) == 0
+            assert app.test_client().post("/").status_code == 201
+            assert count(db.session) == 1
+    finally:
+        logging.getLogger("session_plugin").setLevel(logging.NOTSET)
+        db.dispose()
+
+
+def test_unsaved_work_around_a_request_is_told(site: Site, app: Any, db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A request does not see what its test has only added; the log says so, and the work stays."""
+    app.add_url_rule("/", "view", lambda: {"rows": count(db.session)})
+    with app.app_context():
+        insert("tea")(db.session)
+        assert app.test_client().get("/").json == {"rows": 0}
+        assert "unsaved work" in messages(caplog, logging.WARNING)[0]
+        db.session.commit()
+        assert app.test_client().get("/").json == {"rows": 1}
+    assert len(messages(caplog, logging.WARNING)) == 1
+
+
+def test_hooks_of_an_app_context_survive_a_request(site: Site, app: Any, db: Any) -> None:
+    """What waits for the context's commit is not ended by a request inside."""
+    ran: list[str] = []
+    app.add_url_rule("/", "view", lambda: {"rows": count(db.session)})
+    with app.app_context():
+        count(db.session)
+        db.on_commit(ran.append, "hook")
+        app.test_client().get("/")
+        assert ran == []
+        db.session.commit()
+    assert ran == ["hook"]
+
+
+def test_request_context_of_a_test_is_no_request(site: Site, app: Any, db: Any) -> None:
+    """``test_request_context`` is an app context with a request to look at: nothing commits by itself."""
+
+    @app.post("/")
+    def view() -> Any:
+        insert("lost")(db.session)
+        raise Forbidden
+
+    with app.test_request_context("/", method="POST"):
+        assert app.full_dispatch_request().status_code == 403
+    assert site.store.names() == []
+
+
+def test_client_that_preserves_the_context(site: Site, app: Any, db: Any) -> None:
+    """``with client:`` keeps ``g`` and the request; db.session there is the context's, and ends with it."""
+    app.add_url_rule("/", "view", lambda: (insert("tea")(db.session) or {}, 201), methods=["POST"])
+    with app.test_client() as client:
+        assert client.post("/").status_code == 201
+        assert count(db.session) == 1
+        assert client.post("/").status_code == 500
+        kept = db.session
+        assert count(kept) == 1
+    with pytest.raises(ScopeClosedError):
+        count(kept)
+
+
+def test_cli_and_shell(site: Site, app: Any, db: Any) -> None:
+    """A command runs in an app context: session_scope() commits, and so does commit()."""
+
+    @app.cli.command("work")
+    def work() -> None:
+        with db.session_scope() as scope:
+            insert("scope")(scope)
+        insert("explicit")(db.session)
+        db.session.commit()
+
+    assert app.test_cli_runner().invoke(args="work").exit_code == 0
+    assert site.store.names() == ["explicit", "scope"]
+    if site.store.backend == "sqlite":
+        app.shell_context_processor(lambda: {"db": db})
+        with app.app_context():
+            assert count(app.make_shell_context()["db"].session) == 2
+            assert site.store.open_transactions() == []  # a shell that waits at its prompt locks no writer out
+
+
+# -- configuration ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def initialised(tmp_path: Any) -> Any:
+    """Makes an app and initialises a plugin with it; keeps the app, which a plugin does not."""
+    kept: list[Flask] = []
+
+    def initialise(plugin: Any, /, *args: Any, config: Any = None, **options: Any) -> Flask:
+        app = Flask(__name__, instance_path=str(tmp_path / "instance"))
+        app.config.update(config or {})
+        plugin.init_app(app, *args, **options)
+        kept.append(app)
+        return app
+
+    return initialise
+
+
+def test_configuration_wins(initialised: Any) -> None:
+    """The app's configuration over init_app over the constructor: a test never reaches production."""
+    production = "postgresql+psycopg://production/shop"
+    for args in ((), ("postgresql+psycopg://staging/shop",)):
+        db = SessionPlugin(production, pool_size=3)
+        initialised(db, *args, config={"SQLALCHEMY_DATABASE_URI": "sqlite:////tmp/x.db"}, pool_size=4)
+        assert (path_of(db.engine), db.engine.pool.size()) == ("/tmp/x.db", 4)
+    db = SessionPlugin(production)
+    initialised(db, "postgresql+psycopg://staging/shop", config={"SQLALCHEMY_DATABASE_URI": None})
+    assert db.engine.url.host == "staging"
+    db = SessionPlugin(production, pool_size=3, echo=False)
+    initialised(db, config={"SQLALCHEMY_ENGINE_OPTIONS": {"pool_size": 5}})
+    assert db.engine.pool.size() == 5
+    db = SessionPlugin(lambda: production)
+    initialised(db, config={"SQLALCHEMY_ENGINES": {"default": "sqlite:////tmp/x.db"}})
+    assert path_of(db.engine) == "/tmp/x.db"
+
+
+def test_configured_engines_replace_those_of_the_code(initialised: Any) -> None:
+    """A named engine that the configuration forgot is missing, and not production's."""
+    named = {"default": "postgresql+psycopg://production/shop", "reports": "postgresql+psycopg://production/reports"}
+    db = SessionPlugin(named)
+    initialised(db, config={"SQLALCHEMY_DATABASE_URI": "sqlite:////tmp/x.db"})
+    assert [*db.engines] == ["default"]
+    with pytest.raises(ConfigurationError, match="'reports'"):
+        initialised(SessionPlugin(named, binds={Parent: "reports"}), config={"SQLALCHEMY_DATABASE_URI": "sqlite://"})
+
+
+def test_configuration_keys_beside_one_another(initialised: Any) -> None:
+    """URI over ENGINES over BINDS, in which None is the default; the user's dicts are left alone."""
+    binds = {None: "sqlite:////tmp/binds.db", "reports": "sqlite:////tmp/reports.db"}
+    engines = {"default": "sqlite:////tmp/engines.db", "other": {"url": "sqlite:///other.db", "pool_size": 2}}
+    options = {"pool_size": 3}
+    config = {"SQLALCHEMY_BINDS": binds, "SQLALCHEMY_ENGINE_OPTIONS": options}
+    db = SessionPlugin()
+    initialised(db, config=config)
+    assert {name: path_of(engine) for name, engine in db.engines.items()} == {
+        "default": "/tmp/binds.db",
+        "reports": "/tmp/reports.db",
+    }
+    config["SQLALCHEMY_ENGINES"] = engines
+    db = SessionPlugin()
+    initialised(db, config=config)
+    assert (path_of(db.engine), sorted(db.engines)) == ("/tmp/engines.db", ["default", "other", "reports"])
+    assert [db.engines[name].pool.size() for name in ("default", "other")] == [3, 2]
+    config["SQLALCHEMY_DATABASE_URI"] = "sqlite:////tmp/uri.db"
+    db = SessionPlugin()
+    initialised(db, config=config)
+    assert path_of(db.engine) == "/tmp/uri.db"
+    assert binds == {None: "sqlite:////tmp/binds.db", "reports": "sqlite:////tmp/reports.db"}
+    assert engines["other"] == {"url": "sqlite:///other.db", "pool_size": 2}
+    assert options == {"pool_size": 3}
+    nothing = {"SQLALCHEMY_BINDS": None, "SQLALCHEMY_ENGINES": None, "SQLALCHEMY_ENGINE_OPTIONS": None}
+    db = SessionPlugin("sqlite:////tmp/x.db")
+    initialised(db, config=nothing)
+    assert path_of(db.engine) == "/tmp/x.db"
+
+
+def test_relative_sqlite_paths(initialised: Any, tmp_path: Any) -> None:
+    """They lie in instance_path, however they are named; what is not a relative path is left alone."""
+    folder = tmp_path / "instance"
+    inside = str(folder / "shop.db")
+    for source in ("sqlite:///shop.db", make_url("sqlite:///shop.db"), {"default": {"url": "sqlite:///shop.db"}}):
+        for given in (source, lambda source=source: source):
+            db = SessionPlugin(given)
+            app = initialised(db)
+            with app.app_context():
+                assert path_of(db.engine) == inside
+    assert folder.is_dir()
+    for untouched in ("/elsewhere/shop.db", "file:shop.db?uri=true"):
+        db = SessionPlugin(f"sqlite:///{untouched}")
+        initialised(db)
+        assert path_of(db.engine) == untouched.partition("?")[0]
+    for memory in ("sqlite://", "sqlite:///:memory:"):
+        db = SessionPlugin(memory)
+        initialised(db)
+        assert "memdb" in str(db.engine.url)
+
+
+def test_misconfiguration_is_told(initialised: Any) -> None:
+    """At init_app, in a sentence that says what to change; a failed init_app may be tried again."""
+    db = SessionPlugin()
+    with pytest.raises(ConfigurationError, match="No database is configured"):
+        initialised(db)
+    app = Flask(__name__)
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        db.init_app(app, "not a url")
+    with pytest.raises(ConfigurationError, match="async driver"):
+        db.init_app(app, "sqlite+aiosqlite:///shop.db")
+    with pytest.raises(ConfigurationError, match="pool_sise"):
+        db.init_app(app, "sqlite://", pool_sise=3)
+    db.init_app(app, "sqlite://")
+    with pytest.raises(ConfigurationError, match="called twice"):
+        db.init_app(app)
+
+
+def test_init_app_forgotten() -> None:
+    """The error says so, in a request and outside."""
+    db = SessionPlugin("sqlite://")
+    with pytest.raises(NoScopeError, match="init_app"):
+        db.session  # noqa: B018
+    app = flask_app(TESTING=True)
+    app.add_url_rule("/", "view", lambda: str(db.session))
+    with pytest.raises(ConfigurationError, match=r"init_app\(app\)"):
+        app.test_client().get("/")
+
+
+def test_one_plugin_serves_many_apps(initialised: Any, tmp_path: Any) -> None:
+    """Each app has its own database; outside both, the plugin asks which is meant."""
+    db = SessionPlugin(metadata=Base.metadata)
+    apps = [initialised(db, f"sqlite:///{tmp_path}/{name}.db") for name in ("one", "two")]
+    for number, app in enumerate(apps):
+        app.add_url_rule("/", "view", lambda n=number: (insert(f"app {n}")(db.session) or {}, 201), methods=["POST"])
+        with app.app_context():
+            db.create_all()
+        assert app.test_client().post("/").status_code == 201
+    for number, app in enumerate(apps):
+        with app.app_context():
+            assert db.session.scalars(select(Parent.name)).all() == [f"app {number}"]
+        with db.database_for(app).session_scope() as scope:
+            assert count(scope) == 1
+    with pytest.raises(NoScopeError, match="2 apps"):
+        db.session  # noqa: B018
+    for app in apps:
+        with app.app_context():
+            db.dispose()
+
+
+def test_apps_are_not_kept() -> None:
+    """A plugin at module level does not keep the apps of a whole test run alive."""
+    db = SessionPlugin("sqlite://")
+    apps = [flask_app(), flask_app()]
+    db.init_app(apps[0])
+    db.init_app(apps[1], lambda: "sqlite://")
+    refs = [ref(app) for app in apps]
+    apps.clear()
+    gc.collect()
+    assert [app() for app in refs] == [None, None]
+
+
+def test_nothing_leaks_to_the_next_request_of_the_thread(site: Site, app: Any, db: Any) -> None:
+    """However a request ends, the thread stands in no unit of work afterwards, and the next has its own session."""
+    sessions: list[Any] = []
+
+    @app.post("/<ending>")
+    def view(ending: str) -> Any:
+        sessions.append(db.session)
+        if ending == "raise":
+            raise RuntimeError("boom")
+        if ending == "exit":
+            raise SystemExit
+        return {}
+
+    for ending in ("raise", "return", "exit", "return"):
+        if ending == "exit":
+            with pytest.raises(SystemExit):
+                app(new_environ(path="/exit"), lambda *_: None)
+        else:
+            Server(site.store).serve(app, path=f"/{ending}")
+        with pytest.raises(NoScopeError):
+            db.scope  # noqa: B018
+    assert len(set(map(id, sessions))) == 4
+    assert TEXT

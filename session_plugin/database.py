@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakSet
 
 from sqlalchemy import Engine, MetaData, Table
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Mapper, sessionmaker
 
 from . import _engines
 from ._async import AsyncAccess
@@ -256,15 +256,16 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
 
 
 def _tables(key: Any) -> Iterator[Table]:
-    """The tables of a key of ``binds``: a table, or a mapped class with its subclasses."""
+    """The tables of a key of ``binds``: a table, or a mapper or mapped class with its subclasses."""
     if isinstance(key, Table):
         yield key
-    elif isinstance(key, type):
-        if isinstance(table := getattr(key, "__table__", None), Table):
-            yield table
-        subclasses: list[type] = key.__subclasses__()
-        for subclass in subclasses:
-            yield from _tables(subclass)
+        return
+    mapped_class: type[Any] = key.class_ if isinstance(key, Mapper) else key
+    if isinstance(table := getattr(mapped_class, "__table__", None), Table):
+        yield table
+    subclasses: list[type[Any]] = mapped_class.__subclasses__()
+    for subclass in subclasses:
+        yield from _tables(subclass)
 
 
 def _forget_inherited_connections() -> None:

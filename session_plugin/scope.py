@@ -104,14 +104,17 @@ class SessionScope(Generic[S]):
                 raise ScopeClosedError(self.closed_message)
             with _making_session:
                 if self._session is None:
-                    self._session = self.database.new_session()
-                    self.sync_session._session_scope = self
+                    session = self.database.new_session()
+                    self._sync_session_of(session)._session_scope = self
+                    self._session = session
         return self._session
 
     @property
     def sync_session(self) -> ScopeSession:
         """The `sqlalchemy.orm.Session`, also where ``session`` is an `AsyncSession`."""
-        session: Any = self.session
+        return self._sync_session_of(self.session)
+
+    def _sync_session_of(self, session: Any) -> ScopeSession:
         return cast(ScopeSession, session.sync_session if self.database.is_async else session)
 
     @property

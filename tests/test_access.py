@@ -95,7 +95,7 @@ def test_each_app_gets_a_database_of_its_own() -> None:
     assert plugin.database_for(first) is not plugin.database_for(second)
     with pytest.raises(NoScopeError, match="2 apps"):
         _ = plugin.database
-    with plugin.database_for(second).session_scope() as session:
+    with plugin.database_for(second).session_scope() as session, Database("sqlite://").session_scope():
         assert plugin.session is session
     with pytest.raises(ConfigurationError, match="called twice"):
         registered(plugin, first)

@@ -11,8 +11,18 @@ import pytest
 from sqlalchemy import create_engine, inspect, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.pool import NullPool
 
-from session_plugin import AsyncDatabase, ConfigurationError, Database, NoScopeError, commit_on_success, manual
+from session_plugin import (
+    AsyncDatabase,
+    ConfigurationError,
+    Database,
+    NoScopeError,
+    _engines,
+    commit_on_success,
+    manual,
+)
+from session_plugin.database import _forget_inherited_connections
 
 from .harness import Base, Parent, insert
 
@@ -150,7 +160,7 @@ class Entry(Log):
     id: Mapped[int] = mapped_column(primary_key=True)
 
 
-@pytest.mark.parametrize("key", [Report, Report.__table__], ids=["class", "table"])
+@pytest.mark.parametrize("key", [Report, Report.__table__, Report.__mapper__], ids=["class", "table", "mapper"])
 def test_named_engines_and_binds(dispose: Any, key: Any) -> None:
     """One session whose entities find their engine; create_all() follows the binds."""
     db = dispose(
@@ -167,6 +177,12 @@ def test_named_engines_and_binds(dispose: Any, key: Any) -> None:
         session.add_all([Order(), Report()])
     with db.engines["reports"].connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM reports")) == 1
+
+
+def test_the_engines_of_an_async_database() -> None:
+    db = AsyncDatabase({"default": "sqlite+aiosqlite://", "other": "sqlite+aiosqlite://"})
+    assert list(db.engines) == ["default", "other"]
+    assert db.engine is db.engines["default"]
 
 
 def test_binds_of_a_whole_base_and_to_an_engine(dispose: Any) -> None:
@@ -292,6 +308,37 @@ def test_a_forked_child_shares_no_socket(postgresql: Any) -> None:
     assert theirs != mine
     assert backend() == mine
     db.dispose()
+
+
+def test_what_a_forked_child_forgets(dispose: Any) -> None:
+    """The pool, and not its connections: closing one would end the parent's session on the server."""
+    db = dispose(Database("sqlite://"))
+    with db.session_scope() as session:
+        session.execute(text("SELECT 1"))
+    inherited = db.engine.pool
+    _forget_inherited_connections()
+    assert db.engine.pool is not inherited
+    assert inherited.checkedin() == 1
+    inherited.dispose()
+
+
+@pytest.mark.parametrize(
+    ("options", "capacity"),
+    [
+        ({"pool_size": 3, "max_overflow": 2}, 5),
+        ({"pool_size": 3}, 13),
+        ({"max_overflow": -1}, None),
+        ({"pool_size": 0}, None),
+        ({"poolclass": NullPool}, None),
+    ],
+)
+def test_how_many_connections_a_pool_hands_out(options: Any, capacity: int | None) -> None:
+    """None is no limit."""
+    assert _engines.capacity(create_engine("sqlite:///x", **options), options) == capacity
+
+
+def test_the_overflow_of_an_engine_made_elsewhere_does_not_count() -> None:
+    assert _engines.capacity(create_engine("sqlite:///x", pool_size=3), None) == 3
 
 
 def test_databases_are_collected() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 import threading
 from typing import Any
 
@@ -12,7 +13,10 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+from starlette.exceptions import HTTPException
 
+import session_plugin.starlette  # noqa: F401  which knows what a raised redirect is
 from session_plugin import (
     AsyncDatabase,
     ConcurrentUseError,
@@ -31,6 +35,7 @@ from session_plugin import (
     manual,
     read_only,
 )
+from session_plugin._watch import KEY, Watch
 
 from .harness import Base, Parent, add, add_orphan, count, insert
 from .units import POSTGRESQL, SQLITE, SYNC, Units, on
@@ -738,3 +743,127 @@ def test_one_async_database_serves_one_event_loop_after_the_other() -> None:
         await db.dispose()
 
     asyncio.run(elsewhere())
+
+
+def test_an_async_database_starts_anew_on_a_loop_after_one_that_is_closed() -> None:
+    """Also where nobody disposed of it."""
+    db = AsyncDatabase("sqlite+aiosqlite://", poolclass=NullPool)
+
+    async def pool() -> Any:
+        async with db.session_scope() as session:
+            await session.execute(text("SELECT 1"))
+        return db.engine.sync_engine.pool
+
+    assert asyncio.run(pool()) is not asyncio.run(pool())
+
+
+def test_a_raised_redirect_that_leaves_a_joined_block_dooms_nothing(units: Units) -> None:
+    """It is a response, and no error."""
+    if units.is_async:
+
+        async def main() -> None:
+            async with units.db.session_scope() as session:
+                await session.run_sync(insert("tea"))
+                with pytest.raises(HTTPException):
+                    async with units.db.session_scope():
+                        raise HTTPException(302)
+
+        units.runner.run(main())
+    else:
+        with units.db.session_scope() as session:
+            insert("tea")(session)
+            with pytest.raises(HTTPException), units.db.session_scope():
+                raise HTTPException(302)
+    assert units.store.names() == ["tea"]
+
+
+def test_a_scope_that_ended_without_a_session_makes_none(units: Units) -> None:
+    async def aend(scope: Any) -> None:
+        await scope.aclose()
+
+    scope: Any = SessionScope(units.db, origin="GET /")
+    if units.is_async:
+        units.runner.run(aend(scope))
+    else:
+        scope.close()
+    with pytest.raises(ScopeClosedError, match=r"GET /\) has ended"):
+        _ = scope.session
+
+
+def test_two_threads_that_ask_at_once_get_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    db = Database("sqlite://")
+    scope = SessionScope(db, origin="test")
+    sessions: list[Any] = []
+    make = db.new_session
+    second = threading.Thread(target=lambda: sessions.append(scope.session))
+
+    def make_while_the_second_waits() -> Session:
+        second.start()
+        while sys._current_frames()[second.ident or 0].f_code.co_name != "session":
+            pass
+        return make()
+
+    monkeypatch.setattr(db, "new_session", make_while_the_second_waits)
+    sessions.append(scope.session)
+    second.join()
+    assert sessions[0] is sessions[1]
+    scope.close()
+    db.dispose()
+
+
+def test_a_read_only_scope_may_flush_what_has_not_changed(units: Units) -> None:
+    units.run(insert("tea"))
+
+    def work(session: Session) -> None:
+        units.db.use(read_only)
+        row = session.get(Parent, "tea")
+        row.name = "tea"  # type: ignore[union-attr]
+        session.flush()
+
+    units.run(work)
+
+
+def test_work_after_the_response_that_is_not_saved_is_an_error_in_the_log(
+    units: Units, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody else will tell."""
+
+    def orphan(session: Session) -> None:
+        add_orphan(session)
+
+    async def asettle(work: Any, outcome: Outcome) -> None:
+        scope: Any = SessionScope(units.db, origin="POST /orders")
+        try:
+            await scope.session.run_sync(work)
+            await scope.asettle(outcome)
+        finally:
+            await scope.aclose()
+
+    def settle(work: Any, outcome: Outcome) -> None:
+        scope: Any = SessionScope(units.db, origin="POST /orders")
+        try:
+            work(scope.session)
+            scope.settle(outcome)
+        finally:
+            scope.close()
+
+    def end(work: Any, outcome: Outcome) -> None:
+        units.runner.run(asettle(work, outcome)) if units.is_async else settle(work, outcome)
+
+    with pytest.raises(IntegrityError):
+        end(orphan, Outcome(background=True))
+    end(insert("tea"), Outcome(error=BoomError(), background=True))
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "POST /orders: the work after the response was not saved: IntegrityError" in errors[0]
+    assert errors[1] == "POST /orders: ROLLBACK, its work is discarded (BoomError)"
+    assert units.store.names() == []
+
+
+def test_a_watch_lets_go_of_its_own_mark_only(units: Units) -> None:
+    """Two sessions on one connection: the first to end leaves the other one watched."""
+    with units.store.engine.connect() as connection:
+        first, second = Watch(connection), Watch(connection)
+        first.release()
+        assert connection.info[KEY] is second
+        second.release()
+        assert KEY not in connection.info

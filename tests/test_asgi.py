@@ -1,7 +1,495 @@
+"""The middleware alone: message by message, cancelled at every await, nested, and on any server's way of calling."""
+
+import asyncio
+import contextlib
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+import uvicorn
+from sqlalchemy import event
+from sqlalchemy.exc import IntegrityError, PendingRollbackError
+
+from session_plugin import AsyncDatabase, ConcurrentUseError, Database, SessionPluginError
+from session_plugin.asgi import SessionScopeMiddleware
+
 from .apps import PlainASGIHarness
+from .asgi_site import ASYNC_DRIVERS, Gate, Site, stores
 from .contract import Contract, on
+from .harness import POOL, Store, add_orphan, check_foreign_keys, count, insert, wait_for
+
+store = stores(ASYNC_DRIVERS)
+postgresql_store = stores(["postgresql+psycopg", "postgresql+asyncpg"])
+file_store = stores(["sqlite+aiosqlite"])
 
 
 @on(PlainASGIHarness)
 class TestContract(Contract):
     """The promises."""
+
+
+HTTP = {"type": "http", "method": "GET", "path": "/"}
+START = {"type": "http.response.start", "status": 200, "headers": []}
+PART = {"type": "http.response.body", "body": b"part", "more_body": True}
+LAST = {"type": "http.response.body", "body": b"", "more_body": False}
+
+
+class Bench:
+    """A database of ours, and a server that notes what is durable whenever it is sent something."""
+
+    def __init__(self, store: Store) -> None:
+        store.clear()
+        self.store = store
+        self.db = AsyncDatabase(store.url, **POOL)
+        if store.backend == "sqlite":
+            event.listen(self.db.engine.sync_engine, "connect", check_foreign_keys)
+        self.sent: list[tuple[str, list[str]]] = []
+
+    async def receive(self) -> Any:
+        return await asyncio.get_running_loop().create_future()
+
+    async def send(self, message: Any) -> None:
+        await asyncio.sleep(0)
+        self.sent.append((message["type"].rpartition(".")[2], self.store.names()))
+
+    async def serve(self, app: Any, layers: int = 2, scope: Any = None) -> None:
+        for _ in range(layers):
+            app = SessionScopeMiddleware(app, self.db)
+        await app({**HTTP, **(scope or {})}, self.receive, self.send)
+
+    def run(self, scenario: Any) -> Any:
+        """Run ``scenario``, and insist that nothing is held at its end."""
+
+        async def bounded() -> Any:
+            try:
+                return await asyncio.wait_for(scenario, 20)
+            finally:
+                assert self.db.engine.sync_engine.pool.checkedout() == 0
+                assert self.store.open_transactions() == []
+                await self.db.dispose()
+
+        answer = asyncio.run(bounded())
+        gc.collect()
+        return answer
+
+
+def sending(bench: Bench, *steps: Any) -> Any:
+    """An app that sends the messages among ``steps`` and does the work among them."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for step in steps:
+            if callable(step):
+                await bench.db.session.run_sync(step)
+            else:
+                await send(step)
+
+    return app
+
+
+# -- message by message ----------------------------------------------------------------------------
+
+ENDINGS: dict[str, list[Any]] = {
+    "body": [LAST],
+    "pathsend": [{"type": "http.response.pathsend", "path": "/dev/null"}],
+    "zerocopysend": [{"type": "http.response.zerocopysend", "file": 0}],
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_settled_before_the_first_and_before_the_last(file_store: Store, ending: str, layers: int) -> None:
+    """What the server is sent is true at the moment it is sent, whatever message is the last."""
+    bench = Bench(file_store)
+    app = sending(bench, insert("a"), START, insert("b"), PART, insert("c"), *ENDINGS[ending], insert("d"))
+    bench.run(bench.serve(app, layers))
+    assert [names for _, names in bench.sent] == [["a"], ["a"], ["a", "b", "c"]]
+    assert file_store.names() == ["a", "b", "c", "d"]
+
+
+def test_trailers_are_the_last(file_store: Store) -> None:
+    """A response that announces trailers is complete with the last of them."""
+    bench = Bench(file_store)
+    trailers = {"type": "http.response.trailers", "headers": []}
+    app = sending(
+        bench,
+        {**START, "trailers": True},
+        insert("a"),
+        LAST,
+        {**trailers, "more_trailers": True},
+        insert("b"),
+        trailers,
+    )
+    bench.run(bench.serve(app))
+    assert [names for _, names in bench.sent] == [[], [], [], ["a", "b"]]
+
+
+@pytest.mark.parametrize("steps", [[], [START], [START, PART]], ids=["nothing", "start", "part"])
+def test_an_app_that_does_not_finish_its_response_rolls_back(file_store: Store, steps: list[Any]) -> None:
+    """An app that returns in the middle keeps nothing of what followed the settled part."""
+    bench = Bench(file_store)
+    bench.run(bench.serve(sending(bench, *steps, insert("lost"))))
+    assert file_store.names() == []
+
+
+def test_a_buffering_middleware_may_finish_the_response(file_store: Store) -> None:
+    """A middleware that sends the response once the app has returned: its work is settled, and before the last byte."""
+    bench = Bench(file_store)
+    inside = SessionScopeMiddleware(sending(bench, START, insert("a"), LAST), bench.db)
+
+    async def buffering(scope: Any, receive: Any, send: Any) -> None:
+        messages: list[Any] = []
+
+        async def keep(message: Any) -> None:
+            messages.append(message)
+
+        await inside(scope, receive, keep)
+        for message in messages:
+            await send(message)
+
+    bench.run(bench.serve(buffering, layers=1))
+    assert bench.sent == [("start", ["a"]), ("body", ["a"])]
+
+
+def test_a_second_start_is_settled_too(file_store: Store) -> None:
+    """An app that starts twice is the server's to judge; no work slips through."""
+    bench = Bench(file_store)
+    bench.run(bench.serve(sending(bench, insert("a"), START, insert("b"), {**START, "status": 500}, LAST)))
+    assert file_store.names() == ["a"]
+
+
+def test_inside_an_except_block(file_store: Store) -> None:
+    """An app that is called while an exception is being handled commits like any other."""
+    bench = Bench(file_store)
+
+    async def handling() -> None:
+        try:
+            raise KeyError
+        except KeyError:
+            await bench.serve(sending(bench, insert("a"), START, LAST))
+
+    bench.run(handling())
+    assert file_store.names() == ["a"]
+
+
+def test_a_refused_response_stays_refused(store: Store) -> None:
+    """An app that goes on sending after the refusal sends nothing, and its end is the commit's error."""
+    bench = Bench(store)
+
+    async def stubborn(scope: Any, receive: Any, send: Any) -> None:
+        await bench.db.session.run_sync(add_orphan)
+        for message in (START, LAST, START):
+            with contextlib.suppress(BaseException):
+                await send(message)
+
+    with pytest.raises(IntegrityError):
+        bench.run(bench.serve(stubborn))
+    assert bench.sent == []
+
+
+def test_a_cancelled_app_that_was_refused_is_still_cancelled(store: Store) -> None:
+    """A refusal does not swallow a cancellation."""
+    bench = Bench(store)
+    refused = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await bench.db.session.run_sync(add_orphan)
+        with contextlib.suppress(BaseException):
+            await send(START)
+        refused.set()
+        await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        task = asyncio.create_task(bench.serve(app))
+        await refused.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    bench.run(scenario())
+
+
+# -- the client ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "to_app", [[], [{"type": "http.request"}], [{"type": "http.disconnect"}], [OSError("gone")]], ids=repr
+)
+def test_the_client_is_asked_before_the_last_byte(file_store: Store, to_app: list[Any]) -> None:
+    """Only a client that is known to have left costs the late work; what was asked ahead reaches the app."""
+    bench = Bench(file_store)
+    received: list[Any] = []
+
+    async def receive() -> Any:
+        if not to_app:
+            await asyncio.Event().wait()
+        if isinstance(to_app[0], Exception):
+            raise to_app[0]
+        return to_app[0]
+
+    bench.receive = receive  # type: ignore[method-assign]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await sending(bench, START, insert("late"), LAST)(scope, receive, send)
+        if to_app:
+            with contextlib.suppress(OSError):
+                received.append(await receive())
+
+    bench.run(bench.serve(app))
+    left = to_app == [{"type": "http.disconnect"}]
+    assert file_store.names() == ([] if left else ["late"])
+    assert received == [message for message in to_app if isinstance(message, dict)]
+
+
+def test_an_app_that_listens_itself_is_not_asked_ahead(file_store: Store) -> None:
+    """While the app waits for the client, nobody else takes its message; what it hears counts."""
+    bench = Bench(file_store)
+    listening = 0
+
+    async def receive() -> Any:
+        nonlocal listening
+        listening += 1
+        assert listening == 1
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        listener = asyncio.create_task(receive())
+        await sending(bench, START, insert("late"))(scope, receive, send)
+        gone.set()
+        await listener
+        await send(LAST)
+
+    gone = asyncio.Event()
+    bench.receive = receive  # type: ignore[method-assign]
+    bench.run(bench.serve(app))
+    assert file_store.names() == []
+
+
+# -- cancellation ----------------------------------------------------------------------------------
+
+
+def native(task: asyncio.Task[Any], scope: anyio.CancelScope) -> None:
+    task.cancel()
+
+
+def by_anyio(task: asyncio.Task[Any], scope: anyio.CancelScope) -> None:
+    scope.cancel()
+
+
+async def serve_and_cancel(bench: Bench, app: Any, cancel: Callable[..., None], steps: int) -> bool:
+    """Serve, and cancel after that many turns of the loop; True if it had ended by itself."""
+
+    async def served() -> None:
+        with scope:
+            await bench.serve(app)
+
+    scope = anyio.CancelScope()
+    task = asyncio.create_task(served())
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    ended = task.done()
+    cancel(task, scope)
+    await asyncio.wait([task])
+    return ended
+
+
+@pytest.mark.parametrize("cancel", [native, by_anyio])
+def test_cancelled_at_any_moment(postgresql_store: Store, cancel: Callable[..., None]) -> None:
+    """Whenever a request is cancelled, its work is done or not, never half; nothing is held or told early."""
+    store = postgresql_store
+    bench = Bench(store)
+
+    def work(session: Any) -> None:
+        insert("a")(session)
+        insert("b")(session)
+
+    app = sending(bench, work, START, insert("late"), LAST)
+    seen: set[tuple[str, ...]] = set()
+
+    async def scenario() -> None:
+        steps = 0
+        while True:
+            store.clear()
+            bench.sent.clear()
+            ended = await serve_and_cancel(bench, app, cancel, steps)
+            names = store.names()
+            assert names in ([], ["a", "b"], ["a", "b", "late"])
+            assert all(message != "start" or told == ["a", "b"] for message, told in bench.sent)
+            assert bench.db.engine.sync_engine.pool.checkedout() == 0, f"after {steps} steps"
+            assert store.open_transactions() == []
+            seen.add(tuple(names))
+            if ended:
+                break
+            steps += 1 if steps < 60 else steps // 8
+
+    bench.run(scenario())
+    assert seen >= {(), ("a", "b", "late")}
+
+
+def test_a_commit_that_has_begun_is_finished(postgresql_store: Store) -> None:
+    """A cancellation that arrives during COMMIT waits for it; the client is told nothing."""
+    bench = Bench(postgresql_store)
+    committing: list[asyncio.Task[Any]] = []
+    cancelled_at: list[str] = []
+
+    def on_commit(connection: Any) -> None:
+        cancelled_at.append("commit")
+        committing[0].cancel()
+
+    event.listen(bench.db.engine.sync_engine, "commit", on_commit)
+
+    async def scenario() -> None:
+        committing.append(asyncio.create_task(bench.serve(sending(bench, insert("a"), START, LAST))))
+        await asyncio.wait(committing)
+        assert committing[0].cancelled()
+
+    bench.run(scenario())
+    assert (cancelled_at, postgresql_store.names(), bench.sent) == (["commit"], ["a"], [])
+
+
+def test_a_timeout_in_a_middleware(store: Store) -> None:
+    """asyncio.timeout() around the app ends it in time; what is answered instead does not save the work."""
+    bench = Bench(store)
+
+    async def hanging(scope: Any, receive: Any, send: Any) -> None:
+        await bench.db.session.run_sync(insert("lost"))
+        await asyncio.Event().wait()
+
+    inside = SessionScopeMiddleware(hanging, bench.db)
+
+    async def timing(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            async with asyncio.timeout(0.2):
+                await inside(scope, receive, send)
+        except TimeoutError:
+            await sending(bench, count, START, LAST)(scope, receive, send)
+
+    bench.run(bench.serve(timing, layers=1))
+    assert [message for message, _ in bench.sent] == ["start", "body"]
+    assert store.names() == []
+
+
+def test_a_statement_that_timed_out_is_no_success(postgresql_store: Store) -> None:
+    """A request that swallows the timeout of one of its statements is not told that its work was saved."""
+    bench = Bench(postgresql_store)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        from sqlalchemy import text
+
+        await bench.db.session.run_sync(insert("lost"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await bench.db.session.execute(text("SELECT pg_sleep(5)"))
+        await sending(bench, START, LAST)(scope, receive, send)
+
+    with pytest.raises((PendingRollbackError, SessionPluginError)) as refusal:
+        bench.run(bench.serve(app))
+    assert not isinstance(refusal.value, ConcurrentUseError)
+    assert (bench.sent, postgresql_store.names()) == ([], [])
+
+
+def test_shutdown_in_the_middle_of_a_request(store: Store) -> None:
+    """A server that stops waiting and cancels what it serves leaves nothing behind, and nothing half-done."""
+    site = Site(store)
+    reached = threading.Event()
+
+    @site.app.get("/")
+    async def hanging() -> None:
+        await site.db.session.run_sync(insert("lost"))
+        reached.set()
+        await asyncio.Event().wait()
+
+    with site.running():
+        site._server.config.timeout_graceful_shutdown = 1
+        with site.connect() as connection:
+            connection.request("GET", "/")
+            assert reached.wait(10)
+            site.stop()
+    assert store.names() == []
+
+
+def test_a_sync_endpoint_that_is_abandoned(file_store: Store) -> None:
+    """A native cancellation leaves a thread at work; its session refuses once the request is over."""
+    database = Database(file_store.url.replace("aiosqlite", "pysqlite"), **POOL)
+    gate = Gate()
+    outcome: list[Any] = []
+    file_store.clear()
+
+    def endpoint() -> None:
+        session = database.session
+        insert("lost")(session)
+        gate.pass_through()
+        try:
+            insert("later")(session)
+        except Exception as error:
+            outcome.append(type(error).__name__)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await anyio.to_thread.run_sync(endpoint)
+
+    async def scenario() -> None:
+        task = asyncio.create_task(SessionScopeMiddleware(app, database)({**HTTP}, None, None))  # type: ignore[arg-type]
+        await asyncio.to_thread(gate.reached.wait, 10)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        gate.opened.set()
+        assert await asyncio.to_thread(wait_for, lambda: outcome) == ["ScopeClosedError"]
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+    assert database.engine.pool.checkedout() == 0
+    assert file_store.names() == []
+    database.dispose()
+
+
+# -- servers ---------------------------------------------------------------------------------------
+
+
+def test_two_requests_on_one_connection(file_store: Store) -> None:
+    """A kept-alive connection carries no scope from one request to the next."""
+    site = Site(file_store)
+    sessions: list[Any] = []
+
+    @site.app.get("/{name}")
+    async def endpoint(name: str) -> None:
+        sessions.append(site.db.session)
+        await site.db.session.run_sync(insert(name))
+        if name == "doomed":
+            site.db.doom()
+
+    with site.running(), site.connect() as connection:
+        for name in ("doomed", "kept"):
+            assert site.exchange(connection, f"/{name}").status == 200
+    assert sessions[0] is not sessions[1]
+    assert file_store.names() == ["kept"]
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+def test_on_either_parser(file_store: Store, http: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream whose commit fails is incomplete on the wire, and one that its client left rolls back, on h11 too."""
+    site = Site(file_store)
+    config = uvicorn.Config
+    monkeypatch.setattr(uvicorn, "Config", lambda *args, **options: config(*args, http=http, **options))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        work = add_orphan if scope["path"] == "/refused" else insert("kept")
+        await sending_on(site.db, START, PART, work, LAST)(scope, receive, send)
+
+    site.app.mount("/", app)
+    with site.running():
+        assert (site.get("/kept").complete, site.get("/refused").complete) == (True, False)
+    assert file_store.names() == ["kept"]
+
+
+def sending_on(db: Any, *steps: Any) -> Any:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for step in steps:
+            if callable(step):
+                await db.session.run_sync(step)
+            else:
+                await send(step)
+
+    return app

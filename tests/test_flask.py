@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,6 +24,7 @@ from flask import (
     get_flashed_messages,
     redirect,
     render_template_string,
+    request,
     request_finished,
     send_file,
     session,
@@ -30,7 +32,7 @@ from flask import (
 )
 from flask.views import MethodView, View
 from sqlalchemy import make_url, select
-from sqlalchemy.exc import IntegrityError, MultipleResultsFound, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from werkzeug.debug import DebuggedApplication
 from werkzeug.exceptions import Conflict, Forbidden, HTTPException, InternalServerError
@@ -41,6 +43,7 @@ from werkzeug.routing import RequestRedirect
 from session_plugin import (
     ConfigurationError,
     Database,
+    Decision,
     NoScopeError,
     PolicyError,
     ReadOnlyError,
@@ -411,24 +414,36 @@ def test_error_in_the_handler_of_a_failed_commit(site: Site, app: Any, db: Any, 
     assert (site.ask("/").status, site.store.names()) == (500, [])
 
 
-def test_writes_of_error_handlers_are_discarded(site: Site, app: Any, db: Any) -> None:
+@pytest.mark.parametrize("ends", [add_orphan, twice])
+def test_writes_of_error_handlers_are_discarded(site: Site, app: Any, db: Any, ends: Any) -> None:
     """The session saves nothing under an error; a unit of work of its own does."""
 
     @app.post("/")
     def view() -> Any:
-        add_orphan(db.session)
+        ends(db.session)
         return {}, 201
 
     @app.errorhandler(IntegrityError)
     def answer(error: Any) -> Any:
-        insert("lost")(db.session)
-        if site.store.backend == "sqlite":
-            db.session.rollback()  # one writer at a time
         with db.session_scope() as audit:
             insert("audit")(audit)
+        insert("lost")(db.session)
         return {}, 200
 
     assert (site.ask("/").status, site.store.names()) == (200, ["audit"])
+
+
+def test_mounted_app_that_knows_nothing_of_the_plugin(store: Store) -> None:
+    """Its handlers answer the outer app's failed commit, and what they write is discarded all the same."""
+    outer, inner = flask_app(), flask_app()
+    db = SessionPlugin(Database(store.url, **POOL))
+    outer.wsgi_app = DispatcherMiddleware(outer.wsgi_app, {"/inner": inner})  # type: ignore[method-assign]
+    db.init_app(outer)
+    shared = db.database_for(outer)
+    inner.add_url_rule("/", "view", lambda: (add_orphan(shared.session) or {}, 201), methods=["POST"])
+    inner.register_error_handler(IntegrityError, lambda error: (insert("lost")(shared.session) or "fine", 200))
+    with Site(store, outer, shared).checked() as site:
+        assert (site.ask("/inner/").body, store.names()) == (b"fine", [])
 
 
 def test_refused_response_is_closed_and_its_work_discarded(site: Site, app: Any, db: Any) -> None:
@@ -720,8 +735,10 @@ def test_wrappers_around_the_app(store: Store, wrapper: str, when: str) -> None:
 
     app.register_error_handler(IntegrityError, lambda error: ("conflict", 409))
     with Site(store, app, db).checked() as site:
-        hidden = (wrapper, when) == ("buffering", "before init_app")
-        assert site.ask("/orphan").status == (500 if hidden else 409)
+        if (wrapper, when) == ("buffering", "before init_app"):
+            assert type(Server(store).serve(app, path="/orphan").error) is IntegrityError
+        else:
+            assert site.ask("/orphan").status == 409
         assert store.names() == []
         assert (site.ask("/tea").status, store.names()) == (201, ["tea"])
 
@@ -739,7 +756,7 @@ def test_refused_response_discards_what_a_wrapper_writes(store: Store) -> None:
             writers[0](b"first ")
             return writers[0]
 
-        return flask_wsgi_app(environ, start)
+        return list(flask_wsgi_app(environ, start))
 
     app.wsgi_app = writing  # type: ignore[method-assign]
     db.init_app(app)
@@ -752,6 +769,31 @@ def test_refused_response_discards_what_a_wrapper_writes(store: Store) -> None:
     app.register_error_handler(IntegrityError, lambda error: (iter(["conflict"]), 409))
     with Site(store, app, db).checked() as site:
         assert (site.ask("/tea").body, site.ask("/orphan").body) == (b"first success", b"conflict")
+
+
+def test_middleware_inside_works_with_the_session(store: Store) -> None:
+    """What it writes before any view is in the request's transaction, and its own error response is passed on."""
+    app, db = flask_app(), SessionPlugin(store.url, **POOL)
+    flask_wsgi_app = app.wsgi_app
+
+    def auditing(environ: Any, start_response: Any) -> Any:
+        if environ["PATH_INFO"] != "/broken":
+            insert(f"audit {environ['PATH_INFO']}")(db.session)
+            return flask_wsgi_app(environ, start_response)
+        start_response("200 OK", TEXT)
+        try:
+            raise ValueError
+        except ValueError:
+            start_response("500 Oops", TEXT, sys.exc_info())
+        return [b"sorry"]
+
+    app.wsgi_app = auditing  # type: ignore[method-assign]
+    db.init_app(app)
+    app.add_url_rule("/view", "view", lambda: ({}, 201), methods=["POST"])
+    with Site(store, app, db).checked() as site:
+        assert [site.ask(path).status for path in ("/view", "/missing")] == [201, 404]
+        assert store.names() == ["audit /view"]
+        assert (site.ask("/broken").status, site.ask("/broken").body) == (500, b"sorry")
 
 
 @pytest.mark.parametrize("when", ["before init_app", "after init_app"])
@@ -917,6 +959,23 @@ def test_policies_of_classes_and_blueprints(site: Site, app: Any, db: Any) -> No
         db.policy("manual")
 
 
+def test_policy_knows_the_method(store: Store) -> None:
+    """A policy decides by status, error and method, of errors that the app handles too."""
+    app = flask_app()
+    db = SessionPlugin(store.url, policy=lambda outcome: Decision(outcome.method == "PUT", "PUT only"), **POOL)
+    db.init_app(app)
+
+    @app.route("/<name>", methods=["POST", "PUT"])
+    def view(name: str) -> Any:
+        insert(f"{request.method} {name}")(db.session)
+        return {} if name == "returns" else abort(404)
+
+    with Site(store, app, db).checked() as site:
+        for method in ("POST", "PUT"):
+            assert [site.ask(path, method).status for path in ("/returns", "/raises")] == [200, 404]
+    assert store.names() == ["PUT raises", "PUT returns"]
+
+
 def test_policy_for_the_whole_app(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     """Manual is what an app that commits by hand starts from: only commit() saves, and what it forgot is said."""
     app, db = flask_app(), SessionPlugin(store.url, policy=manual, **POOL)
@@ -969,7 +1028,8 @@ def test_lookups(site: Site, app: Any, db: Any) -> None:
     assert [ask(path).body for path in ("/get/black", "/one/g")] == [b"black", b"green"]
     assert [ask(path).status for path in ("/get/red", "/one/r", "/one/bl", "/described")] == [404] * 4
     assert (b"No such tea." in ask("/one/bl").body, b"We do not sell" in ask("/described").body) == (True, True)
-    assert MultipleResultsFound.__name__ not in ask("/one/bl").body.decode()
+    with app.app_context(), pytest.raises(TypeError, match="bogus"):
+        db.get_or_404(Parent, "black", bogus=True)
 
 
 # -- app contexts without a request -------------------------------------------------------------------------
@@ -1047,7 +1107,9 @@ def test_app_context_without_use_takes_nothing(site: Site, app: Any, db: Any) ->
         db.scope  # noqa: B018
         assert db.engine.pool.checkedout() == 0
     with app.app_context():
-        db.scope.doom("no session, nothing to end")
+        scope = db.scope
+        app.test_client().get("/")
+    assert (scope.closed, scope.has_session) == (True, False)
 
 
 @pytest.fixture

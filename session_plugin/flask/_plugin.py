@@ -180,9 +180,9 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
 
 def _find_policy() -> Policy | None:
     """What `SessionPlugin.policy` says of the view, its method, its class or its blueprint, the nearest first."""
-    if not has_request_context() or request.endpoint is None:
+    if not has_request_context():
         return None
-    view = current_app.view_functions.get(request.endpoint)
+    view = current_app.view_functions.get(request.endpoint or "")
     view_class = getattr(view, "view_class", None)
     blueprints = (current_app.blueprints.get(name) for name in request.blueprints)
     places = (getattr(view_class, request.method.lower(), None), view, view_class, *blueprints)

@@ -62,7 +62,7 @@ class SettlingMiddleware:
                     scope.error = error
                 answer = _answer(error)(environ, start_response)
                 return _discard
-            return start_response(status, headers, exc_info) if exc_info else start_response(status, headers)
+            return start_response(status, headers, exc_info)
 
         body = self._wsgi_app(environ, settle_and_start)
         if answer is None:

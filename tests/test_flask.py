@@ -31,7 +31,7 @@ from flask import (
     stream_with_context,
 )
 from flask.views import MethodView, View
-from sqlalchemy import make_url, select
+from sqlalchemy import event, make_url, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from werkzeug.debug import DebuggedApplication
@@ -1156,6 +1156,59 @@ def test_reading_app_context_locks_no_request_out(tmp_path: Any, url: str) -> No
     finally:
         logging.getLogger("session_plugin").setLevel(logging.NOTSET)
         db.dispose()
+
+
+def test_reading_app_context_locks_no_session_scope_out(tmp_path: Any) -> None:
+    """A script that loops over what it read, a unit of work for each, on SQLite in memory: no lock, no query more."""
+    app, statements = flask_app(), []
+    db = SessionPlugin("sqlite://", metadata=Base.metadata, connect_args={"timeout": 0.1})
+    db.init_app(app)
+    with app.app_context():
+        db.create_all()
+        with db.session_scope() as scope:
+            scope.add_all([Parent(name="a"), Parent(name="b")])
+        event.listen(db.engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+        for parent in db.session.scalars(select(Parent).order_by(Parent.name)).all():
+            with db.session_scope() as scope:
+                assert "test_flask.py" in repr(db.scope)
+                scope.add(Parent(name=parent.name * 2))
+        assert [statement[:6] for statement in statements if statement[:5] != "BEGIN"] == ["SELECT", "INSERT", "INSERT"]
+        parent = db.session.get(Parent, "aa")
+        with db.session_scope() as scope:
+            scope.delete(scope.get(Parent, "bb"))
+            with db.session_scope() as joined:
+                assert joined is scope
+        parent.name = "A"
+        db.session.commit()
+        assert db.session.scalars(select(Parent.name).order_by(Parent.name)).all() == ["A", "a", "b"]
+    db.dispose()
+
+
+def test_session_scope_leaves_open_work_of_the_app_context_alone(store: Store) -> None:
+    """Neither unsaved work, nor a hook, nor a result that is being read is ended by it."""
+    if store.backend == "sqlite":
+        pytest.skip("one writer at a time")
+    app, db, ran = flask_app(), SessionPlugin(store.url, **POOL), []
+    db.init_app(app)
+
+    def other_work(name: str) -> None:
+        with db.session_scope() as scope:
+            insert(name)(scope)
+
+    with app.app_context():
+        insert("unsaved")(db.session)
+        other_work("a")
+        db.session.commit()
+    with app.app_context():
+        count(db.session)
+        db.on_commit(ran.append, "hook")
+        other_work("b")
+        db.session.commit()
+    with app.app_context():
+        for name in db.session.scalars(select(Parent.name).execution_options(yield_per=1)):
+            other_work(f"{name} read")
+    assert (ran, store.names()) == (["hook"], ["a", "a read", "b", "b read", "unsaved", "unsaved read"])
+    db.dispose()
 
 
 def test_unsaved_work_around_a_request_is_told(site: Site, app: Any, db: Any, caplog: pytest.LogCaptureFixture) -> None:

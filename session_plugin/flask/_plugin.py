@@ -36,6 +36,8 @@ from ._configuration import configured
 from ._settle import SettlingMiddleware
 
 if TYPE_CHECKING:
+    from contextlib import _GeneratorContextManager
+
     from ..configuration import PolicyLike, Source
 
 T = TypeVar("T")
@@ -122,9 +124,10 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
         decorate: Callable[[F], F] = super().policy(policy)
 
         def mark_or_decorate(endpoint: F) -> F:
-            if not isinstance(endpoint, type | Blueprint):
+            place: Any = endpoint
+            if not isinstance(place, type | Blueprint):
                 return decorate(endpoint)
-            setattr(endpoint, POLICY_ATTRIBUTE, as_policy(policy))
+            setattr(place, POLICY_ATTRIBUTE, as_policy(policy))
             return endpoint
 
         return mark_or_decorate
@@ -134,8 +137,8 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
 
         What that context has loaded is read anew after the request.
         """
-        scope = self._app_context_scopes.get(app_ctx._get_current_object()) if has_app_context() else None  # type: ignore[attr-defined]
-        if scope is None or not scope.active:
+        scope = self._used_in_app_context()
+        if scope is None:
             return
         if scope.wrote:
             logger.warning(
@@ -144,6 +147,20 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
             )
         elif not scope.hooks:
             scope.settle(Outcome())
+
+    def session_scope(self, *, new: bool = False) -> _GeneratorContextManager[SyncS, None, None]:
+        """As `SyncAccess.session_scope`; on SQLite, what the app context has only read does not lock it out."""
+        scope = self._used_in_app_context()
+        if scope is not None and not (scope.wrote or scope.hooks or scope.work.streams):
+            loaded = [*scope.session]
+            scope.session.expunge_all()  # so that the rollback expires nothing, and no loop queries anew
+            scope.settle(Outcome())
+            scope.session.add_all(loaded)
+        return super().session_scope(new=new)
+
+    def _used_in_app_context(self) -> SessionScope[SyncS] | None:
+        scope = self._app_context_scopes.get(app_ctx._get_current_object()) if has_app_context() else None  # type: ignore[attr-defined]
+        return scope if scope is not None and scope.active else None
 
     def _app_context_scope(self) -> SessionScope[SyncS]:
         context = app_ctx._get_current_object()  # type: ignore[attr-defined]

@@ -1308,8 +1308,8 @@ def test_configuration_wins(initialised: Any) -> None:
     production = "postgresql+psycopg://production/shop"
     for args in ((), ("postgresql+psycopg://staging/shop",)):
         db = SessionPlugin(production, pool_size=3)
-        initialised(db, *args, config={"SQLALCHEMY_DATABASE_URI": "sqlite:////tmp/x.db"}, pool_size=4)
-        assert (path_of(db.engine), db.engine.pool.size()) == ("/tmp/x.db", 4)
+        initialised(db, *args, config={"SQLALCHEMY_DATABASE_URI": "sqlite:////elsewhere/x.db"}, pool_size=4)
+        assert (path_of(db.engine), db.engine.pool.size()) == ("/elsewhere/x.db", 4)
     db = SessionPlugin(production)
     initialised(db, "postgresql+psycopg://staging/shop", config={"SQLALCHEMY_DATABASE_URI": None})
     assert db.engine.url.host == "staging"
@@ -1317,15 +1317,15 @@ def test_configuration_wins(initialised: Any) -> None:
     initialised(db, config={"SQLALCHEMY_ENGINE_OPTIONS": {"pool_size": 5}})
     assert db.engine.pool.size() == 5
     db = SessionPlugin(lambda: production)
-    initialised(db, config={"SQLALCHEMY_ENGINES": {"default": "sqlite:////tmp/x.db"}})
-    assert path_of(db.engine) == "/tmp/x.db"
+    initialised(db, config={"SQLALCHEMY_ENGINES": {"default": "sqlite:////elsewhere/x.db"}})
+    assert path_of(db.engine) == "/elsewhere/x.db"
 
 
 def test_configured_engines_replace_those_of_the_code(initialised: Any) -> None:
     """A named engine that the configuration forgot is missing, and not production's."""
     named = {"default": "postgresql+psycopg://production/shop", "reports": "postgresql+psycopg://production/reports"}
     db = SessionPlugin(named)
-    initialised(db, config={"SQLALCHEMY_DATABASE_URI": "sqlite:////tmp/x.db"})
+    initialised(db, config={"SQLALCHEMY_DATABASE_URI": "sqlite:////elsewhere/x.db"})
     assert [*db.engines] == ["default"]
     with pytest.raises(ConfigurationError, match="'reports'"):
         initialised(SessionPlugin(named, binds={Parent: "reports"}), config={"SQLALCHEMY_DATABASE_URI": "sqlite://"})
@@ -1333,32 +1333,32 @@ def test_configured_engines_replace_those_of_the_code(initialised: Any) -> None:
 
 def test_configuration_keys_beside_one_another(initialised: Any) -> None:
     """URI over ENGINES over BINDS, in which None is the default; the user's dicts are left alone."""
-    binds = {None: "sqlite:////tmp/binds.db", "reports": "sqlite:////tmp/reports.db"}
-    engines = {"default": "sqlite:////tmp/engines.db", "other": {"url": "sqlite:///other.db", "pool_size": 2}}
+    binds = {None: "sqlite:////elsewhere/binds.db", "reports": "sqlite:////elsewhere/reports.db"}
+    engines = {"default": "sqlite:////elsewhere/engines.db", "other": {"url": "sqlite:///other.db", "pool_size": 2}}
     options = {"pool_size": 3}
     config = {"SQLALCHEMY_BINDS": binds, "SQLALCHEMY_ENGINE_OPTIONS": options}
     db = SessionPlugin()
     initialised(db, config=config)
     assert {name: path_of(engine) for name, engine in db.engines.items()} == {
-        "default": "/tmp/binds.db",
-        "reports": "/tmp/reports.db",
+        "default": "/elsewhere/binds.db",
+        "reports": "/elsewhere/reports.db",
     }
     config["SQLALCHEMY_ENGINES"] = engines
     db = SessionPlugin()
     initialised(db, config=config)
-    assert (path_of(db.engine), sorted(db.engines)) == ("/tmp/engines.db", ["default", "other", "reports"])
+    assert (path_of(db.engine), sorted(db.engines)) == ("/elsewhere/engines.db", ["default", "other", "reports"])
     assert [db.engines[name].pool.size() for name in ("default", "other")] == [3, 2]
-    config["SQLALCHEMY_DATABASE_URI"] = "sqlite:////tmp/uri.db"
+    config["SQLALCHEMY_DATABASE_URI"] = "sqlite:////elsewhere/uri.db"
     db = SessionPlugin()
     initialised(db, config=config)
-    assert path_of(db.engine) == "/tmp/uri.db"
-    assert binds == {None: "sqlite:////tmp/binds.db", "reports": "sqlite:////tmp/reports.db"}
+    assert path_of(db.engine) == "/elsewhere/uri.db"
+    assert binds == {None: "sqlite:////elsewhere/binds.db", "reports": "sqlite:////elsewhere/reports.db"}
     assert engines["other"] == {"url": "sqlite:///other.db", "pool_size": 2}
     assert options == {"pool_size": 3}
     nothing = {"SQLALCHEMY_BINDS": None, "SQLALCHEMY_ENGINES": None, "SQLALCHEMY_ENGINE_OPTIONS": None}
-    db = SessionPlugin("sqlite:////tmp/x.db")
+    db = SessionPlugin("sqlite:////elsewhere/x.db")
     initialised(db, config=nothing)
-    assert path_of(db.engine) == "/tmp/x.db"
+    assert path_of(db.engine) == "/elsewhere/x.db"
 
 
 def test_relative_sqlite_paths(initialised: Any, tmp_path: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
@@ -23,7 +24,7 @@ class Refused(BaseException):
     """Unwinds the app whose response must not leave; no handler for `Exception` may turn it into another."""
 
 
-class Exchange:
+class Exchange(ABC):
     """One connection, whatever number of middlewares it passes through."""
 
     def __init__(self, scope: SessionScope[Any], client: Client) -> None:
@@ -32,13 +33,13 @@ class Exchange:
         self.innermost: Layer | None = None
         self.complete = False
 
+    @abstractmethod
     async def before(self, message: Message, layer: Layer) -> None:
         """Settle what ``message`` would otherwise make untrue."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def returned(self, layer: Layer) -> None:
         """Settle after the app inside ``layer`` has returned."""
-        raise NotImplementedError
 
     async def raised(self, error: BaseException, layer: Layer | None = None) -> None:
         """Settle after ``error`` has left the app; whatever answers it is no success."""

@@ -1,0 +1,175 @@
+"""One algorithm, two drivers, and work that a cancellation does not break off."""
+
+import asyncio
+from collections.abc import Callable, Generator
+from typing import Any
+
+import anyio
+import pytest
+
+from session_plugin._drive import arun, run, uncancelled
+
+
+class Oops(Exception):
+    pass
+
+
+def steps(log: list[Any], *calls: Callable[[], Any]) -> Generator[Callable[[], Any], Any, str]:
+    """Notes what each call answers or raises; an error ends it, after one more call."""
+    for call in calls:
+        try:
+            log.append((yield call))
+        except Oops as error:
+            log.append(error)
+            yield lambda: log.append("cleaned up")
+            raise
+    return "the end"
+
+
+def fail() -> None:
+    raise Oops
+
+
+def drive_sync(generator: Any) -> Any:
+    return run(generator)
+
+
+def drive_async(generator: Any) -> Any:
+    return asyncio.run(arun(generator))
+
+
+@pytest.mark.parametrize("drive", [drive_sync, drive_async])
+class TestDrivers:
+    """Both drivers make the calls in order, send back answers, and throw back errors."""
+
+    def test_answers(self, drive: Any) -> None:
+        log: list[Any] = []
+        assert drive(steps(log, lambda: 1, lambda: 2)) == "the end"
+        assert log == [1, 2]
+
+    def test_nothing_to_do(self, drive: Any) -> None:
+        assert drive(steps([])) == "the end"
+
+    def test_errors(self, drive: Any) -> None:
+        log: list[Any] = []
+        with pytest.raises(Oops):
+            drive(steps(log, lambda: 1, fail, lambda: "never"))
+        assert log[0] == 1
+        assert isinstance(log[1], Oops)
+        assert log[2:] == ["cleaned up"]
+
+
+def test_awaitables_are_awaited() -> None:
+    log: list[Any] = []
+
+    async def answer() -> str:
+        await asyncio.sleep(0)
+        return "awaited"
+
+    async def failing() -> None:
+        await asyncio.sleep(0)
+        raise Oops
+
+    with pytest.raises(Oops):
+        drive_async(steps(log, answer, lambda: "called", failing))
+    assert log[:2] == ["awaited", "called"]
+
+
+class Work:
+    """Takes until ``finish`` is set, and then answers or raises."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.begun, self.finish = asyncio.Event(), asyncio.Event()
+        self.error = error
+        self.done = False
+
+    async def __call__(self) -> str:
+        self.begun.set()
+        await self.finish.wait()
+        self.done = True
+        if self.error is not None:
+            raise self.error
+        return "done"
+
+
+@pytest.mark.parametrize("error", [None, Oops()])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_cancellation_waits_for_the_end(error: Oops | None, times: int) -> None:
+    """However often it is cancelled, the work ends; then the cancellation counts, caused by the work's error."""
+
+    async def scenario() -> None:
+        work = Work(error)
+        task = asyncio.create_task(uncancelled(work()))
+        await work.begun.wait()
+        for _ in range(times):
+            task.cancel("stop")
+            await asyncio.sleep(0)
+            assert not task.done()
+        work.finish.set()
+        with pytest.raises(asyncio.CancelledError) as cancelled:
+            await task
+        assert work.done
+        assert cancelled.value.__cause__ is error
+
+    asyncio.run(scenario())
+
+
+def test_an_anyio_scope_waits_for_the_end() -> None:
+    """anyio delivers a cancellation again and again; the work ends all the same."""
+
+    async def scenario() -> None:
+        work = Work()
+        with anyio.CancelScope() as scope:
+            asyncio.get_running_loop().call_later(0.05, work.finish.set)
+            scope.cancel()
+            await uncancelled(work())
+        assert (work.done, scope.cancelled_caught) == (True, True)
+
+    asyncio.run(scenario())
+
+
+def test_asyncio_timeout_still_times_out() -> None:
+    """The time-out is told as one, once the work is done."""
+
+    async def scenario() -> None:
+        work = Work()
+        asyncio.get_running_loop().call_later(0.1, work.finish.set)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await uncancelled(work())
+        assert work.done
+
+    asyncio.run(scenario())
+
+
+def test_without_a_cancellation() -> None:
+    """The answer is the work's answer, and its error the work's error."""
+
+    async def scenario(error: Oops | None) -> Any:
+        work = Work(error)
+        work.finish.set()
+        return await uncancelled(work())
+
+    assert asyncio.run(scenario(None)) == "done"
+    with pytest.raises(Oops):
+        asyncio.run(scenario(Oops()))
+
+
+@pytest.mark.parametrize("caller_too", [False, True])
+def test_work_that_is_itself_cancelled(caller_too: bool) -> None:
+    """A loop that ends cancels every task, the work's own included: no endless wait, a cancellation comes out."""
+
+    async def scenario() -> None:
+        work = Work()
+        task = asyncio.create_task(uncancelled(work()))
+        await work.begun.wait()
+        [inner] = asyncio.all_tasks() - {task, asyncio.current_task()}
+        if caller_too:
+            task.cancel()
+        await asyncio.sleep(0)
+        inner.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(asyncio.shield(task), 5)
+        assert task.cancelled()
+
+    asyncio.run(scenario())

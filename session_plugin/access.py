@@ -28,13 +28,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-POLICY_ATTRIBUTE = "__session_policy__"
-
-
-def endpoint_policy(endpoint: object) -> Policy | None:
-    """The policy that ``@db.policy(...)`` put on an endpoint, or None."""
-    policy: Policy | None = getattr(endpoint, POLICY_ATTRIBUTE, None)
-    return policy
+POLICIES_ATTRIBUTE = "__session_policies__"
+"""Holds, on an endpoint, the policy of each database by what chose it."""
 
 
 class HasDatabase(Protocol):
@@ -136,10 +131,19 @@ class Access(ABC, Generic[S]):
 
         def decorate(function: F) -> F:
             decorated = function if _is_generator(function) else self._using(chosen, function)
-            setattr(decorated, POLICY_ATTRIBUTE, chosen)
+            self.mark(decorated, chosen)
             return decorated
 
         return decorate
+
+    def mark(self, place: object, policy: Policy) -> None:
+        """Note on an endpoint, or on what holds endpoints, the policy of this database there."""
+        setattr(place, POLICIES_ATTRIBUTE, {**getattr(place, POLICIES_ATTRIBUTE, {}), self: policy})
+
+    def marked_policy(self, place: object) -> Policy | None:
+        """The policy of this database that was noted on ``place``, or None."""
+        policies: dict[Any, Policy] = getattr(place, POLICIES_ATTRIBUTE, {})
+        return (policies and (policies.get(self) or policies.get(self.database))) or None
 
     def _using(self, policy: Policy, function: F) -> F:
         wrapper: Any

@@ -15,7 +15,7 @@ from ._asgi import ASGIApp, Layer, Receive, Scope, Send
 from ._async import AsyncAccess
 from ._sync import SyncAccess
 from ._types import AsyncS, S, SyncS
-from .access import HasDatabase, endpoint_policy
+from .access import HasDatabase
 from .asgi import SessionScopeMiddleware, find_exchange
 from .database import AsyncDatabase, Database
 from .exceptions import ConfigurationError
@@ -54,9 +54,13 @@ class StarlettePlugin(Plugin[S]):
 
         def build_with_scope() -> ASGIApp:
             settle_inside(app, access)
-            return SessionScopeMiddleware(build(), access, find_policy=find_policy)
+            return SessionScopeMiddleware(build(), access, find_policy=self._find_policy)
 
         app.build_middleware_stack = build_with_scope  # type: ignore[method-assign]
+
+    def _find_policy(self, scope: Scope) -> Policy | None:
+        """The policy that ``@db.policy`` put on the endpoint which the router chose."""
+        return self.marked_policy(scope.get("endpoint"))
 
 
 class SessionPlugin(StarlettePlugin[SyncS], SyncAccess[SyncS]):
@@ -128,11 +132,6 @@ def mounted_apps(routes: Iterable[Any]) -> Iterator[Starlette]:
             yield app
         elif app is not None:
             yield from mounted_apps(app.routes)
-
-
-def find_policy(scope: Scope) -> Policy | None:
-    """The policy that ``@db.policy`` put on the endpoint which the router chose."""
-    return endpoint_policy(scope.get("endpoint"))
 
 
 class SettlingMiddleware:

@@ -9,7 +9,6 @@ import pytest
 
 from session_plugin import AsyncDatabase, ConfigurationError, Database, NoScopeError, manual, read_only
 from session_plugin._sync import SyncAccess
-from session_plugin.access import endpoint_policy
 from session_plugin.plugin import Plugin
 
 from .harness import Base, insert
@@ -42,7 +41,7 @@ def test_a_policy_on_a_function_holds_when_it_is_called() -> None:
         assert db.scope.policy is read_only
         return number
 
-    assert (report.__name__, report.__doc__, endpoint_policy(report)) == ("report", "Doc.", read_only)
+    assert (report.__name__, report.__doc__, db.marked_policy(report)) == ("report", "Doc.", read_only)
     with db.session_scope():
         assert report(42) == 42
     with pytest.raises(NoScopeError):
@@ -78,7 +77,7 @@ def test_a_policy_on_a_generator_function_is_left_to_the_adapter() -> None:
 
     assert db.policy(read_only)(rows) is rows
     assert db.policy(read_only)(events) is events
-    assert endpoint_policy(rows) is endpoint_policy(events) is read_only
+    assert db.marked_policy(rows) is db.marked_policy(events) is read_only
     db.dispose()
 
 
@@ -144,3 +143,23 @@ def test_a_function_names_the_source_late() -> None:
 def test_what_cannot_work_is_told_at_init_app() -> None:
     with pytest.raises(ConfigurationError, match="No database is configured"):
         registered(APlugin(), App())
+
+
+def test_a_policy_is_that_of_its_own_database() -> None:
+    """What one plugin says of an endpoint is nothing to another; a shared database's word holds for its plugin."""
+    shared = Database("sqlite://")
+    first, second = registered(APlugin(shared), App()), registered(APlugin("sqlite://"), App())
+
+    @first.policy(read_only)
+    def endpoint() -> None: ...
+
+    assert first.marked_policy(endpoint) is read_only
+    assert second.marked_policy(endpoint) is None
+    second.policy(manual)(endpoint)
+    assert first.marked_policy(endpoint) is read_only
+
+    @shared.policy(manual)
+    def other() -> None: ...
+
+    assert first.marked_policy(other) is manual
+    assert first.marked_policy(None) is None

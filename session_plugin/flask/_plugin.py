@@ -24,7 +24,6 @@ from sqlalchemy.exc import MultipleResultsFound, NoResultFound
 from .._current import find_scope
 from .._sync import SyncAccess
 from .._types import SyncS
-from ..access import POLICY_ATTRIBUTE, endpoint_policy
 from ..configuration import Configuration
 from ..database import Database
 from ..exceptions import NoScopeError
@@ -87,7 +86,7 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
         if not plugins:
             app.wsgi_app = SettlingMiddleware(app, plugins)  # type: ignore[method-assign]
         plugins.append(self)
-        app.wsgi_app = SessionScopeMiddleware(app.wsgi_app, access, find_policy=_find_policy)  # type: ignore[method-assign]
+        app.wsgi_app = SessionScopeMiddleware(app.wsgi_app, access, find_policy=self._find_policy)  # type: ignore[method-assign]
         appcontext_tearing_down.connect(self._app_context_ends, app)  # it comes after every teardown function
 
     @property
@@ -127,10 +126,20 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
             place: Any = endpoint
             if not isinstance(place, type | Blueprint):
                 return decorate(endpoint)
-            setattr(place, POLICY_ATTRIBUTE, as_policy(policy))
+            self.mark(place, as_policy(policy))
             return endpoint
 
         return mark_or_decorate
+
+    def _find_policy(self) -> Policy | None:
+        """What `policy` says of the view, its method, its class or its blueprint, the nearest first."""
+        if not has_request_context():
+            return None
+        view = current_app.view_functions.get(request.endpoint or "")
+        view_class = getattr(view, "view_class", None)
+        blueprints = (current_app.blueprints.get(name) for name in request.blueprints)
+        places = (getattr(view_class, request.method.lower(), None), view, view_class, *blueprints)
+        return next((policy for place in places if (policy := self.marked_policy(place)) is not None), None)
 
     def request_begins(self) -> None:
         """Let go of what the app context around a request holds, which would lock the request out on SQLite.
@@ -193,14 +202,3 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
             return self.session.execute(statement).scalar_one()
         except (NoResultFound, MultipleResultsFound):
             abort(404, description=description)
-
-
-def _find_policy() -> Policy | None:
-    """What `SessionPlugin.policy` says of the view, its method, its class or its blueprint, the nearest first."""
-    if not has_request_context():
-        return None
-    view = current_app.view_functions.get(request.endpoint or "")
-    view_class = getattr(view, "view_class", None)
-    blueprints = (current_app.blueprints.get(name) for name in request.blueprints)
-    places = (getattr(view_class, request.method.lower(), None), view, view_class, *blueprints)
-    return next((policy for place in places if (policy := endpoint_policy(place)) is not None), None)

@@ -143,7 +143,7 @@ class Access(ABC, Generic[S]):
     def marked_policy(self, place: object) -> Policy | None:
         """The policy of this database that was noted on ``place``, or None."""
         policies: dict[Any, Policy] = getattr(place, POLICIES_ATTRIBUTE, {})
-        return (policies and (policies.get(self) or policies.get(self.database))) or None
+        return policies.get(self) or policies.get(self.database) if policies else None
 
     def _using(self, policy: Policy, function: F) -> F:
         wrapper: Any

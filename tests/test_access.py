@@ -148,7 +148,8 @@ def test_what_cannot_work_is_told_at_init_app() -> None:
 def test_a_policy_is_that_of_its_own_database() -> None:
     """What one plugin says of an endpoint is nothing to another; a shared database's word holds for its plugin."""
     shared = Database("sqlite://")
-    first, second = registered(APlugin(shared), App()), registered(APlugin("sqlite://"), App())
+    apps = App(), App()
+    first, second = registered(APlugin(shared), apps[0]), registered(APlugin("sqlite://"), apps[1])
 
     @first.policy(read_only)
     def endpoint() -> None: ...

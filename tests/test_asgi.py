@@ -19,7 +19,7 @@ from session_plugin.asgi import SessionScopeMiddleware
 from .apps import PlainASGIHarness
 from .asgi_site import ASYNC_DRIVERS, Gate, Site, stores
 from .contract import Contract, on
-from .harness import POOL, Store, add_orphan, check_foreign_keys, count, insert, wait_for
+from .harness import POOL, Store, add_orphan, check_foreign_keys, insert, wait_for
 
 store = stores(ASYNC_DRIVERS)
 postgresql_store = stores(["postgresql+psycopg", "postgresql+asyncpg"])
@@ -153,6 +153,94 @@ def test_a_buffering_middleware_may_finish_the_response(file_store: Store) -> No
     assert bench.sent == [("start", ["a"]), ("body", ["a"])]
 
 
+def between(bench: Bench, app: Any, middleware: Any) -> Any:
+    """``middleware(app, scope, receive, send)`` between two layers."""
+    inside = SessionScopeMiddleware(app, bench.db)
+    return bench.serve(lambda scope, receive, send: middleware(inside, scope, receive, send), layers=1)
+
+
+def test_work_of_a_middleware_while_it_passes_the_start_on(file_store: Store) -> None:
+    """What a middleware writes when it sees the status is durable before the first byte."""
+    bench = Bench(file_store)
+
+    async def logging(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        async def log_and_send(message: Any) -> None:
+            if message is START:
+                await bench.db.session.run_sync(insert("log"))
+            await send(message)
+
+        await app(scope, receive, log_and_send)
+
+    bench.run(between(bench, sending(bench, insert("a"), START, insert("b"), LAST), logging))
+    assert bench.sent == [("start", ["a", "log"]), ("body", ["a", "b", "log"])]
+
+
+def test_an_error_answer_to_a_stream_that_failed_unseen(file_store: Store) -> None:
+    """If nothing of a failed stream has left, a middleware may still answer it with an error."""
+    bench = Bench(file_store)
+
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        await sending(bench, START, insert("lost"))(scope, receive, send)
+        raise KeyError
+
+    async def holding(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        async def hold(message: Any) -> None:
+            pass
+
+        try:
+            await app(scope, receive, hold)
+        except KeyError:
+            await sending(bench, {**START, "status": 500}, LAST)(scope, receive, send)
+
+    bench.run(between(bench, failing, holding))
+    assert bench.sent == [("start", []), ("body", [])]
+
+
+def test_what_is_answered_to_a_refusal_saves_nothing(store: Store) -> None:
+    """A middleware that answers a failed commit with a success has no part in it: its own work rolls back."""
+    bench = Bench(store)
+
+    async def swallowing(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        with contextlib.suppress(IntegrityError):
+            await app(scope, receive, send)
+        await sending(bench, insert("lost"), START, LAST)(scope, receive, send)
+
+    bench.run(between(bench, sending(bench, add_orphan, START, LAST), swallowing))
+    assert bench.sent == [("start", []), ("body", [])]
+
+
+def test_a_stream_that_fails_beside_a_middleware_at_work(store: Store) -> None:
+    """An app that ends beside its middleware does not end the middleware's transaction; the client sees no success."""
+    bench = Bench(store)
+    log: list[str] = []
+
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        await working.wait()
+        raise KeyError
+
+    async def auditing(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        started = asyncio.Event()
+
+        async def note_start(message: Any) -> None:
+            started.set()
+
+        beside = asyncio.create_task(app(scope, receive, note_start))
+        await started.wait()
+        await bench.db.session.run_sync(insert("audit"))
+        working.set()
+        await asyncio.wait([beside])
+        log.append(type(beside.exception()).__name__)
+        assert bench.db.session.in_transaction()
+        await bench.db.session.run_sync(insert("audit 2"))
+        await sending(bench, START, LAST)(scope, receive, send)
+
+    working = asyncio.Event()
+    with pytest.raises(KeyError):
+        bench.run(between(bench, failing, auditing))
+    assert (log, bench.sent, store.names()) == (["KeyError"], [], [])
+
+
 def test_a_second_start_is_settled_too(file_store: Store) -> None:
     """An app that starts twice is the server's to judge; no work slips through."""
     bench = Bench(file_store)
@@ -237,13 +325,19 @@ def test_the_client_is_asked_before_the_last_byte(file_store: Store, to_app: lis
             with contextlib.suppress(OSError):
                 received.append(await receive())
 
-    bench.run(bench.serve(app))
+    async def scenario() -> None:
+        await bench.serve(app)
+        await asyncio.sleep(0)
+        assert not [task for task in asyncio.all_tasks() if "receive" in repr(task)]
+
+    bench.run(scenario())
     left = to_app == [{"type": "http.disconnect"}]
     assert file_store.names() == ([] if left else ["late"])
     assert received == [message for message in to_app if isinstance(message, dict)]
 
 
-def test_an_app_that_listens_itself_is_not_asked_ahead(file_store: Store) -> None:
+@pytest.mark.parametrize("leaves", [True, False])
+def test_an_app_that_listens_itself_is_not_asked_ahead(file_store: Store, leaves: bool) -> None:
     """While the app waits for the client, nobody else takes its message; what it hears counts."""
     bench = Bench(file_store)
     listening = 0
@@ -251,21 +345,24 @@ def test_an_app_that_listens_itself_is_not_asked_ahead(file_store: Store) -> Non
     async def receive() -> Any:
         nonlocal listening
         listening += 1
-        assert listening == 1
         await gone.wait()
         return {"type": "http.disconnect"}
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         listener = asyncio.create_task(receive())
         await sending(bench, START, insert("late"))(scope, receive, send)
+        if leaves:
+            gone.set()
+            await listener
+        await send(LAST)
         gone.set()
         await listener
-        await send(LAST)
 
     gone = asyncio.Event()
     bench.receive = receive  # type: ignore[method-assign]
     bench.run(bench.serve(app))
-    assert file_store.names() == []
+    assert listening == 1
+    assert file_store.names() == ([] if leaves else ["late"])
 
 
 # -- cancellation ----------------------------------------------------------------------------------
@@ -365,7 +462,7 @@ def test_a_timeout_in_a_middleware(store: Store) -> None:
             async with asyncio.timeout(0.2):
                 await inside(scope, receive, send)
         except TimeoutError:
-            await sending(bench, count, START, LAST)(scope, receive, send)
+            await sending(bench, insert("lost, too"), START, LAST)(scope, receive, send)
 
     bench.run(bench.serve(timing, layers=1))
     assert [message for message, _ in bench.sent] == ["start", "body"]

@@ -364,6 +364,24 @@ def test_an_error_that_a_handler_answers_as_a_success_rolls_back(file_store: Sto
         assert file_store.names() == ["not-modified", "redirect"]
 
 
+def test_a_redirect_that_a_handler_turns_into_an_error_rolls_back(file_store: Store) -> None:
+    """What counts is the answer that the client gets."""
+    site = Site(file_store)
+
+    @site.app.exception_handler(HTTPException)
+    async def strict(request: Any, error: Exception) -> Any:
+        return JSONResponse({}, 400)
+
+    @site.app.get("/")
+    async def endpoint(session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> Any:
+        await session.run_sync(insert("lost"))
+        raise HTTPException(302)
+
+    with site.running():
+        assert site.get().status == 400
+        assert file_store.names() == []
+
+
 # -- 7 and 8: late work ----------------------------------------------------------------------------
 
 

@@ -360,3 +360,22 @@ def test_policy_of_a_mounted_apps_endpoint(store: Store) -> None:
     site.app.router.routes.append(Mount("/in", Starlette(routes=[Route("/", endpoint)])))
     with site.running():
         assert site.get("/in/").json == "on"
+
+
+def test_an_app_without_exception_handling(file_store: Store) -> None:
+    """An app whose middleware stack is its router alone still settles before it answers."""
+
+    class Bare(Starlette):
+        def build_middleware_stack(self) -> Any:
+            return self.router
+
+    site = Site(file_store, Bare())
+
+    async def refused(request: Any) -> Any:
+        await site.db.session.run_sync(add_orphan)
+        return JSONResponse({})
+
+    site.app.router.routes.append(Route("/", refused))
+    with site.running():
+        assert site.get("/").status == 500
+        assert file_store.names() == []

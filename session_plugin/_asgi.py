@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from .policy import Outcome
@@ -43,7 +44,7 @@ class Exchange(ABC):
 
     async def raised(self, error: BaseException, layer: Layer | None = None) -> None:
         """Settle after ``error`` has left the app; whatever answers it is no success."""
-        outcome = Outcome.raised(error, method=self.scope.method)
+        outcome = replace(Outcome.raised(error, method=self.scope.method), background=self.complete)
         if not self.complete:
             self.scope.error = outcome.error
         if layer is None or layer.encloses_work():
@@ -86,8 +87,8 @@ class HttpExchange(Exchange):
     async def returned(self, layer: Layer) -> None:
         """Settle background work, or else give up a response that was cut short."""
         if layer.encloses_work():
-            outcome = Outcome(method=self.scope.method) if self.complete else self._outcome(not layer.complete)
-            await self.scope.asettle(outcome)
+            late = Outcome(method=self.scope.method, background=True)
+            await self.scope.asettle(late if self.complete else self._outcome(not layer.complete))
 
     def _start(self, message: Message) -> None:
         self.status = status = message["status"]

@@ -45,7 +45,7 @@ def settle(scope: SessionScope[Any], outcome: Outcome) -> Steps[None]:
     except BaseException as error:
         yield from _roll_back(scope)
         if outcome.background:
-            logger.error("%s: the work after the response was not saved: %r", str(scope), error)
+            logger.error("%s: the work after the response was not saved (%s)", str(scope), type(error).__name__)
         raise
     if not decision.commit:
         yield from _roll_back(scope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -142,14 +143,24 @@ class Response:
                 if not self._complete:
                     scope.settle(Outcome(self._status, scope.error, scope.method, interrupted=True))
             finally:
-                close = getattr(self._body, "close", None)
-                if close is not None:
-                    with scope.entered():
-                        close()
-            scope.settle(Outcome(method=scope.method, interrupted=not self._complete))
+                self._close_body()
         finally:
             scope.close()
             self._started = self._failure = scope.error = None  # PEP 3333: no cycle through a traceback
+
+    def _close_body(self) -> None:
+        """Do what the app does after the response, and settle it as a transaction of its own."""
+        scope = self._scope
+        late = Outcome(method=scope.method, interrupted=not self._complete, background=self._complete)
+        close = getattr(self._body, "close", None)
+        try:
+            if close is not None:
+                with scope.entered():
+                    close()
+        except BaseException as error:
+            scope.settle(replace(late, error=error))
+            raise
+        scope.settle(late)
 
     def _pass_on_start(self) -> Callable[[bytes], object]:
         """Settle, and only then tell the server what the app has told."""

@@ -301,18 +301,21 @@ class Contract:
         app.settle_down()
         assert app.store.names() == ["early", "late"]
 
-    def test_failing_background_work_rolls_back(self, app: Harness) -> None:
-        """A background task that fails keeps nothing, and changes nothing of the response."""
+    def test_failing_background_work_rolls_back(self, app: Harness, caplog: pytest.LogCaptureFixture) -> None:
+        """A background task that fails keeps nothing, changes nothing of the response, and is an error in the log."""
 
         def background(session: Session) -> None:
             insert("late")(session)
             raise RuntimeError("boom")
 
-        act = Act(insert("early"), background=background)
-        assert app.request(act).status == 201
-        assert act.done.wait(5)
-        app.settle_down()
-        assert app.store.names() == ["early"]
+        for broken in (background, add_orphan):
+            act = Act(insert(broken.__name__), background=broken)
+            assert app.request(act).status == 201
+            assert act.done.wait(5)
+            app.settle_down()
+        assert app.store.names() == ["add_orphan", "background"]
+        wait_for(lambda: len(errors(caplog)) == 2)
+        assert len(errors(caplog)) == 2
 
     # -- 9: error handlers can query -------------------------------------------------------------
 
@@ -402,6 +405,12 @@ class Contract:
     def test_endpoint_without_a_session(self, app: Harness) -> None:
         """An endpoint that knows nothing of the database is left alone."""
         assert app.request(Act(use_session=False)).status == 201
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What session_plugin itself has logged as an error."""
+    ours = [record for record in caplog.records if record.name == "session_plugin"]
+    return [record.getMessage() for record in ours if record.levelname == "ERROR"]
 
 
 def insert_and_swallow_an_error(app: Harness) -> Any:

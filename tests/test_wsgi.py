@@ -17,7 +17,6 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from session_plugin import Database, Outcome, PolicyError, ScopeClosedError, commit_on_success, read_only
-from session_plugin.access import endpoint_policy
 from session_plugin.policy import Decision
 from session_plugin.wsgi import SessionScopeMiddleware
 
@@ -726,7 +725,7 @@ def test_inner_middleware_knows_the_endpoint(db: Any, store: Store) -> None:
         count(db.session)
         return endpoint(environ, start_response)
 
-    inner = SessionScopeMiddleware(queries_first, db, find_policy=lambda: endpoint_policy(endpoint))
+    inner = SessionScopeMiddleware(queries_first, db, find_policy=lambda: db.marked_policy(endpoint))
     server = Server(store).serve(SessionScopeMiddleware(authenticate, db))
     assert (server.error, server.sent[-1]) == (None, (b"0", []))
 

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from .current import depth
 from .policy import Outcome
-from .scope import SessionScope, depth
+from .scope import SessionScope
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]

@@ -6,20 +6,17 @@ Only documented extension points of SQLAlchemy are used: a subclass that overrid
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
+from .current import depth
 from .exceptions import ReadOnlyError, ScopeClosedError
 
 if TYPE_CHECKING:
     from .scope import SessionScope
-
-depth: ContextVar[int] = ContextVar("session_plugin_depth", default=0)
-"""How many middlewares the caller stands inside; an adapter whose middlewares run side by side counts them."""
 
 
 class ScopeSession(Session):

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from sqlalchemy import MetaData
 from sqlalchemy.util import ScopedRegistry
 
-from ._current import find_scope
-from ._types import S
 from .configuration import Configuration, PolicyLike
+from .current import find_scope
 from .exceptions import ConfigurationError, NoScopeError
 from .policy import Policy, as_policy
 from .scope import SessionScope
+from .typevars import S
 
 if TYPE_CHECKING:
     from .database import BaseDatabase

@@ -15,17 +15,17 @@ from sqlalchemy import Engine, MetaData, Table
 from sqlalchemy.orm import Mapper, sessionmaker
 
 from . import _engines
-from ._async import AsyncAccess
 from ._hooks import log_failed
 from ._session import scope_session_class
-from ._sync import SyncAccess
 from ._threads import Permits
-from ._types import AsyncS, S, SyncS
 from .access import Access
+from .async_access import AsyncAccess
 from .configuration import DEFAULT, Configuration
 from .exceptions import ConfigurationError, SessionPluginError
 from .policy import SAFE_METHODS, Policy, as_policy
 from .scope import SessionScope
+from .sync_access import SyncAccess
+from .typevars import AsyncS, S, SyncS
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker

@@ -7,12 +7,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ._current import entered_databases
-from ._types import S
 from .access import Access
 from .configuration import Configuration
+from .current import entered_databases
 from .database import BaseDatabase
 from .exceptions import ConfigurationError, NoScopeError
+from .typevars import S
 
 if TYPE_CHECKING:
     pass

@@ -10,16 +10,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from . import _lifecycle
-from ._current import entered, open_scope
 from ._drive import Steps, arun, run, uncancelled
 from ._hooks import Event, Hook, Hooks
 from ._session import ScopeSession
-from ._session import depth as depth
 from ._threads import in_thread
-from ._types import S
 from ._watch import Work
+from .current import entered, open_scope
 from .exceptions import PolicyError, ScopeClosedError, TransactionAbortedError
 from .policy import Decision, Outcome, Policy, as_policy
+from .typevars import S
 
 if TYPE_CHECKING:
     from .database import BaseDatabase

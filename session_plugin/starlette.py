@@ -12,15 +12,15 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Router
 
 from ._asgi import ASGIApp, Layer, Receive, Scope, Send
-from ._async import AsyncAccess
-from ._sync import SyncAccess
-from ._types import AsyncS, S, SyncS
 from .access import HasDatabase
 from .asgi import SessionScopeMiddleware, find_exchange
+from .async_access import AsyncAccess
 from .database import AsyncDatabase, Database
 from .exceptions import ConfigurationError
 from .plugin import Plugin
 from .policy import Outcome, Policy, response_status
+from .sync_access import SyncAccess
+from .typevars import AsyncS, S, SyncS
 
 if TYPE_CHECKING:
     from .configuration import Source

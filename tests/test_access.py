@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from session_plugin import AsyncDatabase, ConfigurationError, Database, NoScopeError, manual, read_only
-from session_plugin._sync import SyncAccess
 from session_plugin.plugin import Plugin
+from session_plugin.sync_access import SyncAccess
 
 from .harness import Base, insert
 

@@ -40,14 +40,14 @@ def test_an_adapter_imports_its_own_framework_only() -> None:
 
 
 LAYERS = [
-    {"exceptions", "_types"},
-    {"_current"},
+    {"exceptions", "typevars"},
+    {"current"},
     {"policy", "_drive", "_threads", "_hooks"},
     {"_watch", "_lifecycle", "_sqlite", "configuration"},
     {"_session", "_engines"},
     {"scope"},
     {"access"},
-    {"_sync", "_async"},
+    {"sync_access", "async_access"},
     {"database"},
     {"plugin", "_asgi", "wsgi"},
     {"asgi"},

@@ -21,15 +21,15 @@ from flask.globals import app_ctx
 from sqlalchemy import Executable
 from sqlalchemy.exc import MultipleResultsFound, NoResultFound
 
-from .._current import find_scope
-from .._sync import SyncAccess
-from .._types import SyncS
 from ..configuration import Configuration
+from ..current import find_scope
 from ..database import Database
 from ..exceptions import NoScopeError
 from ..plugin import Plugin
 from ..policy import Outcome, Policy, as_policy, manual
 from ..scope import SessionScope
+from ..sync_access import SyncAccess
+from ..typevars import SyncS
 from ..wsgi import SessionScopeMiddleware
 from ._configuration import configured
 from ._settle import SettlingMiddleware

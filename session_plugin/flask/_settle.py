@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Response, current_app, has_request_context
 from werkzeug.exceptions import HTTPException
 
-from .._current import find_scope
+from ..current import find_scope
 from ..policy import Outcome, response_status
 from ..scope import SessionScope
 

@@ -1,35 +1,36 @@
-"""The interface of a sync database."""
+"""The interface of an async database."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, MetaData
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy import MetaData
 
-from ._current import find_scope
-from ._types import SyncS
 from .access import Access, ScopeRegistry, caller
 from .configuration import DEFAULT, Configuration, PolicyLike
+from .current import find_scope
 from .policy import Outcome, commit_on_success
 from .scope import SessionScope
+from .typevars import AsyncS
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine, async_scoped_session, async_sessionmaker
+
     from .configuration import Source
-    from .database import Database
+    from .database import AsyncDatabase
 
 
-class SyncAccess(Access[SyncS]):
-    """What a sync database adds."""
+class AsyncAccess(Access[AsyncS]):
+    """What an async database adds."""
 
     def __init__(
         self,
         source: Source | None = None,
         *,
-        class_: type[SyncS] | None = None,
+        class_: type[AsyncS] | None = None,
         policy: PolicyLike = commit_on_success,
         metadata: MetaData | None = None,
         binds: Mapping[Any, Any] | None = None,
@@ -38,10 +39,10 @@ class SyncAccess(Access[SyncS]):
         """Configure a database; nothing connects yet.
 
         Args:
-            source: a URL, an engine, a session factory, a `Database` made elsewhere, or named
+            source: a URL, an engine, a session factory, a `AsyncDatabase` made elsewhere, or named
                 engines: ``{"default": ..., "reports": {"url": ..., "pool_size": 2}}``.  A plugin also
                 takes a function that answers one of these when the app starts.
-            class_: the session class; `Session` unless given.
+            class_: the session class; `AsyncSession` unless given.
             policy: how units of work begin and end unless they say otherwise.
             metadata: for ``create_all()`` and for migration tools.
             binds: from a mapped class or a table to an engine or the name of one.
@@ -50,15 +51,18 @@ class SyncAccess(Access[SyncS]):
         Raises:
             ConfigurationError: any of it cannot work.
         """
-        configuration = Configuration(source, class_ or Session, policy, metadata, binds, options)
+        from sqlalchemy.ext.asyncio import AsyncSession
+
+        configuration = Configuration(source, class_ or AsyncSession, policy, metadata, binds, options)
         self._set_up(configuration)
 
     @property
     @abstractmethod
-    def database(self) -> Database[SyncS]: ...
+    def database(self) -> AsyncDatabase[AsyncS]:
+        """The database behind this object, here and now."""
 
-    @contextmanager
-    def session_scope(self, *, new: bool = False) -> Generator[SyncS]:
+    @asynccontextmanager
+    async def session_scope(self, *, new: bool = False) -> AsyncGenerator[AsyncS]:
         """A unit of work: commit at the end of the block, roll back if an error leaves it.
 
         Inside a unit of work that is open and unsettled it joins that one, which then decides;
@@ -77,47 +81,52 @@ class SyncAccess(Access[SyncS]):
             try:
                 yield scope.session
             except BaseException as error:
-                scope.settle(Outcome.raised(error))
+                await scope.asettle(Outcome.raised(error))
                 raise
             else:
-                scope.settle(Outcome())
+                await scope.asettle(Outcome())
             finally:
-                scope.close()
+                await scope.aclose()
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> AsyncEngine:
         """The default engine."""
-        engine: Engine = self.database.engine_called(DEFAULT)
+        engine: AsyncEngine = self.database.engine_called(DEFAULT)
         return engine
 
     @property
-    def engines(self) -> Mapping[str, Engine]:
+    def engines(self) -> Mapping[str, AsyncEngine]:
         """The engines by name; a database with one engine calls it ``"default"``."""
         return self.database.named_engines
 
     @property
-    def sessionmaker(self) -> sessionmaker[SyncS]:
+    def sessionmaker(self) -> async_sessionmaker[AsyncS]:
         """Makes sessions that belong to no unit of work, configured like those that do."""
         return self.database.maker
 
     @property
-    def scoped_session(self) -> scoped_session[SyncS]:
-        """For libraries that expect SQLAlchemy's `scoped_session`: its scope is our unit of work."""
-        registry = scoped_session(self.database.maker)
+    def scoped_session(self) -> async_scoped_session[AsyncS]:
+        """For libraries that expect `async_scoped_session`: its scope is our unit of work."""
+        from sqlalchemy.ext.asyncio import async_scoped_session
+
+        registry = async_scoped_session(self.database.maker, scopefunc=object)
         registry.registry = ScopeRegistry(self)
         return registry
 
-    def create_all(self) -> None:
+    async def create_all(self) -> None:
         """Create the missing tables of ``metadata``, each on the engine that ``binds`` names."""
+        self.database.adopt_running_loop()
         for engine, tables in self.database.tables_by_engine(self.metadata):
-            self.metadata.create_all(engine, tables=tables)
+            async with engine.begin() as connection:
+                await connection.run_sync(self.metadata.create_all, tables=tables)
 
-    def drop_all(self) -> None:
+    async def drop_all(self) -> None:
         """Drop the tables of ``metadata``, each on the engine that ``binds`` names."""
+        self.database.adopt_running_loop()
         for engine, tables in self.database.tables_by_engine(self.metadata):
-            self.metadata.drop_all(engine, tables=tables)
+            async with engine.begin() as connection:
+                await connection.run_sync(self.metadata.drop_all, tables=tables)
 
-    def dispose(self) -> None:
+    async def dispose(self) -> None:
         """Close the pooled connections of the engines made here; those made elsewhere are their maker's."""
-        for engine in self.database.own_engines:
-            engine.dispose()
+        await self.database.dispose_engines()

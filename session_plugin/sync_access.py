@@ -1,36 +1,35 @@
-"""The interface of an async database."""
+"""The interface of a sync database."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import MetaData
+from sqlalchemy import Engine, MetaData
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from ._current import find_scope
-from ._types import AsyncS
 from .access import Access, ScopeRegistry, caller
 from .configuration import DEFAULT, Configuration, PolicyLike
+from .current import find_scope
 from .policy import Outcome, commit_on_success
 from .scope import SessionScope
+from .typevars import SyncS
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine, async_scoped_session, async_sessionmaker
-
     from .configuration import Source
-    from .database import AsyncDatabase
+    from .database import Database
 
 
-class AsyncAccess(Access[AsyncS]):
-    """What an async database adds."""
+class SyncAccess(Access[SyncS]):
+    """What a sync database adds."""
 
     def __init__(
         self,
         source: Source | None = None,
         *,
-        class_: type[AsyncS] | None = None,
+        class_: type[SyncS] | None = None,
         policy: PolicyLike = commit_on_success,
         metadata: MetaData | None = None,
         binds: Mapping[Any, Any] | None = None,
@@ -39,10 +38,10 @@ class AsyncAccess(Access[AsyncS]):
         """Configure a database; nothing connects yet.
 
         Args:
-            source: a URL, an engine, a session factory, a `AsyncDatabase` made elsewhere, or named
+            source: a URL, an engine, a session factory, a `Database` made elsewhere, or named
                 engines: ``{"default": ..., "reports": {"url": ..., "pool_size": 2}}``.  A plugin also
                 takes a function that answers one of these when the app starts.
-            class_: the session class; `AsyncSession` unless given.
+            class_: the session class; `Session` unless given.
             policy: how units of work begin and end unless they say otherwise.
             metadata: for ``create_all()`` and for migration tools.
             binds: from a mapped class or a table to an engine or the name of one.
@@ -51,17 +50,16 @@ class AsyncAccess(Access[AsyncS]):
         Raises:
             ConfigurationError: any of it cannot work.
         """
-        from sqlalchemy.ext.asyncio import AsyncSession
-
-        configuration = Configuration(source, class_ or AsyncSession, policy, metadata, binds, options)
+        configuration = Configuration(source, class_ or Session, policy, metadata, binds, options)
         self._set_up(configuration)
 
     @property
     @abstractmethod
-    def database(self) -> AsyncDatabase[AsyncS]: ...
+    def database(self) -> Database[SyncS]:
+        """The database behind this object, here and now."""
 
-    @asynccontextmanager
-    async def session_scope(self, *, new: bool = False) -> AsyncGenerator[AsyncS]:
+    @contextmanager
+    def session_scope(self, *, new: bool = False) -> Generator[SyncS]:
         """A unit of work: commit at the end of the block, roll back if an error leaves it.
 
         Inside a unit of work that is open and unsettled it joins that one, which then decides;
@@ -80,52 +78,47 @@ class AsyncAccess(Access[AsyncS]):
             try:
                 yield scope.session
             except BaseException as error:
-                await scope.asettle(Outcome.raised(error))
+                scope.settle(Outcome.raised(error))
                 raise
             else:
-                await scope.asettle(Outcome())
+                scope.settle(Outcome())
             finally:
-                await scope.aclose()
+                scope.close()
 
     @property
-    def engine(self) -> AsyncEngine:
+    def engine(self) -> Engine:
         """The default engine."""
-        engine: AsyncEngine = self.database.engine_called(DEFAULT)
+        engine: Engine = self.database.engine_called(DEFAULT)
         return engine
 
     @property
-    def engines(self) -> Mapping[str, AsyncEngine]:
+    def engines(self) -> Mapping[str, Engine]:
         """The engines by name; a database with one engine calls it ``"default"``."""
         return self.database.named_engines
 
     @property
-    def sessionmaker(self) -> async_sessionmaker[AsyncS]:
+    def sessionmaker(self) -> sessionmaker[SyncS]:
         """Makes sessions that belong to no unit of work, configured like those that do."""
         return self.database.maker
 
     @property
-    def scoped_session(self) -> async_scoped_session[AsyncS]:
-        """For libraries that expect `async_scoped_session`: its scope is our unit of work."""
-        from sqlalchemy.ext.asyncio import async_scoped_session
-
-        registry = async_scoped_session(self.database.maker, scopefunc=object)
+    def scoped_session(self) -> scoped_session[SyncS]:
+        """For libraries that expect SQLAlchemy's `scoped_session`: its scope is our unit of work."""
+        registry = scoped_session(self.database.maker)
         registry.registry = ScopeRegistry(self)
         return registry
 
-    async def create_all(self) -> None:
+    def create_all(self) -> None:
         """Create the missing tables of ``metadata``, each on the engine that ``binds`` names."""
-        self.database.adopt_running_loop()
         for engine, tables in self.database.tables_by_engine(self.metadata):
-            async with engine.begin() as connection:
-                await connection.run_sync(self.metadata.create_all, tables=tables)
+            self.metadata.create_all(engine, tables=tables)
 
-    async def drop_all(self) -> None:
+    def drop_all(self) -> None:
         """Drop the tables of ``metadata``, each on the engine that ``binds`` names."""
-        self.database.adopt_running_loop()
         for engine, tables in self.database.tables_by_engine(self.metadata):
-            async with engine.begin() as connection:
-                await connection.run_sync(self.metadata.drop_all, tables=tables)
+            self.metadata.drop_all(engine, tables=tables)
 
-    async def dispose(self) -> None:
+    def dispose(self) -> None:
         """Close the pooled connections of the engines made here; those made elsewhere are their maker's."""
-        await self.database.dispose_engines()
+        for engine in self.database.own_engines:
+            engine.dispose()

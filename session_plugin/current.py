@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from ._types import S
+from .typevars import S
 
 if TYPE_CHECKING:
     from .database import BaseDatabase
     from .scope import SessionScope
+
+depth: ContextVar[int] = ContextVar("session_plugin_depth", default=0)
+"""How many middlewares the caller stands inside; an adapter whose middlewares run side by side counts them."""
 
 _innermost: ContextVar[SessionScope[Any] | None] = ContextVar("session_plugin_scope", default=None)
 

@@ -1184,10 +1184,9 @@ def test_reading_app_context_locks_no_session_scope_out(tmp_path: Any) -> None:
     db.dispose()
 
 
+@pytest.mark.parametrize("module_store", ["postgresql+psycopg"], indirect=True)  # SQLite has one writer at a time
 def test_session_scope_leaves_open_work_of_the_app_context_alone(store: Store) -> None:
     """Neither unsaved work, nor a hook, nor a result that is being read is ended by it."""
-    if store.backend == "sqlite":
-        pytest.skip("one writer at a time")
     app, db, ran = flask_app(), SessionPlugin(store.url, **POOL), []
     db.init_app(app)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import logging
 import sys
@@ -867,3 +868,37 @@ def test_a_watch_lets_go_of_its_own_mark_only(units: Units) -> None:
         assert connection.info[KEY] is second
         second.release()
         assert KEY not in connection.info
+
+
+def test_permits_are_one_per_scope_and_all_come_back() -> None:
+    """Asked for twice at once, again, or waited for until after the end of the scope."""
+    db = Database("sqlite://", pool_size=2, max_overflow=0)
+
+    async def main() -> None:
+        first, second, asked_twice, ends_early, last = (SessionScope(db, origin="test") for _ in range(5))
+        await first.permit()
+        await second.permit()
+        waiting = [asyncio.create_task(scope.permit()) for scope in (asked_twice, asked_twice, ends_early)]
+        await asyncio.sleep(0)
+        await ends_early.aclose()
+        await first.aclose()
+        await second.aclose()
+        await asyncio.wait_for(asyncio.gather(*waiting), 5)
+        await asked_twice.permit()
+        await ends_early.permit()
+        await asyncio.wait_for(last.permit(), 5)
+        await asked_twice.aclose()
+        await last.aclose()
+
+    asyncio.run(main())
+    db.dispose()
+
+
+def test_a_scope_may_be_left_in_another_context(units: Units) -> None:
+    """As in a fixture whose halves run in two tasks: the copy of the variable ends with its context."""
+    scope: Any = SessionScope(units.db, origin="test")
+    block = scope.entered()
+    contextvars.copy_context().run(block.__enter__)
+    block.__exit__(None, None, None)
+    with pytest.raises(NoScopeError):
+        _ = units.db.session

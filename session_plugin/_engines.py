@@ -33,6 +33,8 @@ def resolve(
     if isinstance(given, Mapping):
         options = {**options, **given}
         given = options.pop("url", None)
+        if given is None:
+            raise ConfigurationError('Named engines need a "url" each: {"reports": {"url": ..., "pool_size": 2}}.')
     if isinstance(given, str | URL):
         return make_engine(given, options, owner, is_async=is_async), options
     if not isinstance(sync_engine(given), Engine):

@@ -7,7 +7,6 @@ Only documented extension points of SQLAlchemy are used: a subclass that overrid
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
@@ -63,11 +62,14 @@ def _refuse_to_write(session: ScopeSession, flush_context: Any, instances: Any) 
         return
     changed = [*session.new, *session.deleted, *(row for row in session.dirty if session.is_modified(row))]
     if changed:
-        raise ReadOnlyError(
-            f"The policy {scope.policy.name} does not write, and this session would have: "
-            f"{type(changed[0]).__name__} is new, changed or deleted. Choose another policy with "
-            "db.use() or @db.policy, or leave the object alone."
-        )
+        raise _read_only(scope, f"{type(changed[0]).__name__} is new, changed or deleted")
+
+
+def _read_only(scope: SessionScope[Any], what: str) -> ReadOnlyError:
+    return ReadOnlyError(
+        f"The policy {scope.policy.name} does not write, and this session would have: {what}. Choose another policy "
+        "with db.use() or @db.policy, or do without."
+    )
 
 
 @event.listens_for(ScopeSession, "do_orm_execute")
@@ -80,18 +82,15 @@ def _before_statement(state: ORMExecuteState) -> Any:
     scope.work.check_alone()
     if scope.database.is_async:
         scope.work.check_first()
+    if scope.policy.read_only and (state.is_insert or state.is_update or state.is_delete):
+        raise _read_only(scope, "the statement is an INSERT, UPDATE or DELETE")
     options = state.execution_options
-    if options.get("yield_per") or options.get("stream_results"):
+    lazy_cursor = scope.database.has_lazy_cursors and not state.is_orm_statement
+    if lazy_cursor or options.get("yield_per") or options.get("stream_results"):
         result = state.invoke_statement()
-        scope.work.streams.append(ref(result))
+        scope.work.keep_stream(result)
         return result
     return None
-
-
-@event.listens_for(ScopeSession, "before_commit")
-def _refuse_phantom_commit(session: ScopeSession) -> None:
-    if session._session_scope is not None and not session.in_nested_transaction():
-        session._session_scope.check_can_commit()
 
 
 @event.listens_for(ScopeSession, "after_commit")

@@ -50,7 +50,7 @@ def prepare(engine: Engine) -> None:
     """Make every transaction of ``engine`` a real one."""
     event.listen(engine, "begin", _recommend_wal, once=True)
     event.listen(engine, "begin", _begin)
-    event.listen(engine, "reset", _leave_query_only)
+    event.listen(engine, "reset", _reset)
 
 
 def _begin(connection: Connection) -> None:
@@ -69,8 +69,12 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if mode == IMMEDIATE else "BEGIN")
 
 
-def _leave_query_only(dbapi_connection: Any, record: Any, reset_state: Any) -> None:
-    if record.info.pop(_QUERY_ONLY, None) and not reset_state.terminate_only:
+def _reset(dbapi_connection: Any, record: Any, reset_state: Any) -> None:
+    if reset_state.terminate_only:
+        return
+    if record.driver_connection.in_transaction:
+        dbapi_connection.rollback()  # after a COMMIT that failed, SQLAlchemy takes the connection for clean
+    if record.info.pop(_QUERY_ONLY, None):
         cursor = dbapi_connection.cursor()
         cursor.execute("PRAGMA query_only = OFF")
         cursor.close()

@@ -14,7 +14,16 @@ T = TypeVar("T")
 
 WORKERS = 32
 _executors: dict[bool, ThreadPoolExecutor] = {}
-os.register_at_fork(after_in_child=_executors.clear)
+
+
+def after_fork_in_child(call: Callable[[], None]) -> None:
+    """Have ``call`` made in every forked child; where there is no fork, as on Windows, never."""
+    register = getattr(os, "register_at_fork", None)
+    if register is not None:
+        register(after_in_child=call)
+
+
+after_fork_in_child(_executors.clear)
 
 
 def in_thread(call: Callable[[], T], *, holds_connection: bool) -> asyncio.Future[T]:

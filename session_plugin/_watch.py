@@ -7,10 +7,10 @@ gives it back.  Core connections carry none and are left alone.
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
 
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.engine import ExceptionContext, Result
@@ -20,11 +20,16 @@ from sqlalchemy.orm import SessionTransaction
 from .exceptions import ConcurrentUseError, SessionPluginError, TransactionAbortedError
 
 KEY = "session_plugin.watch"
+MANY_STREAMS = 100
 TWO_AT_ONCE = (
     "Two threads or tasks used one session at the same time. Give each its own: open a "
     "session_scope(new=True) in every branch."
 )
-WRITING = ("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE")
+WRITING = re.compile(
+    r"(?:\s|/\*.*?\*/|--[^\n]*\n)*(?:INSERT|UPDATE|DELETE|MERGE|REPLACE|COPY|CALL|DO|CREATE|ALTER|DROP|TRUNCATE"
+    r"|WITH\b.*\b(?:INSERT|UPDATE|DELETE|MERGE))\b",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 class Watch:
@@ -34,9 +39,10 @@ class Watch:
     without being closed could never give the connection back.
     """
 
-    __slots__ = ("_current_owner", "_info", "_lock", "_owner", "error", "wrote")
+    __slots__ = ("_current_owner", "_info", "_lock", "_owner", "doomed", "error", "wrote")
 
     def __init__(self, connection: Connection) -> None:
+        self.doomed: str | None = None
         self.error: BaseException | None = None
         self.wrote = False
         self._info = connection.info
@@ -77,18 +83,34 @@ class Watch:
     def check_alive(self, connection: Connection) -> None:
         """Raise `TransactionAbortedError` if the server has already given the transaction up.
 
-        Asks only after an error: classifying errors would call a recovered savepoint aborted.
+        Asks only after an error, since classifying errors would call a recovered savepoint aborted, or
+        after a statement that never ended: a listener of the user's may have replaced its error.
         """
-        error, self.error = self.error, None
-        if error is not None and _is_aborted(connection):
+        error, suspicious = self.error, self.error is not None or self._lock.locked()
+        if suspicious and _is_aborted(connection):
+            self.error = error
+            what = "an error" if error is None else type(error).__name__
             raise TransactionAbortedError(
-                f"The database had already aborted this transaction when {type(error).__name__} was "
-                "raised and caught, so nothing of it can be committed. Let the error leave, call "
-                "rollback() before going on, or put the statement that may fail in begin_nested()."
+                f"The database had already aborted this transaction when {what} was raised and caught, so nothing "
+                "of it can be committed. Let the error leave, call rollback() before going on, or put the statement "
+                "that may fail in begin_nested()."
             ) from error
+        self.error = None
+
+    def check_can_commit(self, connection: Connection) -> None:
+        """Raise what forbids a COMMIT, an explicit one too."""
+        if self.doomed is not None:
+            raise TransactionAbortedError(
+                f"This unit of work is doomed ({self.doomed}): it rolls back, whatever happens. What must be "
+                "saved all the same belongs in a session_scope(new=True)."
+            )
+        self.check_alone()
+        self.check_alive(connection)
 
 
 def _is_aborted(connection: Connection) -> bool:
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        return False
     if connection.dialect.name == "sqlite":
         driver_connection = connection.connection.driver_connection
         return not (driver_connection and driver_connection.in_transaction)
@@ -99,14 +121,21 @@ def _is_aborted(connection: Connection) -> bool:
     return False
 
 
+def _is_open(result: Any) -> bool:
+    """False once a result was read to its end; a Core one tells by its cursor."""
+    return not result.closed and getattr(result, "cursor", result) is not None
+
+
 def _before_cursor_execute(
     connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
 ) -> None:
     watch: Watch | None = connection.info.get(KEY)
     if watch is not None:
+        if watch.error is not None and connection.dialect.name == "sqlite":
+            watch.check_alive(connection)  # what follows a lost transaction would commit by itself
         watch.enter()
         if not watch.wrote:
-            watch.wrote = statement.lstrip()[:7].upper().startswith(WRITING)
+            watch.wrote = WRITING.match(statement) is not None
 
 
 def _after_cursor_execute(
@@ -127,8 +156,23 @@ def _handle_error(context: ExceptionContext) -> None:
         watch.error = context.sqlalchemy_exception or context.original_exception
 
 
+def _before_rollback(connection: Connection) -> None:
+    watch: Watch | None = None if connection.invalidated else connection.info.get(KEY)
+    if watch is not None and watch.busy:
+        connection.invalidate()  # the driver's ROLLBACK would cut into the sibling's statement
+
+
+def _before_commit(connection: Connection, *xid: Any) -> None:
+    watch: Watch | None = connection.info.get(KEY)
+    if watch is not None:
+        watch.check_can_commit(connection)
+
+
 def watch_engine(engine: Engine) -> None:
     """Listen to what the sessions of our scopes do on ``engine``."""
+    event.listen(engine, "commit", _before_commit)
+    event.listen(engine, "rollback", _before_rollback)
+    event.listen(engine, "prepare_twophase", _before_commit)
     event.listen(engine, "before_cursor_execute", _before_cursor_execute)
     event.listen(engine, "after_cursor_execute", _after_cursor_execute)
     event.listen(engine, "handle_error", _handle_error)
@@ -139,16 +183,20 @@ class Work:
 
     Attributes:
         committed: the transaction or savepoint that ended last by a commit.
-        streams: the results opened with ``yield_per`` or ``stream``.
+        streams: the results that still read from the connection: those opened with ``yield_per`` or
+            ``stream``, and on SQLite, whose cursors are lazy, those of Core.
+        begin_engines: the twins of engines that only this transaction knows; see `BaseDatabase.begin_engine`.
     """
 
-    __slots__ = ("_first", "_watches", "committed", "streams")
+    __slots__ = ("_doomed", "_first", "_watches", "begin_engines", "committed", "streams")
 
     def __init__(self) -> None:
         self._watches: dict[Connection, Watch] = {}
+        self._doomed: str | None = None
         self._first: asyncio.Task[Any] | None = None
         self.committed: SessionTransaction | None = None
-        self.streams: list[ref[Result[Any]]] = []
+        self.streams: list[Result[Any]] = []
+        self.begin_engines: dict[tuple[Any, ...], Engine] = {}
 
     @property
     def wrote(self) -> bool:
@@ -168,7 +216,14 @@ class Work:
     def connection_taken(self, connection: Connection) -> None:
         """The session took ``connection``; a savepoint on one it already has says so again."""
         if connection not in self._watches:
-            self._watches[connection] = Watch(connection)
+            self._watches[connection] = watch = Watch(connection)
+            watch.doomed = self._doomed
+
+    def doom(self, reason: str) -> None:
+        """Let no connection of this work commit any more, those that it will yet take included."""
+        self._doomed = reason
+        for watch in self._watches.values():
+            watch.doomed = reason
 
     def check_alone(self) -> None:
         """Raise `ConcurrentUseError` if another thread or task waits for a statement."""
@@ -185,22 +240,22 @@ class Work:
             if first is not None and first is not self._first and not first.done():
                 raise ConcurrentUseError(TWO_AT_ONCE)
 
-    def check_can_commit(self) -> None:
-        """Raise what forbids a COMMIT: a statement under way, or a transaction already aborted."""
-        for connection, watch in self._watches.items():
-            watch.check_alone()
-            watch.check_alive(connection)
+    def keep_stream(self, result: Result[Any]) -> None:
+        """Close ``result`` with the transaction, unless it is read to its end before."""
+        if len(self.streams) >= MANY_STREAMS:
+            self.streams = [stream for stream in self.streams if _is_open(stream)]
+        if _is_open(result):
+            self.streams.append(result)
 
     def close_streams(self) -> None:
         """Close the results that would otherwise go on reading from a lent connection."""
-        streams, self.streams = self.streams, []
-        for stream in streams:
-            result = stream()
-            if result is not None:
-                result.close()
+        for stream in self.streams:
+            stream.close()
 
     def ended(self) -> None:
         """The transaction is over and its connections are back in their pools."""
         watches, self._watches, self._first = self._watches, {}, None
+        self.streams.clear()
+        self.begin_engines.clear()
         for watch in watches.values():
             watch.release()

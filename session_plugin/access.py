@@ -5,6 +5,7 @@ A `Database` answers for itself; a framework's plugin answers for the `Database`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -18,7 +19,7 @@ from sqlalchemy.util import ScopedRegistry
 
 from .configuration import Configuration, PolicyLike
 from .current import find_scope
-from .exceptions import ConfigurationError, NoScopeError
+from .exceptions import ConfigurationError, NoScopeError, ScopeClosedError
 from .policy import Policy, as_policy
 from .scope import SessionScope
 from .typevars import S
@@ -78,7 +79,10 @@ class Access(ABC, Generic[S]):
             NoScopeError: there is no unit of work here.
             ScopeClosedError: the one that was inherited here has ended.
         """
-        return self.scope.session
+        scope = self.scope
+        if scope.closed:
+            raise ScopeClosedError(scope.closed_message)
+        return scope.session
 
     def on_commit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
         """Call ``function(*args, **kwargs)`` once this transaction's data is durable.
@@ -121,7 +125,7 @@ class Access(ABC, Generic[S]):
         self.scope.use(policy)
 
     def policy(self, policy: PolicyLike) -> Callable[[F], F]:
-        """A decorator for an endpoint or a function: its unit of work is under ``policy``.
+        """A decorator for an endpoint, a class of endpoints or a function: its unit of work is under ``policy``.
 
         The adapters for Flask, FastAPI and Starlette look at the endpoint before the first
         statement of the request, a dependency's included; elsewhere the policy is chosen when
@@ -130,7 +134,8 @@ class Access(ABC, Generic[S]):
         chosen = as_policy(policy)
 
         def decorate(function: F) -> F:
-            decorated = function if _is_generator(function) else self._using(chosen, function)
+            as_it_is = isinstance(function, type) or _is_generator(function)
+            decorated = function if as_it_is else self._using(chosen, function)
             self.mark(decorated, chosen)
             return decorated
 
@@ -203,5 +208,7 @@ def _is_generator(function: Callable[..., Any]) -> bool:
 
 def caller() -> str:
     """Where the ``session_scope()`` that calls this was opened."""
-    frame = sys._getframe(3)  # the frames between are this one, session_scope() and contextlib
+    frame = sys._getframe(2)  # past this one and session_scope()
+    while frame.f_back is not None and frame.f_code.co_filename == contextlib.__file__:
+        frame = frame.f_back
     return f"session_scope() at {frame.f_code.co_filename}:{frame.f_lineno}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from sqlalchemy import URL, Engine, MetaData
 from sqlalchemy.orm import Session, sessionmaker
 
-from .policy import Decision, Outcome, Policy
+from .policy import Decision, Outcome, Policy, commit_on_success
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
@@ -53,6 +53,11 @@ class Configuration:
             source=self.source if source is None else source,
             options={**self.options, **options},
         )
+
+    def names_more_than_a_source(self) -> bool:
+        """True if anything but the source was said."""
+        said = self.options or self.binds or self.metadata is not None or self.policy is not commit_on_success
+        return bool(said) or self.class_.__module__.partition(".")[0] != "sqlalchemy"
 
     def unfolded(self) -> Configuration:
         """What ``bind=`` and a session factory mean, said as everything else is."""

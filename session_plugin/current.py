@@ -28,11 +28,19 @@ def open_scope() -> SessionScope[Any] | None:
 
 
 def find_scope(database: BaseDatabase[S]) -> SessionScope[S] | None:
-    """The scope of ``database`` in which the caller stands, or None."""
+    """The scope of ``database`` in which the caller stands, or None.
+
+    A closed one, which a generator or a task has inherited, is found only if none further out is open.
+    """
+    found: SessionScope[S] | None = None
     scope = _innermost.get()
-    while scope is not None and scope.database is not database:
+    while scope is not None:
+        if scope.database is database:
+            found = found or scope
+            if not scope.closed:
+                return scope
         scope = scope.outer
-    return scope
+    return found
 
 
 def entered_databases() -> Iterator[BaseDatabase[Any]]:

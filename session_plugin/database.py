@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import os
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import cached_property
@@ -17,13 +16,13 @@ from sqlalchemy.orm import Mapper, sessionmaker
 from . import _engines
 from ._hooks import log_failed
 from ._session import scope_session_class
-from ._threads import Permits
+from ._threads import Permits, after_fork_in_child
 from .access import Access
 from .async_access import AsyncAccess
 from .configuration import DEFAULT, Configuration
-from .exceptions import ConfigurationError, SessionPluginError
+from .exceptions import ConfigurationError
 from .policy import SAFE_METHODS, Policy, as_policy
-from .scope import SessionScope
+from .scope import SessionScope, forget_open_scopes
 from .sync_access import SyncAccess
 from .typevars import AsyncS, S, SyncS
 
@@ -61,12 +60,17 @@ class BaseDatabase(Access[S]):
         }
         self.named_engines = {name: engine for name, (engine, _) in resolved.items()}
         self._engine_options = {name: made_with for name, (_, made_with) in resolved.items()}
-        for engine in self.named_engines.values():
-            _engines.prepare(_engines.sync_engine(engine))
         self._begin_engines: dict[tuple[Any, ...], Engine] = {}
         self.binds: Mapping[Any, AnyEngine] = {
             key: self._bind(bind) for key, bind in (configuration.binds or {}).items()
         }
+        bound = {*self.named_engines.values(), *self.binds.values()}
+        self.known_engines = {_engines.sync_engine(engine) for engine in bound}
+        for engine in self.known_engines:
+            _engines.prepare(engine)
+        self.has_lazy_cursors: bool = not self.is_async and any(
+            engine.dialect.name == "sqlite" for engine in self.known_engines
+        )
         if self.binds:
             session_options["binds"] = self.binds
         self.maker = self._make_maker(configuration.class_, self.named_engines.get(DEFAULT), session_options)
@@ -125,11 +129,12 @@ class BaseDatabase(Access[S]):
         """``engine``, or its twin on the same pool that begins as the scope's policy says."""
         policy = scope.policy
         key = (engine, policy.read_only, policy.isolation_level, scope.method in SAFE_METHODS)
-        begin_engine = self._begin_engines.get(key)
+        known = self._begin_engines if engine in self.known_engines else scope.work.begin_engines
+        begin_engine = known.get(key)
         if begin_engine is None:
             options = _engines.begin_options(engine.dialect.name, read_only=key[1], isolation_level=key[2], safe=key[3])
-            begin_engine = engine.execution_options(**options) if options else engine
-            self._begin_engines[key] = begin_engine
+            _engines.prepare(engine)  # a get_bind() of the user's may name one that is new here
+            begin_engine = known[key] = engine.execution_options(**options) if options else engine
         return begin_engine
 
     def tables_by_engine(self, metadata: MetaData) -> Iterator[tuple[Any, list[Table]]]:
@@ -207,7 +212,7 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
         """A session for a scope of this database, on the running event loop.
 
         Raises:
-            SessionPluginError: another event loop, still running, uses this database.
+            ConfigurationError: another event loop, still running, uses this database.
         """
         self.adopt_running_loop()
         return super().new_session()
@@ -216,13 +221,13 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
         """Let the running event loop use this database, with connections of its own.
 
         Raises:
-            SessionPluginError: another event loop, still running, uses this database.
+            ConfigurationError: another event loop, still running, uses this database.
         """
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return
         if self._loop is not None and not self._loop.is_closed():
-            raise SessionPluginError(
+            raise ConfigurationError(
                 "This async database is in use on another event loop, and its connections cannot serve "
                 "two. Make one AsyncDatabase per loop, or `await db.dispose()` on the first one."
             )
@@ -251,7 +256,7 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
                     result = call()
                     if inspect.isawaitable(result):
                         await result
-            except Exception:
+            except (Exception, asyncio.CancelledError):  # this task's own cancellation waits in `uncancelled`
                 log_failed(call)
 
 
@@ -269,10 +274,11 @@ def _tables(key: Any) -> Iterator[Table]:
 
 
 def _forget_inherited_connections() -> None:
-    """In a forked child: start with empty pools, and leave the parent's sockets alone."""
+    """In a forked child: start with empty pools and no open scope, and leave the parent's sockets alone."""
+    forget_open_scopes()
     for database in list(_databases):
-        for engine in database.named_engines.values():
-            _engines.sync_engine(engine).dispose(close=False)
+        for engine in database.known_engines:
+            engine.dispose(close=False)
 
 
-os.register_at_fork(after_in_child=_forget_inherited_connections)
+after_fork_in_child(_forget_inherited_connections)

@@ -56,7 +56,7 @@ class TransactionAbortedError(SessionPluginError, PendingRollbackError):
     """COMMIT was refused: the server had already aborted the transaction, or its unit of work is doomed.
 
     PostgreSQL answers COMMIT of an aborted transaction with a ROLLBACK and no error; SQLite
-    and MySQL may end a transaction in the middle.  The swallowed error is ``__cause__``.
+    may end a transaction in the middle.  The swallowed error is ``__cause__``.
     """
 
 

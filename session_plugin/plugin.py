@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from .access import Access
@@ -13,9 +13,6 @@ from .current import entered_databases
 from .database import BaseDatabase
 from .exceptions import ConfigurationError, NoScopeError
 from .typevars import S
-
-if TYPE_CHECKING:
-    pass
 
 
 class Plugin(Access[S]):
@@ -29,6 +26,7 @@ class Plugin(Access[S]):
     def _set_up(self, configuration: Configuration) -> None:
         self.configuration: Configuration = configuration
         self._databases: WeakKeyDictionary[Any, AppDatabase] = WeakKeyDictionary()
+        self._apps_served = 0
 
     def register(self, app: Any, configuration: Configuration) -> AppDatabase:
         """Note that ``app`` uses ``configuration``.
@@ -42,6 +40,7 @@ class Plugin(Access[S]):
         if not is_late(configuration.source):
             database.database  # noqa: B018  what cannot work is told now
         self._databases[app] = database
+        self._apps_served += 1
         return database
 
     def database_for(self, app: Any) -> Any:
@@ -52,22 +51,21 @@ class Plugin(Access[S]):
         """
         database = self._databases.get(app)
         if database is None:
-            raise ConfigurationError(f"{app!r} is not known here: call db.init_app(app) first.")
+            raise ConfigurationError(f"This plugin was not initialised with {app!r}: call db.init_app(app).")
         return database.database
 
     def _the_database(self) -> Any:
-        known = list(self._databases.values())
-        if len(known) == 1:
-            return known[0].database
-        if not known:
+        if not self._apps_served:
             raise NoScopeError("No app is known here, so there is no database: call db.init_app(app) first.")
-        databases = [each.database for each in known]
+        databases = {each.database for each in self._databases.values()}
+        if self._apps_served == 1 and databases:
+            return databases.pop()
         for entered in entered_databases():
             if entered in databases:
                 return entered
         raise NoScopeError(
-            f"This plugin serves {len(known)} apps, and which one is meant cannot be told here: say "
-            "db.database_for(app).session_scope()."
+            f"This plugin was initialised with {self._apps_served} apps, and which one is meant cannot be told here: "
+            "say db.database_for(app).session_scope(), or in Flask enter app.app_context()."
         )
 
 
@@ -77,20 +75,28 @@ class AppDatabase:
     def __init__(self, configuration: Configuration, database_class: Callable[..., Any]) -> None:
         self._configuration = configuration
         self._database_class = database_class
+        self._database: BaseDatabase[Any] | None = None
+        self._making = threading.Lock()
 
-    @cached_property
-    def database(self) -> Any:
+    @property
+    def database(self) -> BaseDatabase[Any]:
         """The database.
 
         Raises:
             ConfigurationError: it cannot be configured.
         """
+        if self._database is None:
+            with self._making:
+                self._database = self._database or self._make()
+        return self._database
+
+    def _make(self) -> BaseDatabase[Any]:
         given = self._configuration
         source: Any = given.source
         if is_late(source):
             source = source()
         if not isinstance(source, BaseDatabase):
-            return self._database_class(
+            made: BaseDatabase[Any] = self._database_class(
                 source,
                 class_=given.class_,
                 policy=given.policy,
@@ -98,11 +104,11 @@ class AppDatabase:
                 binds=given.binds,
                 **given.options,
             )
-        if given.options or not isinstance(source, self._database_class):  # type: ignore[arg-type]
+            return made
+        if given.names_more_than_a_source() or not isinstance(source, self._database_class):  # type: ignore[arg-type]
             raise ConfigurationError(
                 f"A {type(source).__name__} made elsewhere does not fit here: it must be a "
-                f"{self._database_class.__name__}, and options ({', '.join(given.options) or 'none'}) belong to its "
-                "own construction."
+                f"{self._database_class.__name__}, and whatever else is said of it belongs to its own construction."
             )
         return source
 

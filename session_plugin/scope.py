@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
+from weakref import WeakSet
 
 from . import _lifecycle
 from ._drive import Steps, arun, run, uncancelled
@@ -16,7 +17,7 @@ from ._session import ScopeSession
 from ._threads import in_thread
 from ._watch import Work
 from .current import entered, open_scope
-from .exceptions import PolicyError, ScopeClosedError, TransactionAbortedError
+from .exceptions import PolicyError, ScopeClosedError
 from .policy import Decision, Outcome, Policy, as_policy
 from .typevars import S
 
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 
 
 _making_session = threading.Lock()
+_with_session: WeakSet[SessionScope[Any]] = WeakSet()
+_inherited: list[Any] = []
+"""The sessions of the parent process: if they were collected, a ROLLBACK would go out on the parent's sockets."""
+
+
+def forget_open_scopes() -> None:
+    """In a forked child: end the scopes that were open, without a word to the database."""
+    for scope in list(_with_session):
+        _inherited.append(scope.abandon())
 
 
 class SessionScope(Generic[S]):
@@ -106,6 +116,7 @@ class SessionScope(Generic[S]):
                     session = self.database.new_session()
                     self._sync_session_of(session)._session_scope = self
                     self._session = session
+                    _with_session.add(self)
         return self._session
 
     @property
@@ -172,28 +183,16 @@ class SessionScope(Generic[S]):
         begins_alike = (chosen.read_only, chosen.isolation_level) == (current.read_only, current.isolation_level)
         if self.work.connected and not begins_alike:
             raise PolicyError(
-                f"use({chosen.name}) came too late: the transaction has begun as {current.name}. Call it "
-                "before the first statement, or put @db.policy(...) on the endpoint."
+                f"use({chosen.name}) came too late: a statement has begun the transaction as {current.name}. "
+                "Choose before the first statement of the unit of work, a middleware's or a dependency's included, "
+                "or give this part a session_scope(new=True)."
             )
         self._policy = chosen
 
     def doom(self, reason: str) -> None:
         """Decide now that this scope will roll back, whatever happens."""
         self._doomed = self._doomed or reason
-
-    def check_can_commit(self) -> None:
-        """Raise what forbids a COMMIT, an explicit one too.
-
-        Raises:
-            TransactionAbortedError: the scope is doomed, or the server gave the transaction up.
-            ConcurrentUseError: a statement of another thread or task is under way.
-        """
-        if self._doomed is not None:
-            raise TransactionAbortedError(
-                f"This unit of work is doomed ({self._doomed}): it rolls back, whatever happens. What must be "
-                "saved all the same belongs in a session_scope(new=True)."
-            )
-        self.work.check_can_commit()
+        self.work.doom(self._doomed)
 
     def decide(self, outcome: Outcome) -> Decision:
         """What its policy makes of ``outcome``; a doomed scope always rolls back."""
@@ -226,9 +225,17 @@ class SessionScope(Generic[S]):
         try:
             yield self.session
         except BaseException as error:
-            if Outcome.raised(error).error is not None:
+            abandoned = isinstance(error, GeneratorExit)  # a generator that was not read to its end
+            if not abandoned and Outcome.raised(error).error is not None:
                 self.doom(f"{type(error).__name__} left a session_scope() inside it")
             raise
+
+    def abandon(self) -> S | None:
+        """End the scope and answer its session, untouched: another process goes on with it."""
+        session, self._session = self._session, None
+        self.settled = self.closed = True
+        self.work = Work()
+        return session
 
     def settle(self, outcome: Outcome) -> None:
         """End the transaction of a sync session; see `_lifecycle.settle`."""
@@ -257,8 +264,8 @@ class SessionScope(Generic[S]):
     async def permit(self) -> None:
         """Wait, without a thread, until the pool has a connection for this scope's sync session.
 
-        The permit lasts until the connection is back, so that threads never wait for a
-        connection while those that hold one wait for a thread.
+        The permit lasts until the scope is settled and the connection is back, so that threads never
+        wait for a connection while those that hold one wait for a thread.
         """
         if self._permit is not None or not self.can_be_joined:
             return

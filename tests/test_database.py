@@ -234,7 +234,7 @@ def test_the_default_policy(dispose: Any) -> None:
         (lambda: AsyncDatabase(create_engine("sqlite://")), "an AsyncEngine to AsyncDatabase"),
         (lambda: Database(create_engine("sqlite://"), pool_size=3), "pool_size.*too late"),
         (lambda: Database(42), "names no database"),
-        (lambda: Database({"default": {"pool_size": 3}}), "names no database"),
+        (lambda: Database({"default": {"pool_size": 3}}), 'need a "url" each'),
         (lambda: Database("sqlite://", binds={Order: "reports"}), "names the engine 'reports'"),
         (lambda: Database("sqlite://", policy="commit"), "is no policy"),
         (lambda: Database("sqlite://").create_all(), "metadata=Base.metadata"),

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
+import os
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, ResourceClosedError
 from sqlalchemy.orm import Session
 
-from session_plugin import AsyncDatabase, Database, Outcome, SessionScope, manual
+from session_plugin import (
+    AsyncDatabase,
+    ConcurrentUseError,
+    Database,
+    Outcome,
+    SessionScope,
+    TransactionAbortedError,
+    commit_on_success,
+    manual,
+)
 from session_plugin._drive import run
 from session_plugin._lifecycle import settle
+from session_plugin._watch import WRITING
+from session_plugin.scope import forget_open_scopes
 
 from .harness import POOL, Base, Parent, insert
-from .units import POSTGRESQL, SYNC, Units, on
+from .units import ASYNC, POSTGRESQL, SYNC, Units, on
 
 
 class BoomError(Exception):
@@ -195,8 +210,6 @@ def test_a_sync_scope_under_an_event_loop_hops_only_to_talk(units: Units) -> Non
         await scope.asettle(Outcome())
         await scope.aclose()
 
-    import asyncio
-
     asyncio.run(main(lambda session: None))
     asyncio.run(main(lambda session: session.begin()))
     assert threads == []
@@ -222,7 +235,6 @@ def test_an_ending_makes_the_calls_in_its_order() -> None:
 def test_a_stream_that_is_still_open_is_closed(units: Units) -> None:
     """A result of AsyncSession.stream() does not outlive the settling."""
     from sqlalchemy import select
-    from sqlalchemy.exc import ResourceClosedError
 
     async def main() -> None:
         async with units.db.session_scope() as session:
@@ -237,8 +249,6 @@ def test_a_stream_that_is_still_open_is_closed(units: Units) -> None:
 
 def test_a_two_phase_session_is_refused_by_an_aborted_transaction(postgresql: Any) -> None:
     """PREPARE TRANSACTION of an aborted transaction "succeeds" on PostgreSQL as well."""
-    from session_plugin import TransactionAbortedError
-
     db = Database(
         {"default": postgresql.url("psycopg"), "other": postgresql.url("psycopg")},
         twophase=True,
@@ -262,3 +272,294 @@ def test_an_async_database_needs_a_running_loop() -> None:
     db = AsyncDatabase("sqlite+aiosqlite://")
     with pytest.raises(RuntimeError, match="no running event loop"):
         _ = SessionScope(db, origin="test").session
+
+
+def test_an_unread_core_result_is_closed_with_its_transaction() -> None:
+    """On SQLite, whose cursors are lazy, it would read what the next unit of work writes on that connection."""
+    db = Database("sqlite://", metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        session.add_all(Parent(name=f"row {number}") for number in range(300))
+    scope = SessionScope(db, origin="test")
+    unread = scope.session.execute(text("SELECT name FROM parent"))
+    unread.fetchone()
+    for _ in range(250):
+        assert scope.session.scalar(text("SELECT count(*) FROM parent")) == 300
+    assert len(scope.work.streams) <= 101
+    scope.settle(Outcome())
+    with pytest.raises(ResourceClosedError):
+        unread.fetchall()
+    assert scope.work.streams == []
+    scope.close()
+    db.dispose()
+
+
+def test_a_lost_sqlite_transaction_takes_nothing_more() -> None:
+    """After INSERT OR ROLLBACK each further statement would commit by itself."""
+    db = Database("sqlite://", metadata=Base.metadata)
+    db.create_all()
+
+    def lose(session: Session) -> None:
+        insert("tea")(session)
+        with pytest.raises(IntegrityError):
+            session.execute(text("INSERT OR ROLLBACK INTO parent (name) VALUES ('tea')"))
+
+    with pytest.raises(TransactionAbortedError, match="IntegrityError"), db.session_scope() as session:
+        lose(session)
+        session.execute(text("INSERT INTO parent (name) VALUES ('alone')"))
+    with pytest.raises(PendingRollbackError), db.session_scope() as session:
+        lose(session)
+        with pytest.raises(TransactionAbortedError):
+            session.commit()
+    with db.session_scope() as session:
+        lose(session)
+        session.rollback()
+        insert("milk")(session)
+    with db.session_scope() as session:
+        assert session.scalars(text("SELECT name FROM parent")).all() == ["milk"]
+    db.dispose()
+
+
+def test_autocommit_loses_no_transaction() -> None:
+    """What fails under AUTOCOMMIT has aborted nothing."""
+    autocommit = replace(commit_on_success, isolation_level="AUTOCOMMIT")
+    db = Database("sqlite://", metadata=Base.metadata, policy=autocommit)
+    db.create_all()
+    with db.session_scope() as session:
+        session.execute(text("INSERT INTO parent (name) VALUES ('tea')"))
+        with pytest.raises(IntegrityError):
+            session.execute(text("INSERT INTO parent (name) VALUES ('tea')"))
+    with db.session_scope() as session:
+        assert session.scalars(text("SELECT name FROM parent")).all() == ["tea"]
+    db.dispose()
+
+
+@pytest.mark.parametrize("named_by", ["binds", "get_bind"])
+def test_an_engine_that_only_binds_or_get_bind_names_keeps_the_promises(postgresql: Any, named_by: str) -> None:
+    """No phantom commit on it either."""
+    other = create_engine(postgresql.url("psycopg"))
+    Base.metadata.create_all(other)
+
+    class Routing(Session):
+        def get_bind(self, *args: Any, **kwargs: Any) -> Any:
+            return other
+
+    options: dict[str, Any] = {"binds": {Base: other}} if named_by == "binds" else {"class_": Routing}
+    db = Database("sqlite://", **options)
+    with pytest.raises(TransactionAbortedError), db.session_scope() as session:
+        insert("tea")(session)
+        with pytest.raises(IntegrityError):
+            session.execute(text("INSERT INTO parent VALUES ('tea')"), bind_arguments={"mapper": Parent})
+    with db.session_scope() as session:
+        assert session.get(Parent, "tea") is None
+    db.dispose()
+    other.dispose()
+
+
+def test_a_doomed_scope_does_not_commit_over_an_open_savepoint(units: Units) -> None:
+    """Nor through the connection itself."""
+
+    def over_a_savepoint(session: Session) -> None:
+        with session.begin():
+            insert("lost")(session)
+            units.db.doom("dry run")
+            session.begin_nested()
+
+    def through_the_connection(session: Session) -> None:
+        insert("lost")(session)
+        units.db.doom("dry run")
+        session.connection().commit()
+
+    for work in (over_a_savepoint, through_the_connection):
+        with pytest.raises(TransactionAbortedError, match="dry run"):
+            units.run(work)
+    assert units.store.names() == []
+
+
+@on(*POSTGRESQL)
+def test_a_listener_that_replaces_the_error_hides_no_aborted_transaction(units: Units) -> None:
+    """SQLAlchemy asks no other listener then; a statement that never ended is suspicious enough."""
+
+    @event.listens_for(units.sync_engine.__class__, "handle_error")
+    def replace_error(context: Any) -> None:
+        if "1/0" in (context.statement or ""):
+            raise BoomError from context.original_exception
+
+    def work(session: Session) -> None:
+        insert("lost")(session)
+        with pytest.raises(BoomError):
+            session.execute(text("SELECT 1/0"))
+
+    try:  # in async the end of the scope is a task of its own, to which the statement seems under way
+        with pytest.raises((TransactionAbortedError, ConcurrentUseError)):
+            units.run(work)
+    finally:
+        event.remove(units.sync_engine.__class__, "handle_error", replace_error)
+    assert units.store.names() == []
+
+
+def test_an_error_swallowed_within_the_flush_is_no_phantom(postgresql: Any) -> None:
+    """The last look is right before COMMIT, behind every listener of the session."""
+    db = Database(postgresql.url("psycopg"), metadata=Base.metadata)
+    db.create_all()
+    with pytest.raises(TransactionAbortedError), db.session_scope() as session:
+
+        @event.listens_for(session, "after_flush")
+        def swallow(flushed: Session, context: Any) -> None:
+            with pytest.raises(DBAPIError):
+                flushed.connection().exec_driver_sql("SELECT 1/0")
+
+        session.add(Parent(name="lost"))
+    with db.session_scope() as session:
+        assert session.get(Parent, "lost") is None
+    db.dispose()
+
+
+@pytest.mark.parametrize("driver", ["psycopg_async", "asyncpg"])
+@pytest.mark.parametrize("cut", ["rollback", "close"])
+def test_a_rollback_beside_a_siblings_statement_breaks_no_pool(postgresql: Any, driver: str, cut: str) -> None:
+    """The connection is discarded, and the sibling is told."""
+
+    async def main() -> None:
+        db = AsyncDatabase(postgresql.url(driver), pool_size=1, max_overflow=0, pool_timeout=5)
+
+        async def work() -> None:
+            async with db.session_scope() as session:
+                await session.execute(text("SELECT 1"))
+                sleeping = asyncio.create_task(session.execute(text("SELECT pg_sleep(5)")))
+                while not db.scope.work._watches or not db.scope.work.busy:
+                    await asyncio.sleep(0.01)
+                await getattr(session, cut)()
+                with pytest.raises(Exception):  # noqa: B017  each driver has its own word for it
+                    await sleeping
+                await session.rollback()
+
+        await work()
+        for _ in range(3):
+            async with db.session_scope() as session:
+                assert await session.scalar(text("SELECT 1")) == 1
+        await db.dispose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_fork_in_an_open_scope_leaves_it_to_the_parent(postgresql: Any, begun: bool) -> None:
+    """The child opens its own, on its own connection; its end sends nothing on the parent's."""
+    db = Database(postgresql.url("psycopg"), metadata=Base.metadata, pool_size=2)
+    db.create_all()
+    with db.session_scope() as session:
+        if begun:
+            insert("parent")(session)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                with db.session_scope() as own:
+                    insert("child")(own)
+                del session, own
+                gc.collect()
+                db.dispose()
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        if not begun:
+            insert("parent")(session)
+    with db.session_scope() as session:
+        assert sorted(session.scalars(text("SELECT name FROM parent"))) == ["child", "parent"]
+    db.dispose()
+
+
+def test_an_abandoned_scope_says_nothing_to_the_database() -> None:
+    """What a forked child does with the scopes of its parent."""
+    db = Database("sqlite://", metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        insert("lost")(session)
+        forget_open_scopes()
+        assert db.scope.closed
+        assert session.in_transaction()
+        session.rollback()
+        session.close()
+    db.dispose()
+
+
+def test_a_generator_that_is_not_read_to_its_end_dooms_nothing(units: Units) -> None:
+    """And what it leaves behind as the current scope is passed over while one further out is open."""
+    if units.is_async:
+
+        async def arows() -> Any:
+            async with units.db.session_scope() as session:
+                yield await session.run_sync(lambda sync: sync.scalar(text("SELECT 1")))
+
+        async def main() -> None:
+            async with units.db.session_scope() as session:
+                await session.run_sync(insert("tea"))
+                rows = arows()
+                assert await anext(rows) == 1
+                await rows.aclose()
+                assert units.db.session is session
+
+        units.runner.run(main())
+    else:
+
+        def rows() -> Any:
+            with units.db.session_scope() as session:
+                yield session.scalar(text("SELECT 1"))
+
+        with units.db.session_scope() as session:
+            insert("tea")(session)
+            assert next(rows()) == 1
+            assert units.db.session is session
+    assert units.store.names() == ["tea"]
+
+
+def test_generators_closed_in_the_order_of_their_opening_leave_the_outer_scope_current() -> None:
+    db = Database("sqlite://")
+
+    def holding() -> Any:
+        with db.session_scope(new=True) as session:
+            yield session
+
+    with db.session_scope() as outer:
+        first, second = holding(), holding()
+        next(first)
+        next(second)
+        first.close()
+        second.close()
+        assert db.session is outer
+    db.dispose()
+
+
+@on(*ASYNC)
+def test_a_hook_that_raises_cancelled_error_changes_nothing(units: Units) -> None:
+    """It awaited a task that somebody cancelled; the data is durable, and the other hooks run."""
+    log: list[str] = []
+
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        units.db.on_commit(cancelled)
+        units.db.on_commit(log.append, "second")
+
+    units.run(work)
+    assert (log, units.store.names()) == (["second"], ["tea"])
+
+
+@pytest.mark.parametrize(
+    ("statement", "writes"),
+    [
+        ("SELECT 1", False),
+        ("WITH a AS (SELECT 1) SELECT * FROM a", False),
+        ("WITH a AS (INSERT INTO t VALUES (1) RETURNING n) SELECT * FROM a", True),
+        ("/* route=/orders */ INSERT INTO t VALUES (1)", True),
+        ("-- a comment\n  update t set n = 1", True),
+        ("CREATE TABLE more (n INTEGER)", True),
+        ("SET LOCAL app.user = 'me'", False),
+    ],
+)
+def test_what_counts_as_writing(statement: str, writes: bool) -> None:
+    assert (WRITING.match(statement) is not None) is writes

@@ -80,14 +80,29 @@ def test_a_failed_commit_leaves_the_block(units: Units) -> None:
 @on("sqlite+pysqlite")
 def test_plain_sqlalchemy_lends_a_failed_commit_on(units: Units) -> None:
     """What the test before this one guards against: close() alone returns the connection as it is."""
-    session = units.db.sessionmaker()
-    add_orphan(session)
-    connection = session.connection().connection.driver_connection
-    with pytest.raises(IntegrityError):
-        session.commit()
-    session.close()
+    with Session(units.store.engine) as session:
+        add_orphan(session)
+        connection: Any = session.connection().connection.driver_connection
+        with pytest.raises(IntegrityError):
+            session.commit()
     assert connection.in_transaction
     connection.rollback()
+
+
+@on(*SQLITE)
+def test_a_failed_explicit_commit_and_a_close_lend_nothing_on(units: Units) -> None:
+    """Nor do sessions of the sessionmaker, which belong to no scope."""
+
+    def work(session: Session) -> None:
+        add_orphan(session)
+        with pytest.raises(IntegrityError):
+            session.commit()
+        session.close()
+
+    units.run(work)
+    for _ in range(6):
+        units.run(lambda session: session.merge(Parent(name="nobody")))
+    assert units.store.names() == ["nobody"]
 
 
 def test_an_inner_block_joins(units: Units) -> None:

@@ -49,10 +49,12 @@ def _url_in_folder(folder: str, given: Any) -> Any:
         return given
     try:
         url = make_url(given)
-    except ArgumentError:
-        return given
+    except (ArgumentError, ValueError):
+        return given  # the database says what is wrong with it
     path = url.database
     if url.get_backend_name() != "sqlite" or path in (None, "", ":memory:") or path.startswith("file:"):
+        return given
+    if Path(path).is_absolute():
         return given
     Path(folder).mkdir(parents=True, exist_ok=True)
     return url.set(database=str(Path(folder) / path))

@@ -114,7 +114,7 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
         return scope or self._app_context_scope()
 
     def policy(self, policy: PolicyLike) -> Callable[[F], F]:
-        """As `Access.policy`; also for a whole view class or blueprint.
+        """As `Access.policy`; also for a whole blueprint.
 
         ::
 
@@ -124,7 +124,7 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
 
         def mark_or_decorate(endpoint: F) -> F:
             place: Any = endpoint
-            if not isinstance(place, type | Blueprint):
+            if not isinstance(place, Blueprint):
                 return decorate(endpoint)
             self.mark(place, as_policy(policy))
             return endpoint

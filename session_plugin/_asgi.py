@@ -1,4 +1,18 @@
-"""One ASGI connection: when its unit of work is settled, and what the client is sent of it."""
+"""One ASGI connection: when its unit of work is settled, and what the client is sent of it.
+
+::
+
+    server ─ Client ─ outermost Layer ─ middleware ─ inner Layer ─ app
+                      opens and closes  (may run     inside the app's
+                                        beside it)   exception handling
+
+    http.response.start   each layer settles what was done inside it; if that fails, the app is
+                          unwound to that layer, and what stands outside it answers
+    the last message      the outermost layer settles: then the client has the whole response
+    after the response    what is left is background work, a transaction of its own
+
+The layers of one connection share an `Exchange`.
+"""
 
 from __future__ import annotations
 

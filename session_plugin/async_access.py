@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import MetaData
 
@@ -106,10 +106,13 @@ class AsyncAccess(Access[AsyncS]):
 
     @property
     def scoped_session(self) -> async_scoped_session[AsyncS]:
-        """For libraries that expect `async_scoped_session`: its scope is our unit of work."""
+        """For libraries that expect `async_scoped_session`: its scope is our unit of work.
+
+        A plugin has it before any app is known, since such libraries ask for it at import time.
+        """
         from sqlalchemy.ext.asyncio import async_scoped_session
 
-        registry = async_scoped_session(self.database.maker, scopefunc=object)
+        registry = async_scoped_session(cast(Any, lambda **options: self.sessionmaker(**options)), scopefunc=object)
         registry.registry = ScopeRegistry(self)
         return registry
 

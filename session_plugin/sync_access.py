@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Engine, MetaData
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -103,8 +103,11 @@ class SyncAccess(Access[SyncS]):
 
     @property
     def scoped_session(self) -> scoped_session[SyncS]:
-        """For libraries that expect SQLAlchemy's `scoped_session`: its scope is our unit of work."""
-        registry = scoped_session(self.database.maker)
+        """For libraries that expect SQLAlchemy's `scoped_session`: its scope is our unit of work.
+
+        A plugin has it before any app is known, since such libraries ask for it at import time.
+        """
+        registry: scoped_session[SyncS] = scoped_session(cast(Any, lambda **options: self.sessionmaker(**options)))
         registry.registry = ScopeRegistry(self)
         return registry
 

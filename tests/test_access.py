@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import os
+import threading
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
-from session_plugin import AsyncDatabase, ConfigurationError, Database, NoScopeError, manual, read_only
+from session_plugin import (
+    AsyncDatabase,
+    ConfigurationError,
+    Database,
+    NoScopeError,
+    ScopeClosedError,
+    manual,
+    read_only,
+)
+from session_plugin._threads import after_fork_in_child
 from session_plugin.plugin import Plugin
 from session_plugin.sync_access import SyncAccess
 
@@ -164,3 +178,100 @@ def test_a_policy_is_that_of_its_own_database() -> None:
 
     assert first.marked_policy(other) is manual
     assert first.marked_policy(None) is None
+
+
+def test_a_database_made_elsewhere_is_told_nothing_more() -> None:
+    """A policy that would silently not hold is an error."""
+    shared = Database("sqlite://")
+    for plugin in (
+        APlugin(shared, policy=manual),
+        APlugin(shared, metadata=Base.metadata),
+        APlugin(shared, class_=CustomSession),
+        APlugin(shared, binds={Base: "default"}),
+    ):
+        with pytest.raises(ConfigurationError, match="belongs to its own construction"):
+            registered(plugin, App())
+    shared.dispose()
+
+
+class CustomSession(Session):
+    pass
+
+
+def test_which_app_is_meant_does_not_depend_on_the_garbage_collector() -> None:
+    """Once a plugin has served two apps, the one that is left is not taken for granted."""
+    plugin = registered(APlugin("sqlite://"), App())
+    gc.collect()
+    kept = App()
+    registered(plugin, kept)
+    with pytest.raises(NoScopeError, match="2 apps"):
+        _ = plugin.database
+    assert plugin.database_for(kept)
+
+
+def test_requests_that_are_first_at_once_make_one_database() -> None:
+    """A source that is named late is asked once."""
+    asked: list[str] = []
+    both = threading.Barrier(2)
+
+    def source() -> str:
+        asked.append("asked")
+        return "sqlite://"
+
+    app = App()
+    plugin = registered(APlugin(source), app)
+    found: list[Any] = []
+
+    def ask() -> None:
+        both.wait()
+        found.append(plugin.database)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asked) == 1
+    assert found[0] is found[1]
+
+
+def test_a_scoped_session_may_be_taken_at_import_time() -> None:
+    """Flask-Admin's views ask for one before any app is made."""
+    plugin = APlugin("sqlite://", metadata=Base.metadata)
+    scoped = plugin.scoped_session
+    app = App()
+    registered(plugin, app)
+    with plugin.session_scope() as session:
+        assert scoped() is session
+    plugin.dispose()
+
+
+def test_a_session_of_an_ended_scope_says_what_to_do() -> None:
+    db = Database("sqlite://")
+
+    async def main() -> None:
+        with db.session_scope():
+            outliving = asyncio.create_task(outlive())
+        await outliving
+
+    async def outlive() -> None:
+        with pytest.raises(ScopeClosedError, match=r"session_scope\(\)"):
+            _ = db.session
+
+    asyncio.run(main())
+    db.dispose()
+
+
+def test_where_a_scope_was_opened_is_the_users_line() -> None:
+    """Also when it is entered by an ExitStack."""
+    db = Database("sqlite://")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(db.session_scope())
+        assert "test_access.py" in repr(db.scope)
+    db.dispose()
+
+
+def test_a_machine_without_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has none, and needs none of this."""
+    monkeypatch.delattr(os, "register_at_fork")
+    after_fork_in_child(lambda: None)

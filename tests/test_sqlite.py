@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import PoolResetState
 
 from session_plugin import ConfigurationError, Database, SessionScope, _sqlite
 
@@ -206,3 +207,9 @@ def test_deferred_constraints_are_checked_at_commit(db: Any) -> None:
     with db.session_scope() as session:
         session.add(Parent(name="nobody"))
     assert names(db) == ["nobody"]
+
+
+def test_a_connection_that_is_only_to_be_terminated_is_left_alone() -> None:
+    """As of one that is collected outside its event loop: nothing can be said to it any more."""
+    state = PoolResetState(transaction_was_reset=False, terminate_only=True, asyncio_safe=False)
+    _sqlite._reset(None, None, state)

@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -20,11 +20,12 @@ from sqlalchemy.util import ScopedRegistry
 from .configuration import Configuration, PolicyLike
 from .current import find_scope
 from .exceptions import ConfigurationError, NoScopeError, ScopeClosedError
-from .policy import Policy, as_policy
+from .policy import Policy, as_policy, commit_on_success
 from .scope import SessionScope
 from .typevars import S
 
 if TYPE_CHECKING:
+    from .configuration import Source
     from .database import BaseDatabase
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,6 +44,33 @@ class HasDatabase(Protocol):
 
 class Access(ABC, Generic[S]):
     """The part that sync and async databases share."""
+
+    def __init__(
+        self,
+        source: Source | None = None,
+        *,
+        class_: type[S] | None = None,
+        policy: PolicyLike = commit_on_success,
+        metadata: MetaData | None = None,
+        binds: Mapping[Any, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Configure a database; nothing connects yet.
+
+        Args:
+            source: a URL, an engine, a session factory, or named engines:
+                ``{"default": ..., "reports": {"url": ..., "pool_size": 2}}``.  A plugin also takes a
+                database made elsewhere, or a function that answers any of these when it is needed.
+            class_: the session class; SQLAlchemy's `Session` or `AsyncSession` unless given.
+            policy: how units of work begin and end unless they say otherwise.
+            metadata: for ``create_all()`` and for migration tools.
+            binds: from a mapped class, a mapper or a table to an engine or the name of one.
+            **options: of the session class and of ``create_engine()``, under SQLAlchemy's names.
+
+        Raises:
+            ConfigurationError: any of it cannot work.
+        """
+        self._set_up(Configuration(source, class_, policy, metadata, binds, options))
 
     @abstractmethod
     def _set_up(self, configuration: Configuration) -> None:

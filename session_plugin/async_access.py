@@ -7,54 +7,21 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import MetaData
-
 from .access import Access, ScopeRegistry, caller
-from .configuration import DEFAULT, Configuration, PolicyLike
+from .configuration import DEFAULT
 from .current import find_scope
-from .policy import Outcome, commit_on_success
+from .policy import Outcome
 from .scope import SessionScope
 from .typevars import AsyncS
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, async_scoped_session, async_sessionmaker
 
-    from .configuration import Source
     from .database import AsyncDatabase
 
 
 class AsyncAccess(Access[AsyncS]):
     """What an async database adds."""
-
-    def __init__(
-        self,
-        source: Source | None = None,
-        *,
-        class_: type[AsyncS] | None = None,
-        policy: PolicyLike = commit_on_success,
-        metadata: MetaData | None = None,
-        binds: Mapping[Any, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        """Configure a database; nothing connects yet.
-
-        Args:
-            source: a URL, an engine, a session factory, a `AsyncDatabase` made elsewhere, or named
-                engines: ``{"default": ..., "reports": {"url": ..., "pool_size": 2}}``.  A plugin also
-                takes a function that answers one of these when the app starts.
-            class_: the session class; `AsyncSession` unless given.
-            policy: how units of work begin and end unless they say otherwise.
-            metadata: for ``create_all()`` and for migration tools.
-            binds: from a mapped class or a table to an engine or the name of one.
-            **options: of the session class and of ``create_engine()``, under SQLAlchemy's names.
-
-        Raises:
-            ConfigurationError: any of it cannot work.
-        """
-        from sqlalchemy.ext.asyncio import AsyncSession
-
-        configuration = Configuration(source, class_ or AsyncSession, policy, metadata, binds, options)
-        self._set_up(configuration)
 
     @property
     @abstractmethod

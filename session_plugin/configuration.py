@@ -40,7 +40,7 @@ class Configuration:
     """The arguments of a `Database` or of a plugin."""
 
     source: Source | None
-    class_: type[Any]
+    class_: type[Any] | None
     policy: PolicyLike
     metadata: MetaData | None
     binds: Mapping[Any, Any] | None
@@ -57,7 +57,7 @@ class Configuration:
     def names_more_than_a_source(self) -> bool:
         """True if anything but the source was said."""
         said = self.options or self.binds or self.metadata is not None or self.policy is not commit_on_success
-        return bool(said) or self.class_.__module__.partition(".")[0] != "sqlalchemy"
+        return bool(said) or self.class_ is not None
 
     def unfolded(self) -> Configuration:
         """What ``bind=`` and a session factory mean, said as everything else is."""
@@ -75,14 +75,16 @@ class Configuration:
             options=options,
         )
 
-    def divided_options(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The options of the session class, and the others, which are the engine's."""
+    def divided_options(self, session_class: type[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The options of ``session_class``, and the others, which are the engine's."""
         session_options = dict(self.options)
-        session_names = self._session_option_names()
+        session_names = _session_option_names(session_class)
         engine_options = {name: session_options.pop(name) for name in self.options if name not in session_names}
         return session_options, engine_options
 
-    def _session_option_names(self) -> set[str]:
-        classes = [*self.class_.__mro__, *getattr(self.class_, "sync_session_class", Session).__mro__]
-        names = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
-        return (names | {"sync_session_class"}) - {"self", "args", "kwargs", "kw", "execution_options"}
+
+def _session_option_names(session_class: type[Any]) -> set[str]:
+    """What the session class takes, but for ``execution_options``, which every engine takes too."""
+    classes = [*session_class.__mro__, *getattr(session_class, "sync_session_class", Session).__mro__]
+    names = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    return (names | {"sync_session_class"}) - {"self", "args", "kwargs", "kw", "execution_options"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakSet
 
 from sqlalchemy import Engine, MetaData, Table
-from sqlalchemy.orm import Mapper, sessionmaker
+from sqlalchemy.orm import Mapper, Session, sessionmaker
 
 from . import _engines
 from ._hooks import log_failed
@@ -52,7 +52,8 @@ class BaseDatabase(Access[S]):
             )
         self.default_policy: Policy = as_policy(configuration.policy)
         self.given_metadata: MetaData | None = configuration.metadata
-        session_options, options = configuration.divided_options()
+        session_class = configuration.class_ or self._default_session_class()
+        session_options, options = configuration.divided_options(session_class)
         source = configuration.source
         named = source if isinstance(source, Mapping) else {DEFAULT: source}
         resolved = {
@@ -65,7 +66,7 @@ class BaseDatabase(Access[S]):
             key: self._bind(bind) for key, bind in (configuration.binds or {}).items()
         }
         bound = {*self.named_engines.values(), *self.binds.values()}
-        self.known_engines = {_engines.sync_engine(engine) for engine in bound}
+        self.known_engines: set[Engine] = {_engines.sync_engine(engine) for engine in bound}
         for engine in self.known_engines:
             _engines.prepare(engine)
         self.has_lazy_cursors: bool = not self.is_async and any(
@@ -73,13 +74,17 @@ class BaseDatabase(Access[S]):
         )
         if self.binds:
             session_options["binds"] = self.binds
-        self.maker = self._make_maker(configuration.class_, self.named_engines.get(DEFAULT), session_options)
+        self.maker = self._make_maker(session_class, self.named_engines.get(DEFAULT), session_options)
         _databases.add(self)
 
     def _bind(self, bind: Any) -> AnyEngine:
         if isinstance(bind, str) and bind not in self.named_engines:
             raise ConfigurationError(f"binds names the engine {bind!r}; there are {', '.join(self.named_engines)}.")
         return self.named_engines[bind] if isinstance(bind, str) else bind  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def _default_session_class(self) -> type[Any]:
+        """SQLAlchemy's own."""
 
     @abstractmethod
     def _make_maker(self, class_: Any, bind: Any, options: dict[str, Any]) -> Any:
@@ -167,6 +172,9 @@ class Database(SyncAccess[SyncS], BaseDatabase[SyncS]):
         """This object."""
         return self
 
+    def _default_session_class(self) -> type[Any]:
+        return Session
+
     def _make_maker(self, class_: Any, bind: Any, options: dict[str, Any]) -> Any:
         return sessionmaker(bind, class_=scope_session_class(class_), **options)
 
@@ -200,6 +208,11 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
     def database(self) -> AsyncDatabase[AsyncS]:
         """This object."""
         return self
+
+    def _default_session_class(self) -> type[Any]:
+        from sqlalchemy.ext.asyncio import AsyncSession
+
+        return AsyncSession
 
     def _make_maker(self, class_: Any, bind: Any, options: dict[str, Any]) -> async_sessionmaker[AsyncS]:
         from sqlalchemy.ext.asyncio import async_sessionmaker

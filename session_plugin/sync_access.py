@@ -7,51 +7,22 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import Engine, MetaData
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy import Engine
+from sqlalchemy.orm import scoped_session, sessionmaker
 
 from .access import Access, ScopeRegistry, caller
-from .configuration import DEFAULT, Configuration, PolicyLike
+from .configuration import DEFAULT
 from .current import find_scope
-from .policy import Outcome, commit_on_success
+from .policy import Outcome
 from .scope import SessionScope
 from .typevars import SyncS
 
 if TYPE_CHECKING:
-    from .configuration import Source
     from .database import Database
 
 
 class SyncAccess(Access[SyncS]):
     """What a sync database adds."""
-
-    def __init__(
-        self,
-        source: Source | None = None,
-        *,
-        class_: type[SyncS] | None = None,
-        policy: PolicyLike = commit_on_success,
-        metadata: MetaData | None = None,
-        binds: Mapping[Any, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        """Configure a database; nothing connects yet.
-
-        Args:
-            source: a URL, an engine, a session factory, a `Database` made elsewhere, or named
-                engines: ``{"default": ..., "reports": {"url": ..., "pool_size": 2}}``.  A plugin also
-                takes a function that answers one of these when the app starts.
-            class_: the session class; `Session` unless given.
-            policy: how units of work begin and end unless they say otherwise.
-            metadata: for ``create_all()`` and for migration tools.
-            binds: from a mapped class or a table to an engine or the name of one.
-            **options: of the session class and of ``create_engine()``, under SQLAlchemy's names.
-
-        Raises:
-            ConfigurationError: any of it cannot work.
-        """
-        configuration = Configuration(source, class_ or Session, policy, metadata, binds, options)
-        self._set_up(configuration)
 
     @property
     @abstractmethod

@@ -69,6 +69,9 @@ def _commit(scope: SessionScope[Any]) -> Steps[None]:
     expire_on_commit, session.expire_on_commit = session.expire_on_commit, False
     try:
         yield scope.session.commit
+    except Exception as error:
+        scope.work.note_partial_commit(error)
+        raise
     finally:
         session.expire_on_commit = expire_on_commit
 

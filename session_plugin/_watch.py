@@ -39,9 +39,10 @@ class Watch:
     without being closed could never give the connection back.
     """
 
-    __slots__ = ("_current_owner", "_info", "_lock", "_owner", "doomed", "error", "wrote")
+    __slots__ = ("_current_owner", "_info", "_lock", "_owner", "commit_sent", "doomed", "error", "wrote")
 
     def __init__(self, connection: Connection) -> None:
+        self.commit_sent = False
         self.doomed: str | None = None
         self.error: BaseException | None = None
         self.wrote = False
@@ -166,6 +167,7 @@ def _before_commit(connection: Connection, *xid: Any) -> None:
     watch: Watch | None = connection.info.get(KEY)
     if watch is not None:
         watch.check_can_commit(connection)
+        watch.commit_sent = True
 
 
 def watch_engine(engine: Engine) -> None:
@@ -251,6 +253,19 @@ class Work:
         """Close the results that would otherwise go on reading from a lent connection."""
         for stream in self.streams:
             stream.close()
+
+    def note_partial_commit(self, error: Exception) -> None:
+        """Say on the error of a COMMIT which of several engines had committed before it."""
+        committed = [
+            str(connection.engine.url)
+            for connection, watch in self._watches.items()
+            if watch.commit_sent and watch.error is None
+        ]
+        if committed:
+            error.add_note(
+                f"This unit of work had already committed on {', '.join(committed)}. Engines that must commit "
+                "together need twophase=True."
+            )
 
     def ended(self) -> None:
         """The transaction is over and its connections are back in their pools."""

@@ -30,7 +30,7 @@ from session_plugin._lifecycle import settle
 from session_plugin._watch import WRITING
 from session_plugin.scope import forget_open_scopes
 
-from .harness import POOL, Base, Parent, insert
+from .harness import POOL, Base, Child, Parent, add_orphan, insert
 from .units import ASYNC, POSTGRESQL, SYNC, Units, on
 
 
@@ -563,3 +563,27 @@ def test_a_hook_that_raises_cancelled_error_changes_nothing(units: Units) -> Non
 )
 def test_what_counts_as_writing(statement: str, writes: bool) -> None:
     assert (WRITING.match(statement) is not None) is writes
+
+
+def test_a_partial_commit_says_where_it_committed(postgresql: Any) -> None:
+    """Several engines commit one after the other, in no order; only two phases make it one."""
+    db = Database(
+        {"default": postgresql.url("psycopg"), "other": postgresql.url("psycopg")},
+        binds={Child: "other"},
+        metadata=Base.metadata,
+    )
+    for engine in db.engines.values():
+        Base.metadata.create_all(engine)
+    noted = []
+    for number in range(40):
+        with pytest.raises(IntegrityError) as caught, db.session_scope() as session:
+            insert(f"row {number}")(session)
+            add_orphan(session)
+        notes = getattr(caught.value, "__notes__", [])
+        with db.session_scope() as session:
+            assert (session.get(Parent, f"row {number}") is not None) == bool(notes)
+        noted.extend(notes)
+        if 0 < len(noted) < number + 1:
+            break
+    assert "twophase=True" in noted[0]
+    db.dispose()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -51,14 +50,19 @@ def entered_databases() -> Iterator[BaseDatabase[Any]]:
         scope = scope.outer
 
 
-@contextmanager
-def entered(scope: SessionScope[Any]) -> Generator[None]:
-    """Make ``scope`` the innermost one of the block."""
-    token = _innermost.set(scope)
-    try:
-        yield
-    finally:
+class Entered:
+    """Makes ``scope`` the innermost one of a block.  A class, since every request enters one."""
+
+    __slots__ = ("_scope", "_token")
+
+    def __init__(self, scope: SessionScope[Any]) -> None:
+        self._scope = scope
+
+    def __enter__(self) -> None:
+        self._token = _innermost.set(self._scope)
+
+    def __exit__(self, *exc_info: object) -> None:
         try:
-            _innermost.reset(token)
+            _innermost.reset(self._token)
         except ValueError:
             pass  # left in another context, whose copy of the variable ends with it

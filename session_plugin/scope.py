@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 from weakref import WeakSet
@@ -16,7 +16,7 @@ from ._hooks import Event, Hook, Hooks
 from ._session import ScopeSession
 from ._threads import in_thread
 from ._watch import Work
-from .current import entered, open_scope
+from .current import Entered, open_scope
 from .exceptions import PolicyError, ScopeClosedError
 from .policy import Decision, Outcome, Policy, as_policy
 from .typevars import S
@@ -215,9 +215,9 @@ class SessionScope(Generic[S]):
 
     # -- its course ----------------------------------------------------------------------------
 
-    def entered(self) -> AbstractContextManager[None]:
+    def entered(self) -> Entered:
         """Make this the current scope of the block."""
-        return entered(self)
+        return Entered(self)
 
     @contextmanager
     def joined(self) -> Generator[S]:

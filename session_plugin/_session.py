@@ -29,7 +29,7 @@ class ScopeSession(Session):
         scope = self._session_scope
         if scope is None or not isinstance(bind, Engine):
             return bind
-        return scope.database.begin_engine(bind, scope)
+        return scope.database._begin_engine(bind, scope)
 
 
 def scope_session_class(session_class: type[Session]) -> type[Session]:
@@ -85,7 +85,7 @@ def _before_statement(state: ORMExecuteState) -> Any:
     if scope.policy.read_only and (state.is_insert or state.is_update or state.is_delete):
         raise _read_only(scope, "the statement is an INSERT, UPDATE or DELETE")
     options = state.execution_options
-    lazy_cursor = scope.database.has_lazy_cursors and not state.is_orm_statement
+    lazy_cursor = scope.database._has_lazy_cursors and not state.is_orm_statement
     if lazy_cursor or options.get("yield_per") or options.get("stream_results"):
         result = state.invoke_statement()
         scope.work.keep_stream(result)
@@ -109,4 +109,4 @@ def _run_hooks(session: ScopeSession, transaction: SessionTransaction) -> None:
         scope.hooks.savepoint_ended(transaction, committed=committed)
     else:
         scope.work.ended()
-        scope.database.run_hooks(scope.hooks.take("commit" if committed else "rollback"))
+        scope.database._run_hooks(scope.hooks.take("commit" if committed else "rollback"))

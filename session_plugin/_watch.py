@@ -187,7 +187,7 @@ class Work:
         committed: the transaction or savepoint that ended last by a commit.
         streams: the results that still read from the connection: those opened with ``yield_per`` or
             ``stream``, and on SQLite, whose cursors are lazy, those of Core.
-        begin_engines: the twins of engines that only this transaction knows; see `BaseDatabase.begin_engine`.
+        begin_engines: the twins of engines that only this transaction knows; see `BaseDatabase._begin_engine`.
     """
 
     __slots__ = ("_doomed", "_first", "_watches", "begin_engines", "committed", "streams")

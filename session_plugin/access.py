@@ -202,9 +202,9 @@ class Access(ABC, Generic[S]):
         Raises:
             ConfigurationError: none was given.
         """
-        if self.database.given_metadata is None:
+        if self.database._given_metadata is None:
             raise ConfigurationError("No metadata is known. Construct with metadata=Base.metadata.")
-        return self.database.given_metadata
+        return self.database._given_metadata
 
 
 class ScopeRegistry(ScopedRegistry[Any]):

@@ -58,18 +58,18 @@ class AsyncAccess(Access[AsyncS]):
     @property
     def engine(self) -> AsyncEngine:
         """The default engine."""
-        engine: AsyncEngine = self.database.engine_called(DEFAULT)
+        engine: AsyncEngine = self.database._engine_called(DEFAULT)
         return engine
 
     @property
     def engines(self) -> Mapping[str, AsyncEngine]:
         """The engines by name; a database with one engine calls it ``"default"``."""
-        return self.database.named_engines
+        return self.database._named_engines
 
     @property
     def sessionmaker(self) -> async_sessionmaker[AsyncS]:
         """Makes sessions that belong to no unit of work, configured like those that do."""
-        return self.database.maker
+        return self.database._maker
 
     @property
     def scoped_session(self) -> async_scoped_session[AsyncS]:
@@ -85,18 +85,18 @@ class AsyncAccess(Access[AsyncS]):
 
     async def create_all(self) -> None:
         """Create the missing tables of ``metadata``, each on the engine that ``binds`` names."""
-        self.database.adopt_running_loop()
-        for engine, tables in self.database.tables_by_engine(self.metadata):
+        self.database._adopt_running_loop()
+        for engine, tables in self.database._tables_by_engine(self.metadata):
             async with engine.begin() as connection:
                 await connection.run_sync(self.metadata.create_all, tables=tables)
 
     async def drop_all(self) -> None:
         """Drop the tables of ``metadata``, each on the engine that ``binds`` names."""
-        self.database.adopt_running_loop()
-        for engine, tables in self.database.tables_by_engine(self.metadata):
+        self.database._adopt_running_loop()
+        for engine, tables in self.database._tables_by_engine(self.metadata):
             async with engine.begin() as connection:
                 await connection.run_sync(self.metadata.drop_all, tables=tables)
 
     async def dispose(self) -> None:
         """Close the pooled connections of the engines made here; those made elsewhere are their maker's."""
-        await self.database.dispose_engines()
+        await self.database._dispose_engines()

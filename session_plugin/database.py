@@ -39,8 +39,8 @@ class BaseDatabase(Access[S]):
     """What `Database` and `AsyncDatabase` share: the reading of their configuration."""
 
     is_async: bool
-    maker: Any
-    named_engines: Mapping[str, Any]
+    _maker: Any
+    _named_engines: Mapping[str, Any]
 
     def _set_up(self, configuration: Configuration) -> None:
         self.configuration: Configuration = configuration
@@ -50,8 +50,8 @@ class BaseDatabase(Access[S]):
                 "No database is configured. Name one by a URL, such as sqlite:///shop.db, or by an Engine; in Flask "
                 "the configuration may: SQLALCHEMY_DATABASE_URI."
             )
-        self.default_policy: Policy = as_policy(configuration.policy)
-        self.given_metadata: MetaData | None = configuration.metadata
+        self._default_policy: Policy = as_policy(configuration.policy)
+        self._given_metadata: MetaData | None = configuration.metadata
         session_class = configuration.class_ or self._default_session_class()
         session_options, options = configuration.divided_options(session_class)
         source = configuration.source
@@ -59,28 +59,28 @@ class BaseDatabase(Access[S]):
         resolved = {
             name: _engines.resolve(given, options, self, is_async=self.is_async) for name, given in named.items()
         }
-        self.named_engines = {name: engine for name, (engine, _) in resolved.items()}
+        self._named_engines = {name: engine for name, (engine, _) in resolved.items()}
         self._engine_options = {name: made_with for name, (_, made_with) in resolved.items()}
         self._begin_engines: dict[tuple[Any, ...], Engine] = {}
         self.binds: Mapping[Any, AnyEngine] = {
             key: self._bind(bind) for key, bind in (configuration.binds or {}).items()
         }
-        bound = {*self.named_engines.values(), *self.binds.values()}
-        self.known_engines: set[Engine] = {_engines.sync_engine(engine) for engine in bound}
-        for engine in self.known_engines:
+        bound = {*self._named_engines.values(), *self.binds.values()}
+        self._known_engines: set[Engine] = {_engines.sync_engine(engine) for engine in bound}
+        for engine in self._known_engines:
             _engines.prepare(engine)
-        self.has_lazy_cursors: bool = not self.is_async and any(
-            engine.dialect.name == "sqlite" for engine in self.known_engines
+        self._has_lazy_cursors: bool = not self.is_async and any(
+            engine.dialect.name == "sqlite" for engine in self._known_engines
         )
         if self.binds:
             session_options["binds"] = self.binds
-        self.maker = self._make_maker(session_class, self.named_engines.get(DEFAULT), session_options)
+        self._maker = self._make_maker(session_class, self._named_engines.get(DEFAULT), session_options)
         _databases.add(self)
 
     def _bind(self, bind: Any) -> AnyEngine:
-        if isinstance(bind, str) and bind not in self.named_engines:
-            raise ConfigurationError(f"binds names the engine {bind!r}; there are {', '.join(self.named_engines)}.")
-        return self.named_engines[bind] if isinstance(bind, str) else bind  # type: ignore[no-any-return]
+        if isinstance(bind, str) and bind not in self._named_engines:
+            raise ConfigurationError(f"binds names the engine {bind!r}; there are {', '.join(self._named_engines)}.")
+        return self._named_engines[bind] if isinstance(bind, str) else bind  # type: ignore[no-any-return]
 
     @abstractmethod
     def _default_session_class(self) -> type[Any]:
@@ -91,50 +91,50 @@ class BaseDatabase(Access[S]):
         """The session factory."""
 
     @abstractmethod
-    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
+    def _run_hooks(self, calls: list[Callable[[], Any]]) -> None:
         """Make the calls that a finished transaction has earned, each in a unit of work of its own."""
 
     @abstractmethod
     def dispose(self) -> Awaitable[None] | None:
         """Close the pooled connections of the engines made here."""
 
-    def new_session(self) -> S:
+    def _new_session(self) -> S:
         """A session for a scope of this database."""
-        session: S = self.maker()
+        session: S = self._maker()
         return session
 
     @property
-    def own_engines(self) -> list[Any]:
+    def _own_engines(self) -> list[Any]:
         """The engines that were made here, and that ``dispose()`` ends."""
-        return [engine for name, engine in self.named_engines.items() if self._engine_options[name] is not None]
+        return [engine for name, engine in self._named_engines.items() if self._engine_options[name] is not None]
 
     @cached_property
-    def permits(self) -> Permits:
+    def _permits(self) -> Permits:
         """One permit per connection of the smallest pool, for sync sessions under an event loop."""
         capacities = [
             _engines.capacity(_engines.sync_engine(engine), self._engine_options[name])
-            for name, engine in self.named_engines.items()
+            for name, engine in self._named_engines.items()
         ]
         return Permits(min((capacity for capacity in capacities if capacity is not None), default=None))
 
-    def engine_called(self, name: str) -> Any:
+    def _engine_called(self, name: str) -> Any:
         """The engine of that name.
 
         Raises:
             ConfigurationError: there is none.
         """
-        if name not in self.named_engines:
+        if name not in self._named_engines:
             raise ConfigurationError(
-                f"No engine is called {name!r}; there are {', '.join(map(repr, self.named_engines))}. Ask for one by "
+                f"No engine is called {name!r}; there are {', '.join(map(repr, self._named_engines))}. Ask for one by "
                 "db.engines[...]."
             )
-        return self.named_engines[name]
+        return self._named_engines[name]
 
-    def begin_engine(self, engine: Engine, scope: SessionScope[Any]) -> Engine:
+    def _begin_engine(self, engine: Engine, scope: SessionScope[Any]) -> Engine:
         """``engine``, or its twin on the same pool that begins as the scope's policy says."""
         policy = scope.policy
         key = (engine, policy.read_only, policy.isolation_level, scope.method in SAFE_METHODS)
-        known = self._begin_engines if engine in self.known_engines else scope.work.begin_engines
+        known = self._begin_engines if engine in self._known_engines else scope.work.begin_engines
         begin_engine = known.get(key)
         if begin_engine is None:
             options = _engines.begin_options(engine.dialect.name, read_only=key[1], isolation_level=key[2], safe=key[3])
@@ -142,11 +142,11 @@ class BaseDatabase(Access[S]):
             begin_engine = known[key] = engine.execution_options(**options) if options else engine
         return begin_engine
 
-    def tables_by_engine(self, metadata: MetaData) -> Iterator[tuple[Any, list[Table]]]:
+    def _tables_by_engine(self, metadata: MetaData) -> Iterator[tuple[Any, list[Table]]]:
         """Each engine with the tables of ``metadata`` that live on it."""
         bound = {table: engine for key, engine in self.binds.items() for table in _tables(key)}
-        default = self.named_engines.get(DEFAULT)
-        engines = list(dict.fromkeys([*self.named_engines.values(), *self.binds.values()]))
+        default = self._named_engines.get(DEFAULT)
+        engines = list(dict.fromkeys([*self._named_engines.values(), *self.binds.values()]))
         for engine in engines:
             tables = [table for table in metadata.sorted_tables if bound.get(table, default) is engine]
             if tables:
@@ -164,8 +164,8 @@ class Database(SyncAccess[SyncS], BaseDatabase[SyncS]):
     """
 
     is_async: bool = False
-    named_engines: Mapping[str, Engine]
-    maker: sessionmaker[SyncS]
+    _named_engines: Mapping[str, Engine]
+    _maker: sessionmaker[SyncS]
 
     @property
     def database(self) -> Database[SyncS]:
@@ -178,7 +178,7 @@ class Database(SyncAccess[SyncS], BaseDatabase[SyncS]):
     def _make_maker(self, class_: Any, bind: Any, options: dict[str, Any]) -> Any:
         return sessionmaker(bind, class_=scope_session_class(class_), **options)
 
-    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
+    def _run_hooks(self, calls: list[Callable[[], Any]]) -> None:
         """Make the calls that a finished transaction has earned, each in a unit of work of its own."""
         for call in calls:
             try:
@@ -199,8 +199,8 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
     """
 
     is_async: bool = True
-    named_engines: Mapping[str, AsyncEngine]
-    maker: async_sessionmaker[AsyncS]
+    _named_engines: Mapping[str, AsyncEngine]
+    _maker: async_sessionmaker[AsyncS]
 
     _loop: asyncio.AbstractEventLoop | None = None
 
@@ -221,16 +221,16 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
         options.setdefault("expire_on_commit", False)
         return async_sessionmaker(bind, class_=class_, sync_session_class=scope_session_class(sync_class), **options)
 
-    def new_session(self) -> AsyncS:
+    def _new_session(self) -> AsyncS:
         """A session for a scope of this database, on the running event loop.
 
         Raises:
             ConfigurationError: another event loop, still running, uses this database.
         """
-        self.adopt_running_loop()
-        return super().new_session()
+        self._adopt_running_loop()
+        return super()._new_session()
 
-    def adopt_running_loop(self) -> None:
+    def _adopt_running_loop(self) -> None:
         """Let the running event loop use this database, with connections of its own.
 
         Raises:
@@ -245,24 +245,24 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
                 "two. Make one AsyncDatabase per loop, or `await db.dispose()` on the first one."
             )
         if self._loop is not None:
-            for engine in self.named_engines.values():
+            for engine in self._named_engines.values():
                 engine.sync_engine.dispose(close=False)
         self._loop = loop
 
-    async def dispose_engines(self) -> None:
+    async def _dispose_engines(self) -> None:
         """Close the pooled connections of the engines made here; another event loop may use it then."""
-        for engine in self.own_engines:
+        for engine in self._own_engines:
             await engine.dispose()
         self._loop = None
 
-    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
+    def _run_hooks(self, calls: list[Callable[[], Any]]) -> None:
         """Make and await the calls that a finished transaction has earned, each in a unit of work of its own."""
         if calls:
             from sqlalchemy.util import await_only
 
-            await_only(self._run_hooks(calls))
+            await_only(self._arun_hooks(calls))
 
-    async def _run_hooks(self, calls: list[Callable[[], Any]]) -> None:
+    async def _arun_hooks(self, calls: list[Callable[[], Any]]) -> None:
         for call in calls:
             try:
                 async with self.session_scope(new=True):
@@ -290,7 +290,7 @@ def _forget_inherited_connections() -> None:
     """In a forked child: start with empty pools and no open scope, and leave the parent's sockets alone."""
     forget_open_scopes()
     for database in list(_databases):
-        for engine in database.known_engines:
+        for engine in database._known_engines:
             engine.dispose(close=False)
 
 

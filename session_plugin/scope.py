@@ -113,7 +113,7 @@ class SessionScope(Generic[S]):
                 raise ScopeClosedError(self.closed_message)
             with _making_session:
                 if self._session is None:
-                    session = self.database.new_session()
+                    session = self.database._new_session()
                     self._sync_session_of(session)._session_scope = self
                     self._session = session
                     _with_session.add(self)
@@ -169,7 +169,7 @@ class SessionScope(Generic[S]):
         """How this scope begins and ends: what `use` said, else the endpoint's, else the database's."""
         if self._policy is None:
             found = self.find_policy() if self.find_policy is not None else None
-            self._policy = found or self.database.default_policy
+            self._policy = found or self.database._default_policy
         return self._policy
 
     def use(self, policy: Policy | Callable[[Outcome], Decision]) -> None:
@@ -269,7 +269,7 @@ class SessionScope(Generic[S]):
         """
         if self._permit is not None or not self.can_be_joined:
             return
-        permit = await self.database.permits.acquire()
+        permit = await self.database._permits.acquire()
         if permit is not None and (self._permit is not None or not self.can_be_joined):
             permit()
         else:

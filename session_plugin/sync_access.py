@@ -59,18 +59,18 @@ class SyncAccess(Access[SyncS]):
     @property
     def engine(self) -> Engine:
         """The default engine."""
-        engine: Engine = self.database.engine_called(DEFAULT)
+        engine: Engine = self.database._engine_called(DEFAULT)
         return engine
 
     @property
     def engines(self) -> Mapping[str, Engine]:
         """The engines by name; a database with one engine calls it ``"default"``."""
-        return self.database.named_engines
+        return self.database._named_engines
 
     @property
     def sessionmaker(self) -> sessionmaker[SyncS]:
         """Makes sessions that belong to no unit of work, configured like those that do."""
-        return self.database.maker
+        return self.database._maker
 
     @property
     def scoped_session(self) -> scoped_session[SyncS]:
@@ -84,15 +84,15 @@ class SyncAccess(Access[SyncS]):
 
     def create_all(self) -> None:
         """Create the missing tables of ``metadata``, each on the engine that ``binds`` names."""
-        for engine, tables in self.database.tables_by_engine(self.metadata):
+        for engine, tables in self.database._tables_by_engine(self.metadata):
             self.metadata.create_all(engine, tables=tables)
 
     def drop_all(self) -> None:
         """Drop the tables of ``metadata``, each on the engine that ``binds`` names."""
-        for engine, tables in self.database.tables_by_engine(self.metadata):
+        for engine, tables in self.database._tables_by_engine(self.metadata):
             self.metadata.drop_all(engine, tables=tables)
 
     def dispose(self) -> None:
         """Close the pooled connections of the engines made here; those made elsewhere are their maker's."""
-        for engine in self.database.own_engines:
+        for engine in self.database._own_engines:
             engine.dispose()

@@ -212,7 +212,7 @@ def test_the_default_policy(dispose: Any) -> None:
     db = dispose(Database("sqlite://", policy=manual))
     with db.session_scope():
         assert db.scope.policy is manual
-    assert dispose(Database("sqlite://")).default_policy is commit_on_success
+    assert dispose(Database("sqlite://"))._default_policy is commit_on_success
 
 
 # -- 17: misconfiguration is told at start-up --------------------------------------------------------

@@ -810,7 +810,7 @@ def test_two_threads_that_ask_at_once_get_one_session(monkeypatch: pytest.Monkey
     db = Database("sqlite://")
     scope = SessionScope(db, origin="test")
     sessions: list[Any] = []
-    make = db.new_session
+    make = db._new_session
     second = threading.Thread(target=lambda: sessions.append(scope.session))
 
     def make_while_the_second_waits() -> Session:
@@ -819,7 +819,7 @@ def test_two_threads_that_ask_at_once_get_one_session(monkeypatch: pytest.Monkey
             pass
         return make()
 
-    monkeypatch.setattr(db, "new_session", make_while_the_second_waits)
+    monkeypatch.setattr(db, "_new_session", make_while_the_second_waits)
     sessions.append(scope.session)
     second.join()
     assert sessions[0] is sessions[1]

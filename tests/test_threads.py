@@ -127,7 +127,7 @@ def test_permits_never_leak(store: Store) -> None:
 def test_a_request_that_stops_waiting_returns_its_permit(store: Store) -> None:
     """Cancelled while it waits, or just as it is served: the next in line is served."""
     site = Site(store, sync=True, pool_size=1, max_overflow=0, pool_timeout=3)
-    permits = site.db.init_app(site.app) or site.db.database.permits
+    permits = site.db.init_app(site.app) or site.db.database._permits
 
     async def scenario() -> None:
         release = await permits.acquire()
@@ -152,7 +152,7 @@ def test_permits_asked_for_twice_at_once(store: Store) -> None:
     async def scenario() -> None:
         from session_plugin.scope import SessionScope
 
-        permits = database.permits
+        permits = database._permits
         scope = SessionScope(database, origin="test")
         first, second = await permits.acquire(), await permits.acquire()
         waiting = [asyncio.create_task(scope.permit()) for _ in range(2)]

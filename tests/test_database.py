@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from sqlalchemy import create_engine, inspect, select, text
@@ -20,6 +21,7 @@ from session_plugin import (
     NoScopeError,
     _engines,
     commit_on_success,
+    database,
     manual,
 )
 from session_plugin.database import _forget_inherited_connections
@@ -310,9 +312,10 @@ def test_a_forked_child_shares_no_socket(postgresql: Any) -> None:
     db.dispose()
 
 
-def test_what_a_forked_child_forgets(dispose: Any) -> None:
+def test_what_a_forked_child_forgets(dispose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool, and not its connections: closing one would end the parent's session on the server."""
     db = dispose(Database("sqlite://"))
+    monkeypatch.setattr(database, "_databases", WeakSet([db]))  # other tests' pools are none of its business
     with db.session_scope() as session:
         session.execute(text("SELECT 1"))
     inherited = db.engine.pool

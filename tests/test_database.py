@@ -34,16 +34,16 @@ def dispose() -> Any:
     """Disposes what a test made."""
     made: list[Any] = []
 
-    def keep(database: Any) -> Any:
-        made.append(database)
-        return database
+    def keep(db: Any) -> Any:
+        made.append(db)
+        return db
 
     yield keep
-    for database in made:
-        if isinstance(database, AsyncDatabase):
-            asyncio.run(database.dispose())
+    for db in made:
+        if isinstance(db, AsyncDatabase):
+            asyncio.run(db.dispose())
         else:
-            database.dispose()
+            db.dispose()
 
 
 class CustomSession(Session):

@@ -106,13 +106,21 @@ def make_engine(url: str | URL, options: Mapping[str, Any], owner: object, *, is
     return engine
 
 
-def _creator(is_async: bool) -> Callable[..., Any]:
-    if not is_async:
-        return create_engine
+def require_greenlet() -> None:
+    """Look before `sqlalchemy.ext.asyncio` is imported, which fails without it and says nothing of extras.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
     try:
         import greenlet  # noqa: F401
     except ImportError as error:
         raise ConfigurationError('An async database needs greenlet: pip install "session_plugin[asyncio]".') from error
+
+
+def _creator(is_async: bool) -> Callable[..., Any]:
+    if not is_async:
+        return create_engine
     from sqlalchemy.ext.asyncio import create_async_engine
 
     return create_async_engine

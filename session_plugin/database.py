@@ -210,6 +210,7 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
         return self
 
     def _default_session_class(self) -> type[Any]:
+        _engines.require_greenlet()
         from sqlalchemy.ext.asyncio import AsyncSession
 
         return AsyncSession

@@ -18,19 +18,14 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
+from ._client import ASGIApp, Client, Message, Receive, Scope, Send
 from .current import depth
 from .policy import Outcome
 from .scope import SessionScope
-
-Scope: TypeAlias = MutableMapping[str, Any]
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 WEBSOCKET_ANSWERS = {"websocket.accept": 101, "websocket.close": 403}
 """The HTTP status that each answer to a handshake stands for."""
@@ -50,12 +45,12 @@ class Exchange(ABC):
         self.complete = False
 
     @abstractmethod
-    async def before(self, message: Message, layer: Layer) -> None:
-        """Settle what ``message`` would otherwise make untrue."""
+    def before(self, message: Message, layer: Layer) -> Awaitable[None] | None:
+        """Note what ``message`` says; the settling of what it would otherwise make untrue, if there is any."""
 
     @abstractmethod
-    async def returned(self, layer: Layer) -> None:
-        """Settle after the app inside ``layer`` has returned."""
+    def returned(self, layer: Layer) -> Awaitable[None] | None:
+        """The settling after the app inside ``layer`` has returned, if there is anything to settle."""
 
     async def raised(self, error: BaseException, layer: Layer | None = None) -> None:
         """Settle after ``error`` has left the app; whatever answers it is no success."""
@@ -70,24 +65,36 @@ class HttpExchange(Exchange):
     """A request and its response."""
 
     status: int | None = None
+    told: int = 0
     trailers = False
     cut: Exception | None = None
 
-    async def before(self, message: Message, layer: Layer) -> None:
+    def before(self, message: Message, layer: Layer) -> Awaitable[None] | None:
         """Settle before the first byte, and again before the last one."""
         starts = message["type"] == "http.response.start"
         if starts:
-            self._start(message)
+            self._start(message, layer)
         if self.cut is not None and layer.outer is None:
             raise self.cut
-        if starts and layer.encloses_work() and not layer.works_on():
-            await self.scope.asettle(self._outcome())
-        elif self._is_last(message):
+        if starts:
+            settles = not self.scope.settle_idle() and layer.encloses_work() and not layer.works_on()
+            return self.scope.asettle(self._outcome()) if settles else None
+        if self.status is not None and self._is_last(message):
             layer.complete = True
             if layer.outer is None:
-                interrupted = self.scope.active and await self.client.has_left()
-                await self.scope.asettle(self._outcome(interrupted=interrupted))
-                self.complete = True
+                return self._last()
+        return None
+
+    def _last(self) -> Awaitable[None] | None:
+        if self.scope.settle_idle():
+            self.complete = True
+            return None
+        return self._settle_last()
+
+    async def _settle_last(self) -> None:
+        interrupted = self.scope.active and await self.client.has_left()
+        await self.scope.asettle(self._outcome(interrupted=interrupted))
+        self.complete = True
 
     async def raised(self, error: BaseException, layer: Layer | None = None) -> None:
         """Settle after ``error`` has left the app; whatever answers it is no success.
@@ -99,16 +106,23 @@ class HttpExchange(Exchange):
             self.cut = error
         await super().raised(error, layer)
 
-    async def returned(self, layer: Layer) -> None:
-        """Settle background work, or else give up a response that was cut short."""
-        if layer.encloses_work():
-            late = Outcome(method=self.scope.method, background=True)
-            await self.scope.asettle(late if self.complete else self._outcome(not layer.complete))
+    def returned(self, layer: Layer) -> Awaitable[None] | None:
+        """Settle background work, or else give up a response that was cut short.
 
-    def _start(self, message: Message) -> None:
-        self.status = status = message["status"]
+        The outermost layer settles with the last message, which may still be on its way through a middleware.
+        """
+        on_its_way = layer.complete and not self.complete and layer.outer is not None
+        if on_its_way or self.scope.settle_idle() or not layer.encloses_work():
+            return None
+        late = Outcome(method=self.scope.method, background=True)
+        return self.scope.asettle(late if self.complete else self._outcome(not layer.complete))
+
+    def _start(self, message: Message, layer: Layer) -> None:
+        self.status = max(message["status"], self.told)  # whoever was told an error reads no success any more
+        if layer.outer is None:
+            self.told = self.status
         self.trailers = message.get("trailers", False)
-        if status >= 400:
+        if message["status"] >= 400:
             self.cut = None
 
     def _is_last(self, message: Message) -> bool:
@@ -127,21 +141,23 @@ class HttpExchange(Exchange):
 class WebSocketExchange(Exchange):
     """A WebSocket's handshake; the messages after it have units of work of their own."""
 
-    async def before(self, message: Message, layer: Layer) -> None:
+    def before(self, message: Message, layer: Layer) -> Awaitable[None] | None:
         """Settle the handshake before its answer, and close its scope."""
         status = WEBSOCKET_ANSWERS.get(message["type"], message.get("status"))
-        if not self.complete and status is not None:
-            await self.scope.asettle(Outcome(status, self.scope.error))
-            self.scope.closed_message = (
-                "This session served the handshake of the WebSocket and ended with it. Open a unit of work per "
-                "message: `async with db.session_scope() as session:`."
-            )
-            await self.scope.aclose()
-            self.complete = True
+        return None if status is None else self._end(status)
 
-    async def returned(self, layer: Layer) -> None:
+    async def _end(self, status: int) -> None:
+        await self.scope.asettle(Outcome(status, self.scope.error))
+        self.scope.closed_message = (
+            "This session served the handshake of the WebSocket and ended with it. Open a unit of work per "
+            "message: `async with db.session_scope() as session:`."
+        )
+        await self.scope.aclose()
+        self.complete = True
+
+    def returned(self, layer: Layer) -> Awaitable[None] | None:
         """Give up a handshake that got no answer."""
-        await self.scope.asettle(Outcome(interrupted=not self.complete))
+        return self.scope.asettle(Outcome(interrupted=not self.complete))
 
 
 class Layer:
@@ -190,7 +206,8 @@ class Layer:
             self._leave()
         if self._refusal is not None:
             raise self._refusal
-        await self._exchange.returned(self)
+        if (settling := self._exchange.returned(self)) is not None:
+            await settling
 
     def _enter(self) -> None:
         self._exchange.innermost = self
@@ -209,7 +226,9 @@ class Layer:
         if self._refusal is not None:
             raise Refused
         try:
-            await self._exchange.before(message, self)
+            settling = None if self._exchange.complete else self._exchange.before(message, self)
+            if settling is not None:
+                await settling
         except Exception as error:
             self._refusal = error
             self._exchange.scope.error = error
@@ -219,78 +238,3 @@ class Layer:
             await self._send(message)
         finally:
             depth.reset(inside)
-
-
-class Client:
-    """What the server is told and tells, as far as it bears on the last byte."""
-
-    def __init__(self, receive: Receive, send: Send) -> None:
-        self._receive = receive
-        self._send = send
-        self._receiving = 0
-        self._asked_ahead: asyncio.Future[Message] | None = None
-        self._left = False
-        self._missing: int | None = None
-        self._held: Message | None = None
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._asked_ahead is not None:
-            self._asked_ahead.cancel()
-
-    async def send(self, message: Message) -> None:
-        """Pass ``message`` on, but hold back what would complete a body of declared length until its end.
-
-        A client that has counted its bytes takes the response for complete, whatever comes of the end.
-        """
-        if message["type"] == "http.response.start":
-            self._missing = _content_length(message)
-        if self._missing is None or message["type"] != "http.response.body":
-            await self._send(message)
-            return
-        body = message.get("body", b"")
-        self._missing -= len(body)
-        if self._held is not None:
-            message = {**message, "body": self._held["body"] + body}
-            self._held = None
-        if self._missing <= 0 and message.get("body") and message.get("more_body", False):
-            self._held = message
-        else:
-            await self._send(message)
-
-    async def receive(self) -> Message:
-        """Pass a message of the client on, and note that it left."""
-        self._receiving += 1
-        try:
-            if self._asked_ahead is not None:
-                asked_ahead, self._asked_ahead = self._asked_ahead, None
-                message = await asked_ahead
-            else:
-                message = await self._receive()
-        finally:
-            self._receiving -= 1
-        self._left = self._left or message["type"] == "http.disconnect"
-        return message
-
-    async def has_left(self) -> bool:
-        """True if the server knows by now that the client is gone.
-
-        No server says so when a chunk is sent, so one message is asked for ahead, unless the app
-        is listening itself; the app's next ``receive()`` gets it.
-        """
-        if not self._left and not self._receiving and self._asked_ahead is None:
-            self._asked_ahead = asyncio.ensure_future(self._receive())
-        await asyncio.sleep(0)
-        answer = self._asked_ahead
-        if answer is not None and answer.done() and answer.exception() is None:
-            self._left = answer.result()["type"] == "http.disconnect"
-        return self._left
-
-
-def _content_length(start: Message) -> int | None:
-    for name, value in start.get("headers", ()):
-        if name.lower() == b"content-length" and value.isdigit():
-            return int(value)
-    return None

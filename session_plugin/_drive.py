@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -58,16 +60,26 @@ async def uncancelled(work: Awaitable[T]) -> T:
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            if not task.cancelled():
-                cancelled = error
-        except BaseException:
-            break
+    with ExitStack() as shields:
+        while not task.done():
+            try:
+                await asyncio.shield(task)
+            except asyncio.CancelledError as error:
+                if cancelled is None:
+                    shields.enter_context(_anyio_shield())
+                if not task.cancelled():
+                    cancelled = error
+            except BaseException:
+                break
     if cancelled is not None:
         if not task.cancelled() and task.exception() is not None:
             raise cancelled from task.exception()
         raise cancelled
     return task.result()
+
+
+def _anyio_shield() -> AbstractContextManager[Any]:
+    """Where anyio is in use, keeps its cancelled scopes from waking the waiting task at every turn of the loop."""
+    anyio: Any = sys.modules.get("anyio")
+    shield: AbstractContextManager[Any] = nullcontext() if anyio is None else anyio.CancelScope(shield=True)
+    return shield

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import URL, Engine, create_engine, make_url
+import sqlalchemy
+from sqlalchemy import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.pool import QueuePool
 
-from . import _sqlite
+from . import _mysql, _sqlite
 from ._watch import watch_engine
-from .exceptions import ConfigurationError
+from .exceptions import ConfigurationError, shown
 
 ASYNC_DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
@@ -37,19 +38,32 @@ def resolve(
             raise ConfigurationError('Named engines need a "url" each: {"reports": {"url": ..., "pool_size": 2}}.')
     if isinstance(given, str | URL):
         return make_engine(given, options, owner, is_async=is_async), options
-    if not isinstance(sync_engine(given), Engine):
-        raise ConfigurationError(f"{given!r} names no database. Give a URL, an Engine, or named engines.")
-    if isinstance(given, Engine) == is_async:
-        raise ConfigurationError(
-            f"{given!r} does not fit {type(owner).__name__}: an Engine goes to Database, and an AsyncEngine to "
-            "AsyncDatabase."
-        )
+    check_engine(given, owner, is_async=is_async)
     if options:
         raise ConfigurationError(
-            f"The options {', '.join(sorted(options))} came too late for {given!r}, which is already made. "
-            "Give them to create_engine()."
+            f"The options {', '.join(sorted(options))} came too late for {shown(sync_engine(given).url)}, whose engine "
+            "is already made. Give them to create_engine()."
         )
     return given, None
+
+
+def check_engine(given: Any, owner: object, *, is_async: bool) -> None:
+    """Insist on an engine that fits ``owner``.
+
+    Raises:
+        ConfigurationError: it is none, or not of this kind.
+    """
+    kind = type(given).__name__  # its repr might hold a password
+    if not isinstance(sync_engine(given), Engine):
+        raise ConfigurationError(
+            f"An object of type {kind} names no database. Give a URL, an Engine, or named engines; a plugin also takes "
+            "a Database, or a function that answers any of these."
+        )
+    if isinstance(given, Engine) == is_async:
+        raise ConfigurationError(
+            f"The {kind} of {shown(sync_engine(given).url)} does not fit {type(owner).__name__}: an Engine goes to "
+            "Database, and an AsyncEngine to AsyncDatabase."
+        )
 
 
 def sync_engine(engine: Any) -> Any:
@@ -69,6 +83,8 @@ def prepare(engine: Engine) -> None:
     watch_engine(engine)
     if engine.dialect.name == "sqlite":
         _sqlite.prepare(engine)
+    elif engine.dialect.name in _mysql.NAMES:
+        _mysql.prepare(engine)
 
 
 def make_engine(url: str | URL, options: Mapping[str, Any], owner: object, *, is_async: bool) -> Any:
@@ -84,26 +100,36 @@ def make_engine(url: str | URL, options: Mapping[str, Any], owner: object, *, is
             "The database URL cannot be read. It has the form dialect+driver://user:password@host/database, "
             "for example postgresql+psycopg://localhost/shop."
         ) from None
-    shown = parsed.render_as_string(hide_password=True)
+    _check_numbers(options)
     try:
         engine = _creator(is_async)(_sqlite.shared_memory_url(parsed, owner), **options)
     except ModuleNotFoundError as error:
-        raise ConfigurationError(f"The driver of {shown} is not installed: pip install {error.name}.") from error
-    except NoSuchModuleError as error:
-        raise ConfigurationError(f"SQLAlchemy knows no dialect for {shown}: {error}.") from error
-    except TypeError as error:
         raise ConfigurationError(
-            f"Neither create_engine() nor the session class knows one of the options "
-            f"{', '.join(sorted(options))} given for {shown}: {error}"
+            f"The driver of {shown(parsed)} is not installed: pip install {error.name}."
         ) from error
+    except NoSuchModuleError as error:
+        raise ConfigurationError(f"SQLAlchemy knows no dialect for {shown(parsed)}: {error}.") from error
     except InvalidRequestError as error:
         raise _needs_async_driver(parsed) from error
+    except (TypeError, ValueError, LookupError, ArgumentError) as error:
+        names = ", ".join(sorted(options)) or "none"
+        raise ConfigurationError(
+            f"create_engine() refuses {shown(parsed)}, or one of the options that the session class does not know "
+            f"({names}). Correct the URL, or the option's name or value: {error}"
+        ) from error
     if not is_async and engine.dialect.is_async:
         raise ConfigurationError(
-            f"{shown} names an async driver, and this is a sync database. Use AsyncDatabase or "
+            f"{shown(parsed)} names an async driver, and this is a sync database. Use AsyncDatabase or "
             "AsyncSessionPlugin, or write the URL with a sync driver."
         )
     return engine
+
+
+def _check_numbers(options: Mapping[str, Any]) -> None:
+    """SQLAlchemy compares these with a number when it first needs them."""
+    for name in ("pool_size", "max_overflow", "pool_timeout", "pool_recycle"):
+        if isinstance(options.get(name), str):
+            raise ConfigurationError(f"{name} must be a number, and is a string. Turn it into one: int(...).")
 
 
 def require_greenlet() -> None:
@@ -120,7 +146,7 @@ def require_greenlet() -> None:
 
 def _creator(is_async: bool) -> Callable[..., Any]:
     if not is_async:
-        return create_engine
+        return sqlalchemy.create_engine  # looked up late, so that instrumentation may have replaced it
     from sqlalchemy.ext.asyncio import create_async_engine
 
     return create_async_engine
@@ -145,6 +171,8 @@ def begin_options(dialect: str, *, read_only: bool, isolation_level: str | None,
         options["isolation_level"] = isolation_level
     if dialect == "postgresql" and read_only:
         options["postgresql_readonly"] = True
+    if dialect in _mysql.NAMES and read_only:
+        options[_mysql.READ_ONLY_OPTION] = True
     if dialect == "sqlite" and read_only:
         options[_sqlite.BEGIN_OPTION] = _sqlite.READ_ONLY
     elif dialect == "sqlite" and not safe:
@@ -163,3 +191,8 @@ def capacity(engine: Engine, options: Mapping[str, Any] | None) -> int | None:
         return None
     overflow: int = 0 if options is None else options.get("max_overflow", 10)
     return None if overflow < 0 else pool.size() + overflow
+
+
+def checkout_timeout(engine: Engine) -> float | None:
+    """Seconds that its pool lets one wait for a connection, or None if nobody waits."""
+    return engine.pool.timeout() if isinstance(engine.pool, QueuePool) else None

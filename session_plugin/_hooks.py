@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
+from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import SessionTransaction
 
 logger = logging.getLogger("session_plugin")
@@ -33,37 +35,48 @@ class Hook:
 
 
 class Hooks:
-    """The hooks of one scope, in the order of their registration."""
+    """The hooks of one scope, in the order of their registration.
+
+    Attributes:
+        waiting: those whose transaction has not ended yet.
+    """
 
     def __init__(self) -> None:
-        self._waiting: list[Hook] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
+        self.waiting: list[Hook] = []
 
     def add(self, hook: Hook) -> None:
         """Wait for the end of the transaction that is open, or of the next one."""
-        self._waiting.append(hook)
+        self.waiting.append(hook)
 
     def savepoint_ended(self, savepoint: SessionTransaction, *, committed: bool) -> None:
         """Hand the savepoint's hooks to what encloses it, or drop those that it made untrue."""
         enclosing = savepoint.parent if savepoint.parent and savepoint.parent.nested else None
-        waiting, self._waiting = self._waiting, []
+        waiting, self.waiting = self.waiting, []
         for hook in waiting:
             if hook.savepoint is savepoint:
                 hook.savepoint = enclosing
                 hook.due = hook.due or (not committed and hook.on == "rollback")
                 if not committed and hook.on == "commit":
                     continue
-            self._waiting.append(hook)
+            self.waiting.append(hook)
 
     def take(self, event: Event) -> list[Callable[[], Any]]:
         """The calls that are due, in order; all other hooks are dropped."""
-        waiting, self._waiting = self._waiting, []
+        if not self.waiting:
+            return []
+        waiting, self.waiting = self.waiting, []
         return [hook.call for hook in waiting if hook.due or hook.on == event]
 
 
 def log_failed(call: Callable[[], Any]) -> None:
-    """Log the exception that a hook raised: it can no longer change the outcome."""
+    """Log the exception that a hook raised: it can no longer change the outcome.
+
+    Nobody else sees it, so its traceback is logged too, but without the parameters of statements.
+    """
+    error = sys.exception()
+    while error is not None:
+        if isinstance(error, StatementError):
+            error.hide_parameters = True
+        error = error.__cause__ or error.__context__
     function = call.func if isinstance(call, partial) else call
-    logger.exception("The hook %s failed", getattr(function, "__qualname__", function))
+    logger.exception("The hook %s failed", getattr(function, "__qualname__", type(function).__name__))

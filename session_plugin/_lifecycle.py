@@ -13,31 +13,33 @@ ended (`_session`), so that those of an explicit ``commit()`` run too.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ._drive import Steps
+from .exceptions import PolicyError
 from .policy import Decision, Outcome
 
 if TYPE_CHECKING:
+    from ._session import ScopeSession
     from .scope import SessionScope
 
 logger = logging.getLogger("session_plugin")
 
 
 def settle(scope: SessionScope[Any], outcome: Outcome) -> Steps[None]:
-    """End the scope's transaction as its policy decides, and give the connection back.
+    """End the scope's transaction, which there is, as its policy decides, and give the connection back.
 
     From its first moment on, the scope counts as settled: work that starts now is late work, a
     transaction of its own.  Raises what the commit raised, after rolling back.
     """
     scope.settled = True
-    if not scope.active:
-        return
     try:
-        decision = scope.decide(outcome)
+        decision = _decide(scope, outcome)
         _log(scope, decision, outcome)
         if scope.work.streams:
-            yield scope.close_streams
+            yield partial(_run_sync, scope, scope.work.close_streams)
         if decision.commit:
             wrote = scope.wrote
             yield from _commit(scope)
@@ -54,8 +56,6 @@ def settle(scope: SessionScope[Any], outcome: Outcome) -> Steps[None]:
 def close(scope: SessionScope[Any]) -> Steps[None]:
     """The end: nothing open, nothing held, and the session refuses further use."""
     scope.closed = True
-    if not scope.has_session:
-        return
     try:
         if scope.sync_session.in_transaction():
             yield from _roll_back(scope)
@@ -63,9 +63,27 @@ def close(scope: SessionScope[Any]) -> Steps[None]:
         yield scope.session.close
 
 
+def _decide(scope: SessionScope[Any], outcome: Outcome) -> Decision:
+    if scope.doomed is not None:
+        return Decision(False, f"doomed: {scope.doomed}")
+    policy = scope.policy
+    try:
+        decision = policy.decide(outcome)
+    except Exception as error:
+        raise PolicyError(
+            f"The policy {policy.name} raised {type(error).__name__}. Nothing was committed; correct it."
+        ) from error
+    if not isinstance(decision, Decision) or not isinstance(decision.commit, bool):
+        raise PolicyError(
+            f"The policy {policy.name} returned no Decision(commit=True or False, reason=...) but an object of type "
+            f"{type(decision).__name__}. Nothing was committed; correct it."
+        )
+    return decision
+
+
 def _commit(scope: SessionScope[Any]) -> Steps[None]:
     """COMMIT, and leave what the request loaded readable for its stream and its background work."""
-    session = scope.begun_session()
+    session = _begun_session(scope)
     expire_on_commit, session.expire_on_commit = session.expire_on_commit, False
     try:
         yield scope.session.commit
@@ -77,16 +95,50 @@ def _commit(scope: SessionScope[Any]) -> Steps[None]:
 
 
 def _roll_back(scope: SessionScope[Any]) -> Steps[None]:
-    """ROLLBACK; a connection that cannot do that, or that a sibling still uses, is discarded."""
-    scope.begun_session()
+    """ROLLBACK; a connection that cannot do that, or that a sibling still uses, is discarded.
+
+    One that discards no work expires nothing: what is not in the session meanwhile stays loaded.
+    """
+    session = _begun_session(scope)
     if scope.work.busy:
-        yield scope.session.invalidate
-        return
+        yield partial(_run_sync, scope, scope.work.wait_alone)
+        if scope.work.busy:
+            yield scope.session.invalidate
+            return
+    loaded = [] if scope.wrote else [*session]
+    if loaded:
+        session.expunge_all()
     try:
         yield scope.session.rollback
     except Exception as error:
-        logger.warning("%s: ROLLBACK failed, the connection is discarded: %r", str(scope), error)
+        logger.warning(
+            "%s: ROLLBACK failed, the connection is discarded (%s)",
+            str(scope),
+            type(error).__name__,
+            exc_info=logger.isEnabledFor(logging.DEBUG),
+        )
         yield scope.session.invalidate
+    else:
+        if loaded and not scope.closed:
+            transaction = session.begin()
+            session.add_all(loaded)
+            transaction.close()
+
+
+def _begun_session(scope: SessionScope[Any]) -> ScopeSession:
+    """The sync session with a transaction begun, which takes no connection yet."""
+    session = scope.sync_session
+    if not session.in_transaction():
+        session.begin()
+    return session
+
+
+def _run_sync(scope: SessionScope[Any], call: Callable[[], None]) -> Any:
+    """Make a call that talks to the driver; an awaitable on an async database."""
+    if not scope.database.is_async:
+        return call()
+    session: Any = scope.session
+    return session.run_sync(lambda _: call())
 
 
 def _log(scope: SessionScope[Any], decision: Decision, outcome: Outcome) -> None:

@@ -6,11 +6,13 @@ Only documented extension points of SQLAlchemy are used: a subclass that overrid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
+from ._permits import take_permit
 from .current import depth
 from .exceptions import ReadOnlyError, ScopeClosedError
 
@@ -29,7 +31,25 @@ class ScopeSession(Session):
         scope = self._session_scope
         if scope is None or not isinstance(bind, Engine):
             return bind
+        if scope.database.is_async:
+            scope.work.check_first()
+        elif scope.permit_held is None and not scope.work.connected:
+            take_permit(scope)
         return scope.database._begin_engine(bind, scope)
+
+    def flush(self, objects: Sequence[Any] | None = None) -> None:
+        """As SQLAlchemy's, but two at once are told what to do instead."""
+        if self._session_scope is None:
+            super().flush(objects)
+            return
+        work = self._session_scope.work
+        if self._session_scope.database.is_async and (self.new or self.dirty or self.deleted):
+            work.check_first()  # before the flush, whose failure would cut into the other task's connecting
+        outer = work.begin_flush()
+        try:
+            super().flush(objects)
+        finally:
+            work.flushing = outer
 
 
 def scope_session_class(session_class: type[Session]) -> type[Session]:
@@ -80,8 +100,6 @@ def _before_statement(state: ORMExecuteState) -> Any:
     if scope.closed:
         raise ScopeClosedError(scope.closed_message)
     scope.work.check_alone()
-    if scope.database.is_async:
-        scope.work.check_first()
     if scope.policy.read_only and (state.is_insert or state.is_update or state.is_delete):
         raise _read_only(scope, "the statement is an INSERT, UPDATE or DELETE")
     options = state.execution_options

@@ -33,7 +33,7 @@ def shared_memory_url(url: URL, owner: object) -> URL:
     The database lives as long as ``owner``.  SQLAlchemy's own choice would be a database per
     thread, or one connection on which the transactions of all requests mix.
     """
-    if url.get_backend_name() != "sqlite" or url.database not in (None, "", ":memory:"):
+    if url.get_backend_name() != "sqlite" or url.host or url.database not in (None, "", ":memory:"):
         return url
     if sqlite3.sqlite_version_info < _SHARED_MEMORY_SINCE:
         raise ConfigurationError(

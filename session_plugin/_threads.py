@@ -1,4 +1,4 @@
-"""Sync sessions under an event loop: one hop to end a scope, and one permit per connection."""
+"""Sync sessions under an event loop: one hop to end a scope."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
 
@@ -26,34 +25,15 @@ def after_fork_in_child(call: Callable[[], None]) -> None:
 after_fork_in_child(_executors.clear)
 
 
-def in_thread(call: Callable[[], T], *, holds_connection: bool) -> asyncio.Future[T]:
+def in_thread(call: Callable[[], T], *, can_wait: bool) -> asyncio.Future[T]:
     """Make ``call`` in a worker thread, in a copy of the caller's context.
 
-    Those that hold a connection have workers of their own: they must never queue behind those
-    that wait for one.  Neither queues behind the endpoints, whose threads are anyio's.
+    Those that hold a connection or a permit cannot wait for one, and have workers of their own: they
+    must never queue behind those that can.  Neither queues behind the endpoints, whose threads are
+    anyio's.
     """
-    executor = _executors.get(holds_connection)
+    executor = _executors.get(can_wait)
     if executor is None:
-        executor = _executors[holds_connection] = ThreadPoolExecutor(WORKERS, "session_plugin")
+        executor = _executors[can_wait] = ThreadPoolExecutor(WORKERS, "session_plugin")
     context = contextvars.copy_context()
     return asyncio.get_running_loop().run_in_executor(executor, context.run, call)
-
-
-class Permits:
-    """As many permits as the pool has connections, handed out in turn on each event loop."""
-
-    def __init__(self, capacity: int | None) -> None:
-        """``capacity`` is the pool's size with its overflow, or None where nothing limits it."""
-        self._capacity = capacity
-        self._semaphores: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
-
-    async def acquire(self) -> Callable[[], None] | None:
-        """Wait for a permit; the answer gives it back, and is None where none is needed."""
-        if self._capacity is None:
-            return None
-        loop = asyncio.get_running_loop()
-        semaphore = self._semaphores.get(loop)
-        if semaphore is None:
-            semaphore = self._semaphores[loop] = asyncio.Semaphore(self._capacity)
-        await semaphore.acquire()
-        return semaphore.release

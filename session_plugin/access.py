@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,7 +21,7 @@ from sqlalchemy.util import ScopedRegistry
 from .configuration import Configuration, PolicyLike
 from .current import find_scope
 from .exceptions import ConfigurationError, NoScopeError, ScopeClosedError
-from .policy import Policy, as_policy, commit_on_success
+from .policy import Policy, as_policy, commit_on_success, is_coroutine_function
 from .scope import SessionScope
 from .typevars import S
 
@@ -40,6 +41,25 @@ class HasDatabase(Protocol):
     @property
     def database(self) -> BaseDatabase[Any]:
         """The database."""
+
+
+def check_middleware(app: Any, database: Any, find_policy: Any) -> None:
+    """Insist on what a middleware needs, before its first request.
+
+    Raises:
+        ConfigurationError: one of its arguments is something else.
+    """
+    if inspect.getattr_static(database, "database", None) is None:  # a plugin without an app yet has none to tell
+        raise ConfigurationError(
+            f"SessionScopeMiddleware was given {type(database).__name__} for a database. Write "
+            "SessionScopeMiddleware(app, database), with a Database, an AsyncDatabase or a plugin."
+        )
+    for given in (app, find_policy or app):
+        if not callable(given):
+            raise ConfigurationError(
+                f"SessionScopeMiddleware calls its app and its find_policy, and {type(given).__name__} cannot be "
+                "called. Give a function."
+            )
 
 
 class Access(ABC, Generic[S]):
@@ -90,14 +110,20 @@ class Access(ABC, Generic[S]):
         """
         scope = find_scope(self.database)
         if scope is None:
-            raise NoScopeError(self._no_scope_message)
+            raise self._no_scope()
         return scope
 
-    _no_scope_message = (
-        "No unit of work is open here, so there is no session. In a job, a script or a thread of your own, "
-        "open one: `with db.session_scope() as session:` (`async with` on an async database). In a request, "
-        "put the app through db.init_app(app) or SessionScopeMiddleware."
-    )
+    def _no_scope(self) -> NoScopeError:
+        thread = threading.current_thread()
+        if thread is threading.main_thread():
+            where, who = "here", "In a job or a script"
+        else:
+            where, who = f"in the thread {thread.name}, and a thread inherits none", "In a thread of your own"
+        block = "async with" if self.database.is_async else "with"
+        return NoScopeError(
+            f"No unit of work is open {where}, so there is no session. {who}, open one: `{block} db.session_scope() as "
+            "session:`. In a request, put the app through db.init_app(app) or SessionScopeMiddleware."
+        )
 
     @property
     def session(self) -> S:
@@ -131,12 +157,24 @@ class Access(ABC, Generic[S]):
 
     def _hook(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[], Any]:
         if not callable(function):
-            raise ConfigurationError(f"A hook must be a function, and {function!r} cannot be called.")
-        if inspect.iscoroutinefunction(function) and not self.database.is_async:
             raise ConfigurationError(
-                f"The hook {function.__qualname__} is a coroutine function, which a sync database cannot "
-                "await. Make it a plain function, or use AsyncDatabase."
+                f"A hook must be a function, and one of type {type(function).__name__} cannot be called. Give the "
+                "function and its arguments: db.on_commit(send, order_id)."
             )
+        name = getattr(function, "__qualname__", type(function).__name__)
+        if is_coroutine_function(function) and not self.database.is_async:
+            raise ConfigurationError(
+                f"The hook {name} is a coroutine function, which a sync database cannot await. Make it a plain "
+                "function, or use AsyncDatabase."
+            )
+        try:
+            inspect.signature(function).bind(*args, **kwargs)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"The hook {name} cannot be called with these arguments: {error}. Give those that it takes after it."
+            ) from None
+        except ValueError:
+            pass  # a builtin without a signature
         return partial(function, *args, **kwargs)
 
     def doom(self, reason: str = "doom() was called") -> None:
@@ -162,6 +200,11 @@ class Access(ABC, Generic[S]):
         chosen = as_policy(policy)
 
         def decorate(function: F) -> F:
+            if not callable(function):
+                raise ConfigurationError(
+                    f"@db.policy(...) decorates a function or a class, and {type(function).__name__} is none. Put it "
+                    "above one."
+                )
             as_it_is = isinstance(function, type) or _is_generator(function)
             decorated = function if as_it_is else self._using(chosen, function)
             self.mark(decorated, chosen)

@@ -8,19 +8,28 @@ failed commit.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ._asgi import ASGIApp, Client, Exchange, HttpExchange, Layer, Message, Receive, Scope, Send, WebSocketExchange
-from .access import HasDatabase
+from ._asgi import Exchange, HttpExchange, Layer, WebSocketExchange
+from ._client import ASGIApp, Client, Message, Receive, Scope, Send
+from .access import HasDatabase, check_middleware
 from .exceptions import ConfigurationError
 from .policy import Policy
 from .scope import SessionScope
 
+if TYPE_CHECKING:
+    from .database import BaseDatabase
+
 __all__ = ["SessionScopeMiddleware"]
 
 KEY = "session_plugin"
+MOMENT = 0.01
+LONGEST_WAIT = 5.0
+"""Seconds that the shutdown waits for the ending of requests."""
 
 
 class SessionScopeMiddleware:
@@ -39,10 +48,15 @@ class SessionScopeMiddleware:
             app: any ASGI app.
             database: a `Database`, an `AsyncDatabase`, or what answers for one.
             find_policy: from the ASGI scope to the policy of the endpoint, if there is one.
+
+        Raises:
+            ConfigurationError: one of them is something else.
         """
+        check_middleware(app, database, find_policy)
         self.app = app
         self._access = database
         self._find_policy = find_policy
+        self._open_exchanges = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -50,7 +64,7 @@ class SessionScopeMiddleware:
             await self._lifespan(scope, receive, send)
         elif scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
-        elif (exchange := find_exchange(scope, self._access)) is not None:
+        elif KEY in scope and (exchange := find_exchange(scope, self._access)) is not None:
             await Layer(exchange, send).run(self.app, scope, receive)
         else:
             await self._connection(scope, receive, send)
@@ -58,24 +72,32 @@ class SessionScopeMiddleware:
     async def _connection(self, scope: Scope, receive: Receive, send: Send) -> None:
         database = self._access.database
         exchanges: dict[Any, Exchange] = scope.setdefault(KEY, {})
-        with Client(receive, send) as client:
-            exchange = exchanges[database] = self._open(scope, client)
+        client = Client(receive, send)
+        exchange = exchanges[database] = self._open(database, scope, client)
+        self._open_exchanges += 1
+        try:
+            with exchange.scope.entered():
+                await Layer(exchange, client.send).run(self.app, scope, client.receive)
+        finally:
+            del exchanges[database]
             try:
-                with exchange.scope.entered():
-                    await Layer(exchange, client.send).run(self.app, scope, client.receive)
+                if not exchange.scope.close_unused():
+                    await exchange.scope.aclose()
             finally:
-                del exchanges[database]
-                await exchange.scope.aclose()
+                client.leave()
+                self._open_exchanges -= 1
 
-    def _open(self, scope: Scope, client: Client) -> Exchange:
-        method = scope.get("method", "WEBSOCKET")
+    def _open(self, database: BaseDatabase[Any], scope: Scope, client: Client) -> Exchange:
+        method = scope.get("method")
         find_policy = self._find_policy
         session_scope = SessionScope(
-            self._access.database,
-            origin=f"{method} {scope['path']}",
-            method=scope.get("method"),
+            database,
+            origin=f"{method or 'WEBSOCKET'} {scope['path']}",
+            method=method,
             find_policy=None if find_policy is None else lambda: find_policy(scope),
         )
+        if not database.is_async:
+            session_scope.loop = asyncio.get_running_loop()
         kind = HttpExchange if scope["type"] == "http" else WebSocketExchange
         return kind(session_scope, client)
 
@@ -85,6 +107,7 @@ class SessionScopeMiddleware:
         A server ends its event loop on that message, and does not wait for the app to return.
         """
         try:
+            require_asyncio()
             database = self._access.database
         except Exception as error:
             await receive()
@@ -102,6 +125,7 @@ class SessionScopeMiddleware:
             await send(message)
 
         async def dispose() -> None:
+            await self._last_exchanges()
             disposed = database.dispose()
             if inspect.isawaitable(disposed):
                 await disposed
@@ -111,11 +135,32 @@ class SessionScopeMiddleware:
         finally:
             await dispose()
 
+    async def _last_exchanges(self) -> None:
+        """A server may shut down beside the requests that it has cancelled, whose connections go back first."""
+        given_up = time.monotonic() + LONGEST_WAIT
+        while self._open_exchanges and time.monotonic() < given_up:  # noqa: ASYNC110  an app may serve several loops
+            await asyncio.sleep(MOMENT)
+
 
 def find_exchange(scope: Scope, access: HasDatabase) -> Exchange | None:
     """The exchange that a middleware further out has opened on the database of ``access``."""
     exchanges: dict[Any, Exchange] | None = scope.get(KEY)
     return exchanges.get(access.database) if exchanges else None
+
+
+def require_asyncio() -> None:
+    """Look whether the server runs the app on asyncio, as SQLAlchemy and the ending of a unit of work need.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError as error:
+        raise ConfigurationError(
+            "session_plugin needs asyncio, and this server runs the app on another event loop, such as trio's. Start "
+            "it with its asyncio worker: hypercorn --worker-class asyncio."
+        ) from error
 
 
 def _without_secrets(error: Exception) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from .access import Access, ScopeRegistry, caller
 from .configuration import DEFAULT
 from .current import find_scope
+from .exceptions import ConcurrentUseError
 from .policy import Outcome
 from .scope import SessionScope
 from .typevars import AsyncS
@@ -40,13 +42,14 @@ class AsyncAccess(Access[AsyncS]):
         """
         outer = find_scope(self.database)
         if outer is not None and outer.can_be_joined and not new:
-            with outer.joined() as session:
+            with joining(outer), outer.joined() as session:
                 yield session
             return
         scope = SessionScope(self.database, origin=caller())
         with scope.entered():
             try:
                 yield scope.session
+                check_joined(scope)
             except BaseException as error:
                 await scope.asettle(Outcome.raised(error))
                 raise
@@ -100,3 +103,23 @@ class AsyncAccess(Access[AsyncS]):
     async def dispose(self) -> None:
         """Close the pooled connections of the engines made here; those made elsewhere are their maker's."""
         await self.database._dispose_engines()
+
+
+@contextmanager
+def joining(scope: SessionScope[Any]) -> Generator[None]:
+    """Note that this task works in ``scope``."""
+    task = asyncio.current_task()
+    scope.joining.append(task)
+    try:
+        yield
+    finally:
+        scope.joining.remove(task)
+
+
+def check_joined(scope: SessionScope[Any]) -> None:
+    """Raise `ConcurrentUseError` if a block that joined ``scope`` is open in another task: half of it would commit."""
+    if any(task is not asyncio.current_task() and not task.done() for task in scope.joining):
+        raise ConcurrentUseError(
+            "This session_scope() has ended while another task was in a block that had joined it; nothing was "
+            "committed. Await that task inside, or open a session_scope(new=True) in it."
+        )

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sqlalchemy import URL, Engine, MetaData
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy import URL, Engine, FromClause, MetaData
+from sqlalchemy.orm import Mapper, Session, sessionmaker
 
-from .policy import Decision, Outcome, Policy, commit_on_success
+from .exceptions import ConfigurationError
+from .policy import Decision, Outcome, Policy, as_policy, commit_on_success
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
@@ -35,9 +36,14 @@ DEFAULT = "default"
 """What the only engine of a database is called."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Configuration:
-    """The arguments of a `Database` or of a plugin."""
+    """The arguments of a `Database` or of a plugin; it has no repr, since a URL may hold a password.
+
+    Raises:
+        ConfigurationError: one of them is of a kind that SQLAlchemy would refuse late, or not at all.
+        PolicyError: ``policy`` is none.
+    """
 
     source: Source | None
     class_: type[Any] | None
@@ -46,13 +52,32 @@ class Configuration:
     binds: Mapping[Any, Any] | None
     options: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        if is_late(self.source):
+            _check_late_source(self.source)
+        as_policy(self.policy)
+        if not isinstance(self.metadata, MetaData | None):
+            raise ConfigurationError(
+                f"metadata must be a MetaData, and one of type {_kind(self.metadata)} is none. Give Base.metadata."
+            )
+        if not isinstance(self.binds, Mapping | None):
+            raise ConfigurationError(
+                f"binds must be a mapping, and is of type {_kind(self.binds)}. Give {{Order: engine}}, with an engine "
+                "or the name of one."
+            )
+        for key in self.binds or ():
+            if not isinstance(key, type | FromClause | Mapper):
+                raise ConfigurationError(
+                    f"binds has a key of type {_kind(key)}, by which no entity is found. Give a mapped class, a mapper "
+                    "or a table."
+                )
+
     def updated(self, source: Source | None, options: Mapping[str, Any]) -> Configuration:
         """This configuration with a later word on its source and its options."""
-        return replace(
-            self,
-            source=self.source if source is None else source,
-            options={**self.options, **options},
-        )
+        if source is None:
+            return replace(self, options={**self.options, **options})
+        kept = {name: value for name, value in self.options.items() if name != "bind"}
+        return replace(self, source=source, options={**kept, **options})
 
     def names_more_than_a_source(self) -> bool:
         """True if anything but the source was said."""
@@ -60,20 +85,41 @@ class Configuration:
         return bool(said) or self.class_ is not None
 
     def unfolded(self) -> Configuration:
-        """What ``bind=`` and a session factory mean, said as everything else is."""
+        """What ``bind=`` and a session factory mean, said as everything else is.
+
+        Raises:
+            ConfigurationError: two databases are named.
+        """
         options = dict(self.options)
         bind = options.pop("bind", None)
+        if bind is not None and self.source is not None:
+            raise ConfigurationError("Both a source and bind= name the database. Give one of them.")
         source: Any = bind if self.source is None else self.source
         if not hasattr(source, "class_"):
-            return replace(self, source=source, options=options)
-        options = {**source.kw, **options}
+            return replace(self, source=source, options=_unfold_sync_session_class(options))
+        options = _unfold_sync_session_class({**source.kw, **options})
         return replace(
             self,
             source=options.pop("bind", None),
-            class_=source.class_,
-            binds=options.pop("binds", self.binds),
-            options=options,
+            class_=self.class_ or source.class_,
+            binds=self.binds or options.pop("binds", None),
+            options={name: value for name, value in options.items() if name != "binds"},
         )
+
+    def session_class(self, default: type[Any], owner: object) -> type[Any]:
+        """The class of the sessions of ``owner``: ``default``, or a subclass of it.
+
+        Raises:
+            ConfigurationError: it is none.
+        """
+        if self.class_ is None:
+            return default
+        if not (isinstance(self.class_, type) and issubclass(self.class_, default)):
+            raise ConfigurationError(
+                f"{type(owner).__name__} needs a subclass of {default.__name__}, and {_kind(self.class_)} is none. "
+                "Give another class_ or session factory, or use the database class that fits it."
+            )
+        return self.class_
 
     def divided_options(self, session_class: type[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The options of ``session_class``, and the others, which are the engine's."""
@@ -81,6 +127,43 @@ class Configuration:
         session_names = _session_option_names(session_class)
         engine_options = {name: session_options.pop(name) for name in self.options if name not in session_names}
         return session_options, engine_options
+
+
+def _kind(given: Any) -> str:
+    """What a message calls something wrong, whose repr might hold a password."""
+    return given.__name__ if isinstance(given, type) else type(given).__name__
+
+
+def is_late(source: Any) -> bool:
+    """True for a function that will name the source; a session factory, which is callable too, is none."""
+    return callable(source) and not hasattr(source, "class_")
+
+
+def _check_late_source(source: Any) -> None:
+    try:
+        inspect.signature(source).bind()
+        is_plain = not inspect.iscoroutinefunction(source)
+    except TypeError:
+        is_plain = False
+    except ValueError:
+        is_plain = True  # a builtin without a signature
+    if not is_plain:
+        raise ConfigurationError(
+            f"{source!r} cannot name a database: only a plain function without arguments can. An app goes to "
+            "db.init_app(app)."
+        )
+
+
+def _unfold_sync_session_class(options: dict[str, Any]) -> dict[str, Any]:
+    """``options``, whose ``sync_session_class`` may be a `sessionmaker`: so SQLAlchemy hangs events on async sessions.
+
+    Of that one's own options, an `async_sessionmaker` always overrides three.
+    """
+    maker = options.get("sync_session_class")
+    if not isinstance(maker, sessionmaker):
+        return options
+    own = {name: value for name, value in maker.kw.items() if name not in ("bind", "autoflush", "expire_on_commit")}
+    return {**own, **options, "sync_session_class": maker.class_}
 
 
 def _session_option_names(session_class: type[Any]) -> set[str]:

@@ -6,23 +6,22 @@ import asyncio
 import inspect
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import WeakSet
 
 from sqlalchemy import Engine, MetaData, Table
 from sqlalchemy.orm import Mapper, Session, sessionmaker
 
 from . import _engines
 from ._hooks import log_failed
+from ._permits import Permits
+from ._processes import databases
 from ._session import scope_session_class
-from ._threads import Permits, after_fork_in_child
 from .access import Access
 from .async_access import AsyncAccess
 from .configuration import DEFAULT, Configuration
 from .exceptions import ConfigurationError
 from .policy import SAFE_METHODS, Policy, as_policy
-from .scope import SessionScope, forget_open_scopes
+from .scope import SessionScope
 from .sync_access import SyncAccess
 from .typevars import AsyncS, S, SyncS
 
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 
 AnyEngine: TypeAlias = "Engine | AsyncEngine"
-
-_databases: WeakSet[BaseDatabase[Any]] = WeakSet()
 
 
 class BaseDatabase(Access[S]):
@@ -45,14 +42,14 @@ class BaseDatabase(Access[S]):
     def _set_up(self, configuration: Configuration) -> None:
         self.configuration: Configuration = configuration
         configuration = configuration.unfolded()
-        if configuration.source is None:
+        if configuration.source is None or configuration.source == {}:
             raise ConfigurationError(
-                "No database is configured. Name one by a URL, such as sqlite:///shop.db, or by an Engine; in Flask "
-                "the configuration may: SQLALCHEMY_DATABASE_URI."
+                "No database is configured. Give a URL, such as sqlite:///shop.db, or an Engine as the first argument; "
+                "in Flask the configuration may name it: SQLALCHEMY_DATABASE_URI."
             )
         self._default_policy: Policy = as_policy(configuration.policy)
         self._given_metadata: MetaData | None = configuration.metadata
-        session_class = configuration.class_ or self._default_session_class()
+        session_class = configuration.session_class(self._default_session_class(), self)
         session_options, options = configuration.divided_options(session_class)
         source = configuration.source
         named = source if isinstance(source, Mapping) else {DEFAULT: source}
@@ -75,12 +72,22 @@ class BaseDatabase(Access[S]):
         if self.binds:
             session_options["binds"] = self.binds
         self._maker = self._make_maker(session_class, self._named_engines.get(DEFAULT), session_options)
-        _databases.add(self)
+        self._permits = self._make_permits()
+        databases.add(self)
 
     def _bind(self, bind: Any) -> AnyEngine:
-        if isinstance(bind, str) and bind not in self._named_engines:
-            raise ConfigurationError(f"binds names the engine {bind!r}; there are {', '.join(self._named_engines)}.")
-        return self._named_engines[bind] if isinstance(bind, str) else bind  # type: ignore[no-any-return]
+        if not isinstance(bind, str):
+            _engines.check_engine(bind, self, is_async=self.is_async)
+            return bind  # type: ignore[no-any-return]
+        if bind not in self._named_engines:
+            what = "a URL" if "://" in bind else f"the engine {bind!r}"
+            raise ConfigurationError(
+                f"binds names {what}, and the engines are called {self._names()}. Name one of these, or give an Engine."
+            )
+        return self._named_engines[bind]  # type: ignore[no-any-return]
+
+    def _names(self) -> str:
+        return ", ".join(map(repr, self._named_engines))
 
     @abstractmethod
     def _default_session_class(self) -> type[Any]:
@@ -108,14 +115,14 @@ class BaseDatabase(Access[S]):
         """The engines that were made here, and that ``dispose()`` ends."""
         return [engine for name, engine in self._named_engines.items() if self._engine_options[name] is not None]
 
-    @cached_property
-    def _permits(self) -> Permits:
+    def _make_permits(self) -> Permits:
         """One permit per connection of the smallest pool, for sync sessions under an event loop."""
-        capacities = [
-            _engines.capacity(_engines.sync_engine(engine), self._engine_options[name])
+        limits = [
+            (capacity, _engines.checkout_timeout(_engines.sync_engine(engine)))
             for name, engine in self._named_engines.items()
+            if (capacity := _engines.capacity(_engines.sync_engine(engine), self._engine_options[name])) is not None
         ]
-        return Permits(min((capacity for capacity in capacities if capacity is not None), default=None))
+        return Permits(*min(limits, default=(None, None)))
 
     def _engine_called(self, name: str) -> Any:
         """The engine of that name.
@@ -125,8 +132,7 @@ class BaseDatabase(Access[S]):
         """
         if name not in self._named_engines:
             raise ConfigurationError(
-                f"No engine is called {name!r}; there are {', '.join(map(repr, self._named_engines))}. Ask for one by "
-                "db.engines[...]."
+                f"No engine is called {name!r}; there are {self._names()}. Ask for one by db.engines[...]."
             )
         return self._named_engines[name]
 
@@ -285,14 +291,3 @@ def _tables(key: Any) -> Iterator[Table]:
     subclasses: list[type[Any]] = mapped_class.__subclasses__()
     for subclass in subclasses:
         yield from _tables(subclass)
-
-
-def _forget_inherited_connections() -> None:
-    """In a forked child: start with empty pools and no open scope, and leave the parent's sockets alone."""
-    forget_open_scopes()
-    for database in list(_databases):
-        for engine in database._known_engines:
-            engine.dispose(close=False)
-
-
-after_fork_in_child(_forget_inherited_connections)

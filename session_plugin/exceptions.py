@@ -14,6 +14,7 @@
 SQLAlchemy's own exceptions always pass through unwrapped.
 """
 
+from sqlalchemy import URL
 from sqlalchemy.exc import InvalidRequestError, PendingRollbackError
 
 __all__ = [
@@ -55,8 +56,9 @@ class ConcurrentUseError(SessionPluginError, InvalidRequestError):
 class TransactionAbortedError(SessionPluginError, PendingRollbackError):
     """COMMIT was refused: the server had already aborted the transaction, or its unit of work is doomed.
 
-    PostgreSQL answers COMMIT of an aborted transaction with a ROLLBACK and no error; SQLite
-    may end a transaction in the middle.  The swallowed error is ``__cause__``.
+    PostgreSQL answers COMMIT of an aborted transaction with a ROLLBACK and no error; MySQL and
+    MariaDB roll back after a deadlock and go on in a new transaction, and SQLite after some
+    errors.  The swallowed error is ``__cause__``.
     """
 
 
@@ -66,3 +68,8 @@ class ReadOnlyError(SessionPluginError, InvalidRequestError):
 
 class PolicyError(SessionPluginError):
     """A policy was chosen after it could take effect, raised, or returned no `Decision`."""
+
+
+def shown(url: URL) -> str:
+    """What a message says of ``url``: not its password, nor its query, in which drivers take passwords too."""
+    return url.set(query={}).render_as_string(hide_password=True)

@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from .access import Access
-from .configuration import Configuration
+from .configuration import Configuration, is_late
 from .current import entered_databases
 from .database import BaseDatabase
 from .exceptions import ConfigurationError, NoScopeError
@@ -107,12 +107,7 @@ class AppDatabase:
             return made
         if given.names_more_than_a_source() or not isinstance(source, self._database_class):  # type: ignore[arg-type]
             raise ConfigurationError(
-                f"A {type(source).__name__} made elsewhere does not fit here: it must be a "
+                f"The {type(source).__name__} made elsewhere does not fit here: it must be a "
                 f"{self._database_class.__name__}, and whatever else is said of it belongs to its own construction."
             )
         return source
-
-
-def is_late(source: Any) -> bool:
-    """True for a function that will name the source; a session factory, which is callable too, is none."""
-    return callable(source) and not hasattr(source, "class_")

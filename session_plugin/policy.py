@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
+from inspect import iscoroutinefunction, signature
+from typing import Any
 
 from .exceptions import PolicyError
 
@@ -22,6 +24,7 @@ __all__ = [
     "commit_on_success",
     "manual",
     "read_only",
+    "response_status",
 ]
 
 SAFE_METHODS: frozenset[str] = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
@@ -46,6 +49,14 @@ class Outcome:
     method: str | None = None
     interrupted: bool = False
     background: bool = False
+
+    def __repr__(self) -> str:
+        """Without the text of the error, which may hold the parameters of a statement."""
+        error = None if self.error is None else type(self.error).__name__
+        return (
+            f"Outcome(status={self.status}, error={error}, method={self.method!r}, interrupted={self.interrupted}, "
+            f"background={self.background})"
+        )
 
     @property
     def failed(self) -> str | None:
@@ -99,6 +110,29 @@ class Policy:
     read_only: bool = False
     isolation_level: str | None = None
 
+    def __post_init__(self) -> None:
+        decide = self.decide
+        if not _takes_one_argument(decide) or is_coroutine_function(decide):
+            raise PolicyError(
+                f"The policy {self.name} cannot decide: it must be a plain function that takes an Outcome and returns "
+                "a Decision. As a decorator of an endpoint, write @db.policy(read_only)."
+            )
+
+
+def is_coroutine_function(function: Any) -> bool:
+    """True for a coroutine function, and for an object whose ``__call__`` is one."""
+    return iscoroutinefunction(function) or iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _takes_one_argument(function: Any) -> bool:
+    try:
+        signature(function).bind(None)
+    except TypeError:  # it is not callable, or not so
+        return False
+    except ValueError:  # a builtin without a signature
+        pass
+    return True
+
 
 @singledispatch
 def response_status(error: BaseException) -> int | None:
@@ -127,7 +161,7 @@ manual: Policy = Policy(_never_commit, "manual")
 """Nothing commits by itself: the app calls ``commit()``, and what it did not commit is rolled back."""
 
 read_only: Policy = Policy(_commit_unless_failed, "read_only", read_only=True)
-"""A READ ONLY transaction.  It ends by COMMIT, since a ROLLBACK would expire what was loaded."""
+"""A READ ONLY transaction, which the database enforces where it can."""
 
 
 def as_policy(value: object) -> Policy:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, cast
-from weakref import WeakSet
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Generic
 
 from . import _lifecycle
 from ._drive import Steps, arun, run, uncancelled
 from ._hooks import Event, Hook, Hooks
+from ._permits import wait_for_permit
+from ._processes import scopes_with_session
 from ._session import ScopeSession
 from ._threads import in_thread
-from ._watch import Work
+from ._work import Work
 from .current import Entered, open_scope
 from .exceptions import PolicyError, ScopeClosedError
 from .policy import Decision, Outcome, Policy, as_policy
@@ -26,15 +28,7 @@ if TYPE_CHECKING:
 
 
 _making_session = threading.Lock()
-_with_session: WeakSet[SessionScope[Any]] = WeakSet()
-_inherited: list[Any] = []
-"""The sessions of the parent process: if they were collected, a ROLLBACK would go out on the parent's sockets."""
-
-
-def forget_open_scopes() -> None:
-    """In a forked child: end the scopes that were open, without a word to the database."""
-    for scope in list(_with_session):
-        _inherited.append(scope.abandon())
+A_SCOPE_OF_ITS_OWN = "Work that outlives it needs a session_scope() of its own."
 
 
 class SessionScope(Generic[S]):
@@ -46,12 +40,30 @@ class SessionScope(Generic[S]):
         method: the HTTP method, or None outside HTTP.
         settled: True once its transaction was settled; what follows is late work.
         saved: True once a settling has committed work.
-        error: the exception that the response answers; an adapter notes it.
+        error: what the response answers; an adapter notes it.
         find_policy: answers the policy of the endpoint.
         begun_at: the `depth` at which its transaction began.
+        loop: the event loop that serves its request with threads, or None.
+        permit_held: gives back its permit to hold a connection; see `_permits`.
         closed: True once it is over; its session refuses further use.
         closed_message: what a later use is told.
+        doomed: why it will roll back, whatever happens, or None.
+        hooks, work: what waits for its transaction to end, and what was done in it; there once it has a session.
     """
+
+    hooks: Hooks
+    work: Work
+    error: BaseException | None = None
+    settled: bool = False
+    saved: bool = False
+    closed: bool = False
+    begun_at: int = 0
+    _policy: Policy | None = None
+    doomed: str | None = None
+    _session: S | None = None
+    _sync_session: ScopeSession
+    loop: asyncio.AbstractEventLoop | None = None
+    permit_held: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -71,33 +83,27 @@ class SessionScope(Generic[S]):
         """
         self.database = database
         self.method = method
-        self.error: BaseException | None = None
-        self.settled: bool = False
-        self.begun_at: int = 0
-        self.saved: bool = False
-        self.closed: bool = False
-        self.closed_message: str = (
-            f"The unit of work of this session ({origin}) has ended. Work that outlives it needs a "
-            "session_scope() of its own."
-        )
-        self.hooks: Hooks = Hooks()
-        self.work: Work = Work()
-        self._origin = origin
         self.find_policy = find_policy
-        self._policy: Policy | None = None
-        self._doomed: str | None = None
-        self._session: S | None = None
-        self._permit: Callable[[], None] | None = None
         self.outer: SessionScope[Any] | None = open_scope()
+        self._origin = origin
+
+    @cached_property
+    def closed_message(self) -> str:
+        """What a later use is told."""
+        return f"The unit of work of this session ({self!r}) has ended. {A_SCOPE_OF_ITS_OWN}"
+
+    @cached_property
+    def joining(self) -> list[Any]:
+        """The tasks in an async ``session_scope()`` that joined it."""
+        return []
 
     def __repr__(self) -> str:
-        return self._origin
+        return self._origin if self._origin.isprintable() else ascii(self._origin)  # a path may forge a line of the log
 
     def __del__(self) -> None:
-        if not self.closed and self.work.connected:
-            warnings.warn(
-                f"session_plugin: {self!r} was never closed and held a connection", ResourceWarning, stacklevel=2
-            )
+        if not self.closed and self.connected:
+            message = f"session_plugin: {self!r} was never closed and held a connection"
+            warnings.warn(message, ResourceWarning, stacklevel=2)
 
     # -- the session ---------------------------------------------------------------------------
 
@@ -113,24 +119,30 @@ class SessionScope(Generic[S]):
                 raise ScopeClosedError(self.closed_message)
             with _making_session:
                 if self._session is None:
-                    session = self.database._new_session()
-                    self._sync_session_of(session)._session_scope = self
+                    session: Any = self.database._new_session()
+                    self._sync_session = session.sync_session if self.database.is_async else session
+                    self._sync_session._session_scope = self
+                    self.hooks, self.work = Hooks(), Work(self.doomed)
                     self._session = session
-                    _with_session.add(self)
+                    scopes_with_session.add(self)
         return self._session
 
     @property
     def sync_session(self) -> ScopeSession:
         """The `sqlalchemy.orm.Session`, also where ``session`` is an `AsyncSession`."""
-        return self._sync_session_of(self.session)
-
-    def _sync_session_of(self, session: Any) -> ScopeSession:
-        return cast(ScopeSession, session.sync_session if self.database.is_async else session)
+        if self._session is None:
+            self.session  # noqa: B018  makes both
+        return self._sync_session
 
     @property
     def has_session(self) -> bool:
         """True once the session was asked for."""
         return self._session is not None
+
+    @property
+    def connected(self) -> bool:
+        """True while the session holds a connection."""
+        return self._session is not None and self.work.connected
 
     @property
     def can_be_joined(self) -> bool:
@@ -140,27 +152,13 @@ class SessionScope(Generic[S]):
     @property
     def active(self) -> bool:
         """True if there is something to settle: a transaction, or a hook that waits for one."""
-        return self._session is not None and (self.sync_session.in_transaction() or bool(self.hooks))
+        return self._session is not None and (self._sync_session.in_transaction() or bool(self.hooks.waiting))
 
     @property
     def wrote(self) -> bool:
         """True if rolling back now would discard work."""
         session = self.sync_session
         return self.work.wrote or bool(session.new or session.dirty or session.deleted)
-
-    def begun_session(self) -> ScopeSession:
-        """The sync session with a transaction begun, which takes no connection yet."""
-        session = self.sync_session
-        if not session.in_transaction():
-            session.begin()
-        return session
-
-    def close_streams(self) -> Any:
-        """Close the results that are still being streamed."""
-        if not self.database.is_async:
-            return self.work.close_streams()
-        session: Any = self.session
-        return session.run_sync(lambda _: self.work.close_streams())
 
     # -- its fate ------------------------------------------------------------------------------
 
@@ -181,37 +179,23 @@ class SessionScope(Generic[S]):
         chosen = as_policy(policy)
         current = self.policy
         begins_alike = (chosen.read_only, chosen.isolation_level) == (current.read_only, current.isolation_level)
-        if self.work.connected and not begins_alike:
+        if self.connected and not begins_alike:
             raise PolicyError(
                 f"use({chosen.name}) came too late: a statement has begun the transaction as {current.name}. "
-                "Choose before the first statement of the unit of work, a middleware's or a dependency's included, "
-                "or give this part a session_scope(new=True)."
+                "Choose before the first one, a middleware's or a dependency's too, or open a session_scope(new=True)."
             )
         self._policy = chosen
 
     def doom(self, reason: str) -> None:
         """Decide now that this scope will roll back, whatever happens."""
-        self._doomed = self._doomed or reason
-        self.work.doom(self._doomed)
-
-    def decide(self, outcome: Outcome) -> Decision:
-        """What its policy makes of ``outcome``; a doomed scope always rolls back."""
-        if self._doomed is not None:
-            return Decision(False, f"doomed: {self._doomed}")
-        try:
-            decision = self.policy.decide(outcome)
-        except Exception as error:
-            raise PolicyError(f"The policy {self.policy.name} raised {error!r}; nothing was committed.") from error
-        if not isinstance(decision, Decision):
-            raise PolicyError(
-                f"The policy {self.policy.name} returned {decision!r} where it must return a Decision. Nothing was "
-                "committed."
-            )
-        return decision
+        self.doomed = self.doomed or str(reason or "no reason given")
+        if self._session is not None:
+            self.work.doom(self.doomed)
 
     def add_hook(self, event: Event, call: Callable[[], Any]) -> None:
         """Call ``call`` once this transaction has ended by ``event``."""
-        self.hooks.add(Hook(call, event, self.sync_session.get_nested_transaction()))
+        savepoint = self.sync_session.get_nested_transaction()  # and with the session come the hooks
+        self.hooks.add(Hook(call, event, savepoint))
 
     # -- its course ----------------------------------------------------------------------------
 
@@ -224,9 +208,10 @@ class SessionScope(Generic[S]):
         """Work inside this scope; an error that leaves the block dooms it."""
         try:
             yield self.session
+            if self.closed and self.has_session and self.wrote:
+                raise ScopeClosedError(self.closed_message)
         except BaseException as error:
-            abandoned = isinstance(error, GeneratorExit)  # a generator that was not read to its end
-            if not abandoned and Outcome.raised(error).error is not None:
+            if not isinstance(error, GeneratorExit) and Outcome.raised(error).error is not None:  # or left unread
                 self.doom(f"{type(error).__name__} left a session_scope() inside it")
             raise
 
@@ -237,52 +222,69 @@ class SessionScope(Generic[S]):
         self.work = Work()
         return session
 
+    def settle_idle(self) -> bool:
+        """Settle, if there is nothing to end: then neither an `Outcome` nor anything else is to be made."""
+        if self.active:
+            return False
+        self.settled = True
+        self.return_permit()
+        return True
+
     def settle(self, outcome: Outcome) -> None:
         """End the transaction of a sync session; see `_lifecycle.settle`."""
-        run(_lifecycle.settle(self, outcome))
+        if not self.settle_idle():
+            run(_lifecycle.settle(self, outcome))
+
+    def close_unused(self) -> bool:
+        """Close, if nobody has asked for the session."""
+        if self._session is not None:
+            return False
+        self.closed = True
+        self.return_permit()
+        return True
 
     def close(self) -> None:
         """End the scope of a sync session; see `_lifecycle.close`."""
-        run(_lifecycle.close(self))
+        if self.close_unused():
+            return
+        try:
+            run(_lifecycle.close(self))
+        finally:
+            self.return_permit()
 
     async def asettle(self, outcome: Outcome) -> None:
         """End the transaction; a sync session's in one thread hop, and none if there is nothing to end."""
+        if self.settle_idle():
+            return
         self.settled = True
         try:
-            if self.active:
-                await self._drive(_lifecycle.settle(self, outcome), talks=self._will_talk)
+            await self._drive(_lifecycle.settle(self, outcome), talks=self._will_talk)
         finally:
-            self._return_permit()
+            self.return_permit()
 
     async def aclose(self) -> None:
         """End the scope; a sync session's in one thread hop, and none if it holds no connection."""
+        if self.close_unused():
+            return
         try:
             await self._drive(_lifecycle.close(self), talks=self.work.connected)
         finally:
-            self._return_permit()
+            self.return_permit()
 
     async def permit(self) -> None:
-        """Wait, without a thread, until the pool has a connection for this scope's sync session.
+        """Wait, without a thread, until the pool has a connection for this scope's sync session."""
+        await wait_for_permit(self)
 
-        The permit lasts until the scope is settled and the connection is back, so that threads never
-        wait for a connection while those that hold one wait for a thread.
-        """
-        if self._permit is not None or not self.can_be_joined:
-            return
-        permit = await self.database._permits.acquire()
-        if permit is not None and (self._permit is not None or not self.can_be_joined):
+    def return_permit(self) -> None:
+        """Once the connection is back, let the next in line have one."""
+        permit = self.permit_held
+        if permit is not None and not self.connected:
+            self.permit_held = None
             permit()
-        else:
-            self._permit = permit
-
-    def _return_permit(self) -> None:
-        if self._permit is not None and not self.work.connected:
-            self._permit()
-            self._permit = None
 
     @property
     def _will_talk(self) -> bool:
-        return self.work.connected or self.wrote or bool(self.hooks)
+        return self.work.connected or self.wrote or bool(self.hooks.waiting)
 
     async def _drive(self, steps: Steps[None], *, talks: bool) -> None:
         """Drive ``steps`` to their end; ``talks`` says whether they talk to the database."""
@@ -291,4 +293,5 @@ class SessionScope(Generic[S]):
         elif self.database.is_async:
             await uncancelled(arun(steps))
         else:
-            await uncancelled(in_thread(partial(run, steps), holds_connection=self.work.connected))
+            ready = self.work.connected or self.permit_held is not None
+            await uncancelled(in_thread(partial(run, steps), can_wait=not ready))

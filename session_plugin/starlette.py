@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.routing import Router
 
-from ._asgi import ASGIApp, Layer, Receive, Scope, Send
+from ._asgi import Layer
+from ._client import ASGIApp, Receive, Scope, Send
 from .access import HasDatabase
 from .asgi import SessionScopeMiddleware, find_exchange
 from .async_access import AsyncAccess
@@ -47,6 +49,11 @@ class StarlettePlugin(Plugin[S]):
         Raises:
             ConfigurationError: the database cannot be configured, or it is too late or too often.
         """
+        if not isinstance(app, Starlette):
+            raise ConfigurationError(
+                f"init_app() takes the Starlette or FastAPI app itself, and {app!r} is none. Give "
+                "it before it is wrapped."
+            )
         if app.middleware_stack is not None:
             raise ConfigurationError("init_app() came after the app had started. Call it where the app is made.")
         access = self.register(app, self.configuration.updated(source, options))
@@ -54,13 +61,22 @@ class StarlettePlugin(Plugin[S]):
 
         def build_with_scope() -> ASGIApp:
             settle_inside(app, access)
-            return SessionScopeMiddleware(build(), access, find_policy=self._find_policy)
+            scoped = SessionScopeMiddleware(build(), access, find_policy=self._find_policy)
+            return OutermostMiddleware(scoped)
 
         app.build_middleware_stack = build_with_scope  # type: ignore[method-assign]
 
     def _find_policy(self, scope: Scope) -> Policy | None:
         """The policy that ``@db.policy`` put on the endpoint which the router chose."""
         return self.marked_policy(scope.get("endpoint"))
+
+
+class OutermostMiddleware(ServerErrorMiddleware):
+    """What instrumentation insists on finding: Starlette's own stands inside ours, and this one does nothing."""
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # type: ignore[override]
+        """Serve one connection."""
+        return self.app(scope, receive, send)
 
 
 class SessionPlugin(StarlettePlugin[SyncS], SyncAccess[SyncS]):
@@ -166,7 +182,7 @@ class SettlingMiddleware:
         await Layer(exchange, send).run(self.app, scope, receive)
 
     def _seeing_handlers(self, handlers: tuple[Any, ...]) -> tuple[Any, ...]:
-        if any(ours is not theirs for ours, theirs in zip(self._handlers, handlers, strict=True)):
+        if handlers[0] is not self._handlers[0] or handlers[1] is not self._handlers[1]:
             self._seeing = tuple({key: self._see(call) for key, call in table.items()} for table in handlers)
             self._handlers = handlers
         return self._seeing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
-from typing_extensions import TypeVar  # SQLAlchemy requires it, and before 3.13 only it knows defaults
+from typing_extensions import TypeVar  # before 3.13 only it knows defaults
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession

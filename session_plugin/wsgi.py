@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import ref
 
-from .access import HasDatabase
+from .access import HasDatabase, check_middleware
+from .async_access import AsyncAccess
+from .exceptions import ConfigurationError
 from .policy import Outcome, Policy
 from .scope import SessionScope
 
@@ -35,27 +37,41 @@ class SessionScopeMiddleware:
             app: any WSGI app.
             database: a `Database`, or what answers for one.
             find_policy: answers the policy of the endpoint, if there is one.
+
+        Raises:
+            ConfigurationError: one of them is something else.
         """
+        check_middleware(app, database, find_policy)
+        if isinstance(database, AsyncAccess):
+            raise ConfigurationError(
+                "WSGI cannot await an async database. Use Database, or session_plugin.asgi.SessionScopeMiddleware."
+            )
         self.app = app
         self._access = database
         self._find_policy = find_policy
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
-        scopes: WeakValueDictionary[Any, SessionScope[Any]] = environ.setdefault(KEY, WeakValueDictionary())
+        scopes: dict[Any, ref[SessionScope[Any]]] = environ.setdefault(KEY, {})
         database = self._access.database
-        outer = scopes.get(database)
+        outer = scopes[database]() if database in scopes else None
         if outer is not None and not outer.closed:
             outer.find_policy = self._find_policy or outer.find_policy
             return self.app(environ, start_response)
         method = environ["REQUEST_METHOD"]
-        scope = scopes[database] = SessionScope(
-            database,
-            origin=f"{method} {environ.get('PATH_INFO', '')}",
-            method=method,
-            find_policy=self._find_policy,
-        )
+        origin = f"{method} {environ.get('PATH_INFO', '')}"
+        scope = SessionScope(database, origin=origin, method=method, find_policy=self._find_policy)
+        scopes[database] = ref(scope)
         return Response(scope, start_response).answer(self.app, environ)
+
+
+def scopes_of(environ: WSGIEnvironment) -> list[SessionScope[Any]]:
+    """The open scopes of a request, that of the innermost middleware first.
+
+    An environ may outlive its request, with a stream that was never closed, and keeps no scope alive.
+    """
+    scopes: dict[Any, ref[SessionScope[Any]]] = environ.get(KEY, {})
+    return [scope for found in reversed(scopes.values()) if (scope := found()) is not None and not scope.closed]
 
 
 class Response:
@@ -63,11 +79,13 @@ class Response:
 
     def __init__(self, scope: SessionScope[Any], start_response: StartResponse) -> None:
         self._scope = scope
+        self._inside = scope.entered()
         self._start_response = start_response
         self._started: tuple[Any, ...] | None = None
         self._server_write: Callable[[bytes], object] | None = None
         self._status: int | None = None
-        self._left_to_send: int | None = None
+        self._headers: list[tuple[str, str]] = []
+        self._sent_bytes = 0
         self._sent = False
         self._complete = False
         self._failure: BaseException | None = None
@@ -77,7 +95,7 @@ class Response:
     def answer(self, app: WSGIApplication, environ: WSGIEnvironment) -> Iterable[bytes]:
         """Call the app and settle, if it has named a status by then."""
         try:
-            with self._scope.entered():
+            with self._inside:
                 self._body = app(environ, self.start)
                 self._chunks = iter(self._body)
                 if self._started is not None and self._server_write is None:
@@ -123,7 +141,7 @@ class Response:
 
     def __next__(self) -> bytes:
         try:
-            with self._scope.entered():
+            with self._inside:
                 chunk = next(self._chunks, None)
                 if self._server_write is None:
                     self._pass_on_start()
@@ -140,7 +158,7 @@ class Response:
         scope = self._scope
         try:
             try:
-                if not self._complete:
+                if not self._complete and not scope.settle_idle():
                     scope.settle(Outcome(self._status, scope.error, scope.method, interrupted=True))
             finally:
                 self._close_body()
@@ -150,45 +168,57 @@ class Response:
 
     def _close_body(self) -> None:
         """Do what the app does after the response, and settle it as a transaction of its own."""
-        scope = self._scope
-        late = Outcome(method=scope.method, interrupted=not self._complete, background=self._complete)
         close = getattr(self._body, "close", None)
         try:
             if close is not None:
-                with scope.entered():
+                with self._inside:
                     close()
         except BaseException as error:
-            scope.settle(replace(late, error=error))
+            self._settle_late(error)
             raise
-        scope.settle(late)
+        self._settle_late()
+
+    def _settle_late(self, error: BaseException | None = None) -> None:
+        scope = self._scope
+        if not scope.settle_idle():
+            scope.settle(Outcome(None, error, scope.method, interrupted=not self._complete, background=self._complete))
 
     def _pass_on_start(self) -> Callable[[bytes], object]:
         """Settle, and only then tell the server what the app has told."""
         if self._started is None:
             raise AssertionError("The app sent its body before it called start_response().")
-        status, headers = self._started[:2]
+        status, self._headers = self._started[:2]
         self._status = int(status.split(" ", 1)[0])
         self._settle()
-        length = next((value for name, value in headers if name.lower() == "content-length"), "")
-        self._left_to_send = int(length) if length.isdecimal() else None
-        self._server_write = self._start_response(*self._started)
+        self._server_write = self._tell(self._started)
         return self._server_write
+
+    def _tell(self, started: tuple[Any, ...]) -> Callable[[bytes], object]:
+        """Call the server's ``start_response``, of which PEP 3333 asks a ``write``; Granian's returns None."""
+        write = self._start_response(*started)
+        return no_write if write is None else write
 
     def _about_to_send(self, chunk: bytes | None) -> None:
         """Settle what the body did so far if ``chunk`` ends it; None is the end itself."""
-        if self._left_to_send is not None:
-            self._left_to_send -= len(chunk or b"")
-        is_last = chunk is None or (self._left_to_send is not None and self._left_to_send <= 0)
+        if chunk:
+            self._sent = True
+            self._sent_bytes += len(chunk)
+        is_last = chunk is None or (self._scope.has_session and self._sent_bytes >= self._content_length())
         if is_last and not self._complete:
             self._settle()
             self._complete = True
-        self._sent = self._sent or bool(chunk)
+
+    def _content_length(self) -> float:
+        length = next((value for name, value in self._headers if name.lower() == "content-length"), "")
+        return int(length) if length.isdecimal() else math.inf
 
     def _settle(self) -> None:
         """Settle as the status says; a refusal that the app swallowed is told again."""
         if self._failure is not None:
             raise self._failure
         scope = self._scope
+        if scope.settle_idle():
+            return
         try:
             scope.settle(Outcome(self._status, scope.error, scope.method))
         except BaseException as error:
@@ -202,5 +232,11 @@ class Response:
             scope.settle(Outcome.raised(error, method=scope.method))
         finally:
             if scope.saved and self._started is not None and not self._sent:
-                server_write = self._server_write or self._start_response(*self._started)
+                server_write = self._server_write or self._tell(self._started)
                 server_write(b"")
+
+
+def no_write(data: bytes) -> None:
+    """Stands for the ``write`` of a server that has none."""
+    if data:
+        raise TypeError("This server offers no write(): its start_response() returned None. Return the body instead.")

@@ -10,8 +10,8 @@ from flask import Flask
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from ..configuration import DEFAULT, Configuration
-from ..plugin import is_late
+from ..configuration import DEFAULT, Configuration, is_late
+from ..exceptions import ConfigurationError
 
 
 def configured(app: Flask, configuration: Configuration) -> Configuration:
@@ -19,14 +19,24 @@ def configured(app: Flask, configuration: Configuration) -> Configuration:
 
     Engines that it names replace those of the code, all of them: one that it forgot must be an
     error and not production.
+
+    Raises:
+        ConfigurationError: a key holds something of another kind.
     """
     engines: dict[str, Any] = {}
     for key in ("SQLALCHEMY_BINDS", "SQLALCHEMY_ENGINES"):
-        engines.update({name or DEFAULT: given for name, given in (app.config.get(key) or {}).items()})
+        engines.update({name or DEFAULT: given for name, given in _mapping(app, key).items()})
     if (uri := app.config.get("SQLALCHEMY_DATABASE_URI")) is not None:
         engines[DEFAULT] = uri
     source = _in_folder(app.instance_path, engines or configuration.source)
-    return configuration.updated(source, app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {})
+    return configuration.updated(source, _mapping(app, "SQLALCHEMY_ENGINE_OPTIONS"))
+
+
+def _mapping(app: Flask, key: str) -> Mapping[Any, Any]:
+    value = app.config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"app.config[{key!r}] must be a dict, and is of type {type(value).__name__}.")
+    return value
 
 
 def _in_folder(folder: str, source: Any) -> Any:

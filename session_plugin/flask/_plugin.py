@@ -24,7 +24,7 @@ from sqlalchemy.exc import MultipleResultsFound, NoResultFound
 from ..configuration import Configuration
 from ..current import find_scope
 from ..database import Database
-from ..exceptions import NoScopeError
+from ..exceptions import ConfigurationError
 from ..plugin import Plugin
 from ..policy import Outcome, Policy, as_policy, manual
 from ..scope import SessionScope
@@ -79,15 +79,20 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
             **options: added to those of the construction, and win over them.
 
         Raises:
-            ConfigurationError: the database cannot be configured, or this is the second call.
+            ConfigurationError: the database cannot be configured, or it is too late or too often.
         """
+        if not isinstance(app, Flask):
+            raise ConfigurationError(
+                f"init_app() takes the Flask app itself, and {app!r} is none. Give what Flask() made."
+            )
+        if app._got_first_request:
+            raise ConfigurationError("init_app() came after the first request. Call it where the app is made.")
         access = self.register(app, configured(app, self.configuration.updated(source, options)))
         plugins: list[SessionPlugin[Any]] = app.extensions.setdefault(EXTENSION, [])
         if not plugins:
             app.wsgi_app = SettlingMiddleware(app, plugins)  # type: ignore[method-assign]
         plugins.append(self)
         app.wsgi_app = SessionScopeMiddleware(app.wsgi_app, access, find_policy=self._find_policy)  # type: ignore[method-assign]
-        appcontext_tearing_down.connect(self._app_context_ends, app)  # it comes after every teardown function
 
     @property
     def database(self) -> Database[SyncS]:
@@ -110,7 +115,7 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
         """
         scope = find_scope(self.database)
         if scope is None and not has_app_context():
-            raise NoScopeError(self._no_scope_message)
+            raise self._no_scope()
         return scope or self._app_context_scope()
 
     def policy(self, policy: PolicyLike) -> Callable[[F], F]:
@@ -135,10 +140,11 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
         """What `policy` says of the view, its method, its class or its blueprint, the nearest first."""
         if not has_request_context():
             return None
-        view = current_app.view_functions.get(request.endpoint or "")
+        app, served = current_app._get_current_object(), request._get_current_object()  # type: ignore[attr-defined]
+        view = app.view_functions.get(served.endpoint or "")
         view_class = getattr(view, "view_class", None)
-        blueprints = (current_app.blueprints.get(name) for name in request.blueprints)
-        places = (getattr(view_class, request.method.lower(), None), view, view_class, *blueprints)
+        blueprints = (app.blueprints.get(name) for name in served.blueprints)
+        places = (getattr(view_class, served.method.lower(), None), view, view_class, *blueprints)
         return next((policy for place in places if (policy := self.marked_policy(place)) is not None), None)
 
     def request_begins(self) -> None:
@@ -154,21 +160,21 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
                 "The app context around this request has unsaved work, which the request does not see and may have to "
                 "wait for. Call db.session.commit() first."
             )
-        elif not scope.hooks:
+        elif not scope.hooks.waiting:
             scope.settle(Outcome())
+            scope.session.expire_all()
 
     def session_scope(self, *, new: bool = False) -> _GeneratorContextManager[SyncS, None, None]:
         """As `SyncAccess.session_scope`; on SQLite, what the app context has only read does not lock it out."""
         scope = self._used_in_app_context()
-        if scope is not None and not (scope.wrote or scope.hooks or scope.work.streams):
-            loaded = [*scope.session]
-            scope.session.expunge_all()  # so that the rollback expires nothing, and no loop queries anew
+        if scope is not None and not (scope.wrote or scope.hooks.waiting or scope.work.streams):
             scope.settle(Outcome())
-            scope.session.add_all(loaded)
         return super().session_scope(new=new)
 
     def _used_in_app_context(self) -> SessionScope[SyncS] | None:
-        scope = self._app_context_scopes.get(app_ctx._get_current_object()) if has_app_context() else None  # type: ignore[attr-defined]
+        if not self._app_context_scopes or not has_app_context():
+            return None
+        scope = self._app_context_scopes.get(app_ctx._get_current_object())  # type: ignore[attr-defined]
         return scope if scope is not None and scope.active else None
 
     def _app_context_scope(self) -> SessionScope[SyncS]:
@@ -177,14 +183,14 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
         if scope is None:
             scope = SessionScope(self.database, origin="app context", method=READING, find_policy=lambda: manual)
             self._app_context_scopes[context] = scope
+            app = current_app._get_current_object()  # type: ignore[attr-defined]
+            appcontext_tearing_down.connect(self._app_context_ends, app)  # it comes after every teardown function
         return scope
 
     def _app_context_ends(self, app: Flask, exc: BaseException | None = None) -> None:
         scope = self._app_context_scopes.pop(app_ctx._get_current_object(), None)  # type: ignore[attr-defined]
         if scope is not None:
             try:
-                if scope.has_session and not scope.wrote:
-                    scope.session.expunge_all()  # so that the rollback expires nothing of what was loaded
                 scope.settle(Outcome(error=exc))
             finally:
                 scope.close()

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from flask import Flask, Response, current_app, has_request_context
+from flask import Flask, Response, current_app, has_request_context, request
 from werkzeug.exceptions import HTTPException
 
-from ..current import find_scope
 from ..policy import Outcome, response_status
 from ..scope import SessionScope
+from ..wsgi import scopes_of
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -38,6 +38,7 @@ class SettlingMiddleware:
         self._app = app
         self._wsgi_app = app.wsgi_app
         self._plugins = plugins
+        app.finalize_request = self._settling(app.finalize_request)  # type: ignore[method-assign]
         app.handle_user_exception = self._seen(app.handle_user_exception)  # type: ignore[method-assign, assignment]
         app.handle_exception = self._seen(app.handle_exception)  # type: ignore[method-assign, assignment]
 
@@ -45,7 +46,7 @@ class SettlingMiddleware:
         """Serve one request."""
         for plugin in self._plugins:
             plugin.request_begins()
-        scopes = self._scopes()
+        scopes = scopes_of(environ)
         for scope in scopes:
             scope.error = None  # an outer scope may have seen another app's, whose answer nobody reads
         answer: Iterable[bytes] | None = None
@@ -54,7 +55,8 @@ class SettlingMiddleware:
             nonlocal answer
             try:
                 for scope in scopes:
-                    scope.settle(Outcome(int(status.split(" ", 1)[0]), scope.error, scope.method))
+                    if not scope.settle_idle():
+                        scope.settle(Outcome(int(status.split(" ", 1)[0]), scope.error, scope.method))
             except Exception as error:
                 if not has_request_context():
                     raise
@@ -71,9 +73,33 @@ class SettlingMiddleware:
             close()
         return answer
 
+    def _settling(self, finalize: Callable[..., Response]) -> Callable[..., Response]:
+        """``finalize``, and then the end of the transaction: no middleware around the app is told of an answer that a
+        failed commit takes back.
+        """
+
+        @wraps(finalize)
+        def settling(*args: Any, **kwargs: Any) -> Response:
+            response = finalize(*args, **kwargs)
+            scopes = self._scopes()
+            try:
+                for scope in scopes:
+                    if not scope.settle_idle():
+                        scope.settle(Outcome(response.status_code, scope.error, scope.method))
+            except Exception as error:
+                for scope in scopes:
+                    scope.error = error
+                try:
+                    return self._app.process_response(self._app.make_response(self._app.handle_user_exception(error)))
+                finally:
+                    response.close()
+            return response
+
+        return settling
+
     def _scopes(self) -> list[SessionScope[Any]]:
-        found = [find_scope(plugin.database_for(self._app)) for plugin in self._plugins]
-        return [scope for scope in found if scope is not None]
+        """Those of the current request, whatever opened them."""
+        return scopes_of(request.environ) if has_request_context() else []
 
     def _seen(self, handle: Callable[[Exception], Any]) -> Callable[[Exception], Any]:
         """``handle``, but the scopes have rolled back by the time it runs, so that handlers can query."""

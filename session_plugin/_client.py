@@ -1,0 +1,99 @@
+"""The client of an ASGI app: has it left, and could it take a response for complete before its last byte?"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeAlias
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Client:
+    """What the server is told and tells, as far as it bears on the last byte."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._receiving = 0
+        self._asked_ahead: asyncio.Future[Message] | None = None
+        self._left = False
+        self._start: Message = {}
+        self._streams = False
+        self._missing: int | None = None
+        self._held: Message | None = None
+
+    def leave(self) -> None:
+        """Ask for nothing more."""
+        if self._asked_ahead is not None:
+            self._asked_ahead.cancel()
+
+    async def send(self, message: Message) -> None:
+        """Pass ``message`` on, but hold back what would complete a body of declared length until its end.
+
+        A client that has counted its bytes takes the response for complete, whatever comes of the end.
+        """
+        if message["type"] == "http.response.start":
+            self._start = message
+        elif message["type"] == "http.response.body" and (message.get("more_body", False) or self._streams):
+            held_back = self._hold_back(message)
+            if held_back is None:
+                return
+            message = held_back
+        await self._send(message)
+
+    def _hold_back(self, message: Message) -> Message | None:
+        """What is to be sent of a streamed body now."""
+        if not self._streams:
+            self._streams = True
+            self._missing = _content_length(self._start)
+        if self._missing is None:
+            return message
+        body = message.get("body", b"")
+        self._missing -= len(body)
+        if self._held is not None:
+            message = {**message, "body": self._held["body"] + body}
+            self._held = None
+        if self._missing <= 0 and message.get("body") and message.get("more_body", False):
+            self._held = message
+            return None
+        return message
+
+    async def receive(self) -> Message:
+        """Pass a message of the client on, and note that it left."""
+        self._receiving += 1
+        try:
+            if self._asked_ahead is not None:
+                asked_ahead, self._asked_ahead = self._asked_ahead, None
+                message = await asked_ahead
+            else:
+                message = await self._receive()
+        finally:
+            self._receiving -= 1
+        self._left = self._left or message["type"] == "http.disconnect"
+        return message
+
+    async def has_left(self) -> bool:
+        """True if the server knows by now that the client is gone.
+
+        No server says so when a chunk is sent, so one message is asked for ahead, unless the app
+        is listening itself; the app's next ``receive()`` gets it.
+        """
+        if not self._left and not self._receiving and self._asked_ahead is None:
+            self._asked_ahead = asyncio.ensure_future(self._receive())
+        await asyncio.sleep(0)
+        answer = self._asked_ahead
+        if answer is not None and answer.done() and answer.exception() is None:
+            self._left = answer.result()["type"] == "http.disconnect"
+        return self._left
+
+
+def _content_length(start: Message) -> int | None:
+    for name, value in start.get("headers", ()):
+        if name.lower() == b"content-length" and value.isdigit():
+            return int(value)
+    return None

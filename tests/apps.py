@@ -8,7 +8,7 @@ import uvicorn
 from fastapi import BackgroundTasks, Depends, FastAPI
 from fastapi import HTTPException as FastAPIHTTPException
 from flask import Flask, abort, redirect, stream_with_context
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from starlette.applications import Starlette
@@ -26,6 +26,7 @@ import session_plugin.flask
 import session_plugin.starlette
 import session_plugin.wsgi
 
+from .drivers import ASYNC, SYNC
 from .harness import POOL, Act, ConflictError, HandledError, Harness, count
 
 DONE = {"done": True}
@@ -70,7 +71,7 @@ class WSGIHarness(Harness):
 
 
 class FlaskHarness(WSGIHarness):
-    drivers = ("sqlite+pysqlite", "postgresql+psycopg")
+    drivers = SYNC
 
     def make_app(self) -> None:
         self.app = app = Flask(__name__)
@@ -109,6 +110,7 @@ class FlaskHarness(WSGIHarness):
 
         @app.errorhandler(ConflictError)
         @app.errorhandler(IntegrityError)
+        @app.errorhandler(OperationalError)
         def conflict(error: Exception) -> Any:
             return {"handled": type(error).__name__, "rows": count(plugin.session)}, 409
 
@@ -161,7 +163,9 @@ class ASGIHarness(Harness):
     app: Any
 
     def start(self) -> None:
-        config = uvicorn.Config(self.app, "127.0.0.1", 0, log_config=None, lifespan="on", ws="websockets-sansio")
+        config = uvicorn.Config(
+            self.app, "127.0.0.1", 0, loop="asyncio", log_config=None, lifespan="on", ws="websockets-sansio"
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
@@ -170,6 +174,9 @@ class ASGIHarness(Harness):
             self._thread.join(0.01)
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
 
+    def has_seen_the_client_leave(self) -> bool:
+        return not self._server.server_state.connections
+
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join(10)
@@ -177,7 +184,7 @@ class ASGIHarness(Harness):
 
 
 class AsyncFastAPIHarness(ASGIHarness):
-    drivers = ("sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg")
+    drivers = ASYNC
 
     def make_app(self) -> None:
         self.app = app = FastAPI()
@@ -221,13 +228,14 @@ class AsyncFastAPIHarness(ASGIHarness):
 
         @app.exception_handler(ConflictError)
         @app.exception_handler(IntegrityError)
+        @app.exception_handler(OperationalError)
         async def conflict(request: Any, error: Exception) -> Any:
             rows = await plugin.session.run_sync(count)
             return JSONResponse({"handled": type(error).__name__, "rows": rows}, 409)
 
 
 class SyncFastAPIHarness(ASGIHarness):
-    drivers = ("sqlite+pysqlite", "postgresql+psycopg")
+    drivers = ("sqlite+pysqlite", "postgresql+psycopg", "mariadb+pymysql")
 
     def make_app(self) -> None:
         self.app = app = FastAPI()
@@ -262,6 +270,7 @@ class SyncFastAPIHarness(ASGIHarness):
 
         @app.exception_handler(ConflictError)
         @app.exception_handler(IntegrityError)
+        @app.exception_handler(OperationalError)
         def conflict(request: Any, error: Exception) -> Any:
             return JSONResponse({"handled": type(error).__name__, "rows": count(plugin.session)}, 409)
 
@@ -305,7 +314,8 @@ class StarletteHarness(ASGIHarness):
             rows = await plugin.session.run_sync(count)
             return JSONResponse({"handled": type(error).__name__, "rows": rows}, 409)
 
-        handlers: Any = {HandledError: handled, ConflictError: conflict, IntegrityError: conflict}
+        handlers: Any = {HandledError: handled}
+        handlers |= dict.fromkeys((ConflictError, IntegrityError, OperationalError), conflict)
         inner = Starlette(routes=[Route("/act", act, methods=["GET", "POST"])], exception_handlers=handlers)
         self.app = Starlette(routes=[Mount("/", inner)], exception_handlers=handlers)
         plugin.init_app(self.app, pool_size=5)

@@ -10,29 +10,36 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import create_engine, make_url, text
-
-POSTGRESQL_URL = "SESSION_PLUGIN_TEST_POSTGRESQL"
-"""Names the environment variable with the URL of a server to use instead of a throwaway one."""
+from sqlalchemy import URL, create_engine, make_url, text
+from sqlalchemy.pool import NullPool
 
 
 class NotInstalled(Exception):
     """The programs of a server are not on this machine."""
 
 
-class PostgreSQL:
-    """A PostgreSQL server; each `new_database` is empty."""
+class Server:
+    """A database server; each `new_database` is empty.
+
+    A subclass says how its programs make a data folder and serve it.
+    """
+
+    name: str
+    owner: str
+    """The user that the server runs as when the tests run as root, which it refuses."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
-        given = os.environ.get(POSTGRESQL_URL)
+        given = os.environ.get(f"SESSION_PLUGIN_TEST_{self.name.upper()}")  # the URL of one that runs already
         self._base = make_url(given) if given else self._start()
-        self._admin = create_engine(self._base.set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+        self.admin = create_engine(self._base, isolation_level="AUTOCOMMIT", poolclass=NullPool)
 
     @cached_property
     def shared_database(self) -> str:
@@ -42,55 +49,158 @@ class PostgreSQL:
     def new_database(self) -> str:
         """Create an empty database; answers its name."""
         name = f"t{uuid4().hex[:16]}"
-        with self._admin.connect() as connection:
+        with self.admin.connect() as connection:
             connection.execute(text(f"CREATE DATABASE {name}"))
         return name
 
     def url(self, driver: str, database: str | None = None) -> str:
         """The URL of ``database``, or of an empty one, for a driver such as ``"psycopg"``."""
-        url = self._base.set(drivername=f"postgresql+{driver}", database=database or self.new_database())
+        url = self._base.set(drivername=f"{self.name}+{driver}", database=database or self.new_database())
         return url.render_as_string(hide_password=False)
 
-    def drop(self, database: str) -> None:
-        """Drop a database and whoever is connected to it."""
-        with self._admin.connect() as connection:
-            connection.execute(text(f"DROP DATABASE {database} WITH (FORCE)"))
+    def admin_url(self, database: str) -> str:
+        """The URL by which the tests themselves look at ``database``."""
+        return self._base.set(database=database).render_as_string(hide_password=False)
 
     def stop(self) -> None:
         """End the server, if it was started here."""
-        self._admin.dispose()
         if self._process is not None:
-            self._process.send_signal(signal.SIGINT)
+            self._process.send_signal(signal.SIGINT if self.name == "postgresql" else signal.SIGTERM)
             self._process.wait(30)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self):  # type: ignore[no-untyped-def]
-        programs = _postgresql_programs()
-        self._folder = Path(tempfile.mkdtemp(prefix="session_plugin-pg-"))
-        data = self._folder / "data"
-        user = _unprivileged_user()
-        if user is not None:
-            os.chown(self._folder, user.pw_uid, user.pw_gid)
-        run = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
-        log = open(self._folder / "log", "wb")
-        subprocess.run(
-            [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"],
-            check=True, stdout=log, stderr=log, cwd=self._folder, **run,
-        )  # fmt: skip
+    def _start(self) -> URL:
+        self._folder = folder = Path(tempfile.mkdtemp(prefix=f"session_plugin-{self.name}-"))
+        run = _as_unprivileged(folder, self.owner)
         port = free_port()
+        make, serve = self._commands(folder / "data", port)
+        with open(folder / "log", "wb") as log:
+            subprocess.run(make, check=True, stdout=log, stderr=log, cwd=folder, **run)
+            self._process = subprocess.Popen(serve, stdout=log, stderr=log, cwd=folder, **run)
+        url = self._url(port)
+        _wait_for(url, self._process, folder / "log")
+        return url
+
+    def _commands(self, data: Path, port: int) -> tuple[list[Any], list[Any]]:
+        raise NotImplementedError
+
+    def _url(self, port: int) -> URL:
+        raise NotImplementedError
+
+
+class PostgreSQL(Server):
+    name = "postgresql"
+    owner = "postgres"
+
+    def drop(self, database: str) -> None:
+        """Drop a database and whoever is connected to it."""
+        with self.admin.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {database} WITH (FORCE)"))
+
+    def _commands(self, data: Path, port: int) -> tuple[list[Any], list[Any]]:
+        programs = _postgresql_programs()
         settings = {
             "port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "",
             "max_prepared_transactions": 20, "max_connections": 200, "fsync": "off",
         }  # fmt: skip
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        self._process = subprocess.Popen(
-            [programs / "postgres", "-D", data, *options], stdout=log, stderr=log, cwd=self._folder, **run
+        make = [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"]
+        return make, [programs / "postgres", "-D", data, *options]
+
+    def _url(self, port: int) -> URL:
+        return make_url(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres")
+
+
+class MariaDB(Server):
+    """The tests' own connections are the administrator's; `url` names a user with no such rights."""
+
+    name = "mariadb"
+    owner = "mysql"
+
+    def url(self, driver: str, database: str | None = None) -> str:
+        database = database or self.new_database()
+        with self.admin.connect() as connection:
+            connection.execute(text(f"GRANT ALL ON {database}.* TO app@'%' IDENTIFIED BY 'app'"))
+        url = self._base.set(drivername=f"mariadb+{driver}", database=database, username="app", password="app")
+        return url.render_as_string(hide_password=False)
+
+    def _commands(self, data: Path, port: int) -> tuple[list[Any], list[Any]]:
+        make, serve = shutil.which("mariadb-install-db"), _program("mariadbd")
+        if not make or not serve:
+            raise NotInstalled("MariaDB (mariadbd)")
+        common = ["--no-defaults", f"--datadir={data}"]
+        options = [
+            f"--port={port}", "--bind-address=127.0.0.1", f"--socket={data.parent / 'socket'}", "--max-connections=200",
+            "--innodb-flush-log-at-trx-commit=0", "--innodb-lock-wait-timeout=1", "--innodb-rollback-on-timeout=ON",
+            "--skip-name-resolve",
+        ]  # fmt: skip
+        return [make, *common, "--auth-root-authentication-method=normal", "--skip-test-db"], [serve, *common, *options]
+
+    def _url(self, port: int) -> URL:
+        return make_url(f"mariadb+pymysql://root@127.0.0.1:{port}/mysql")
+
+
+class PgBouncer:
+    """A PgBouncer in transaction mode before ``postgresql``.
+
+    It has two server connections for each database and shows clients no password prompt.
+    """
+
+    SERVER_CONNECTIONS = 2
+
+    def __init__(self, postgresql: PostgreSQL) -> None:
+        program = _required_program("pgbouncer")
+        self._folder = Path(tempfile.mkdtemp(prefix="session_plugin-pgbouncer-"))
+        run = _as_unprivileged(self._folder, "postgres")
+        port = free_port()
+        target = make_url(postgresql.url("psycopg", "postgres"))
+        server = {"host": target.host, "port": target.port, "user": target.username, "password": target.password}
+        settings = {
+            "listen_addr": "127.0.0.1", "listen_port": port, "unix_socket_dir": "", "auth_type": "any",
+            "pool_mode": "transaction", "default_pool_size": self.SERVER_CONNECTIONS, "max_client_conn": 200,
+        }  # fmt: skip
+        (self._folder / "pgbouncer.ini").write_text(
+            f"[databases]\n* = {_settings(server, ' ')}\n[pgbouncer]\n{_settings(settings, chr(10))}\n"
         )
-        log.close()
-        url = make_url(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres")
-        _wait_for(url, self._process, self._folder / "log")
-        return url
+        with open(self._folder / "log", "wb") as log:
+            self._process = subprocess.Popen(
+                [program, "pgbouncer.ini"], stdout=log, stderr=log, cwd=self._folder, **run
+            )
+        self._base = target.set(host="127.0.0.1", port=port, password=None)
+        _wait_for(self._base, self._process, self._folder / "log")
+
+    def url(self, driver: str, database: str) -> str:
+        """The URL of ``database``, through here."""
+        return self._base.set(drivername=f"postgresql+{driver}", database=database).render_as_string()
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.kill()  # it keeps nothing, and must not wait for clients
+        self._process.wait(30)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Redis:
+    """A Redis server that keeps nothing on disk."""
+
+    def __init__(self) -> None:
+        program = _required_program("redis-server")
+        self._folder = Path(tempfile.mkdtemp(prefix="session_plugin-redis-"))
+        run = _as_unprivileged(self._folder, "redis")
+        port = free_port()
+        settings = {"port": port, "bind": "127.0.0.1", "save": "", "appendonly": "no"}
+        options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        with open(self._folder / "log", "wb") as log:
+            self._process = subprocess.Popen([program, *options], stdout=log, stderr=log, cwd=self._folder, **run)
+        self.url = f"redis://127.0.0.1:{port}/0"
+        _wait_until(lambda: socket.create_connection(("127.0.0.1", port)).close(), self._process, self._folder / "log")
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.kill()  # it keeps nothing, and must not wait for clients
+        self._process.wait(30)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def free_port() -> int:
@@ -110,12 +220,36 @@ def _postgresql_programs() -> Path:
     return found[-1].parent
 
 
-def _unprivileged_user() -> pwd.struct_passwd | None:
-    """The user that the server runs as when the tests run as root, which it refuses."""
+def _program(name: str) -> str | None:
+    """Servers often lie where only root's PATH leads."""
+    return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
+
+
+def _required_program(name: str) -> str:
+    program = _program(name)
+    if program is None:
+        raise NotInstalled(name)
+    return program
+
+
+def _settings(values: dict[str, object], separator: str) -> str:
+    return separator.join(f"{name}={value}" for name, value in values.items() if value is not None)
+
+
+def _as_unprivileged(folder: Path, owner: str) -> dict[str, Any]:
+    """The options of `subprocess` for a server that keeps its files in ``folder`` and may refuse to run as root."""
+    user = _unprivileged_user(owner)
+    if user is None:
+        return {}
+    os.chown(folder, user.pw_uid, user.pw_gid)
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+
+def _unprivileged_user(name: str) -> pwd.struct_passwd | None:
     if os.geteuid() != 0:
         return None
     try:
-        return pwd.getpwnam("postgres")
+        return pwd.getpwnam(name)
     except KeyError:
         return pwd.getpwnam("nobody")
 
@@ -123,15 +257,19 @@ def _unprivileged_user() -> pwd.struct_passwd | None:
 def _wait_for(url, process, log: Path) -> None:  # type: ignore[no-untyped-def]
     engine = create_engine(url)
     try:
-        for _ in range(300):
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended: {log.read_text()}")
-            try:
-                engine.connect().close()
-            except Exception:
-                time.sleep(0.1)
-            else:
-                return
-        raise RuntimeError(f"the server did not come up: {log.read_text()}")
+        _wait_until(lambda: engine.connect().close(), process, log)
     finally:
         engine.dispose()
+
+
+def _wait_until(connect: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(300):
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended: {log.read_text()}")
+        try:
+            connect()
+        except Exception:
+            time.sleep(0.1)
+        else:
+            return
+    raise RuntimeError(f"the server did not come up: {log.read_text()}")

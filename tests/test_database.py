@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import subprocess
+import sys
 from typing import Any
 from weakref import WeakSet
 
 import pytest
-from sqlalchemy import create_engine, inspect, select, text
+from sqlalchemy import create_engine, event, inspect, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from sqlalchemy.pool import NullPool
@@ -20,11 +22,11 @@ from session_plugin import (
     Database,
     NoScopeError,
     _engines,
+    _processes,
     commit_on_success,
-    database,
     manual,
 )
-from session_plugin.database import _forget_inherited_connections
+from session_plugin._processes import dispose_at_exit, forget_inherited_connections
 
 from .harness import Base, Parent, insert
 
@@ -99,6 +101,29 @@ def test_an_async_sessionmaker(dispose: Any) -> None:
         async with db.session_scope() as session:
             assert isinstance(session, CustomAsyncSession)
             assert isinstance(session.sync_session, CustomSession)
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("by", ["keyword", "factory"])
+def test_a_sessionmaker_as_sync_session_class(by: str, dispose: Any) -> None:
+    """SQLAlchemy's way to events on async sessions: they fire, and its own options hold."""
+    maker = sessionmaker(info={"a": 1})
+    begun: list[Any] = []
+    event.listen(maker, "after_begin", lambda session, *rest: begun.append(session))
+    engine = create_async_engine("sqlite+aiosqlite://")
+    source: Any = engine
+    options: dict[str, Any] = {"sync_session_class": maker}
+    if by == "factory":
+        source, options = async_sessionmaker(engine, **options), {}
+    db = dispose(AsyncDatabase(source, **options))
+
+    async def main() -> None:
+        async with db.session_scope() as session:
+            await session.scalar(text("SELECT 1"))
+            assert begun == [session.sync_session]
+            assert session.info["a"] == 1
         await engine.dispose()
 
     asyncio.run(main())
@@ -315,14 +340,39 @@ def test_a_forked_child_shares_no_socket(postgresql: Any) -> None:
 def test_what_a_forked_child_forgets(dispose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool, and not its connections: closing one would end the parent's session on the server."""
     db = dispose(Database("sqlite://"))
-    monkeypatch.setattr(database, "_databases", WeakSet([db]))  # other tests' pools are none of its business
+    monkeypatch.setattr(_processes, "databases", WeakSet([db]))  # other tests' pools are none of its business
     with db.session_scope() as session:
         session.execute(text("SELECT 1"))
     inherited = db.engine.pool
-    _forget_inherited_connections()
+    forget_inherited_connections()
     assert db.engine.pool is not inherited
     assert inherited.checkedin() == 1
     inherited.dispose()
+
+
+def test_the_end_of_a_process(postgresql: Any) -> None:
+    """It closes the pooled connections of sync databases: no driver warns, and PostgreSQL is told."""
+    program = f"""
+from sqlalchemy import text
+from session_plugin import Database
+
+db = Database({postgresql.url("psycopg")!r})
+with db.session_scope() as session:
+    session.execute(text("SELECT 1"))
+"""
+    command = [sys.executable, "-W", "always::ResourceWarning", "-c", program]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
+
+
+def test_what_the_end_of_a_process_disposes(dispose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made here; not an engine made elsewhere, nor what needs an event loop."""
+    ours, theirs = dispose(Database("sqlite://")), dispose(Database(create_engine("sqlite://")))
+    needs_loop = AsyncDatabase("sqlite+aiosqlite://")
+    pools = [db.engine.pool for db in (ours, theirs, needs_loop)]
+    monkeypatch.setattr(_processes, "databases", WeakSet([ours, theirs, needs_loop]))
+    dispose_at_exit()
+    kept = [db.engine.pool is pool for db, pool in zip((ours, theirs, needs_loop), pools, strict=True)]
+    assert kept == [False, True, True]
 
 
 @pytest.mark.parametrize(

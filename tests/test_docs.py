@@ -1,9 +1,10 @@
 """The documentation is executed, so that it cannot lie.
 
 Every ``python`` block of `README.md` and of `docs/` runs, those of one page in order and in one
-module.  An HTML comment above a block may say ``<!-- needs: postgresql -->``; a comment that
-begins with ``<!-- check`` is code that runs but is not shown.  ``# prints: ...`` says what a
-block prints.
+module.  An HTML comment above a block may say ``<!-- needs: postgresql -->``; with
+``<!-- file: migrations/env.py -->`` the block is written to that file, for others to run.  A
+comment that begins with ``<!-- check`` is code that runs but is not shown.  ``# prints: ...``
+says what a block prints.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ast
 import asyncio
 import gc
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -28,9 +30,10 @@ import session_plugin
 from session_plugin import exceptions
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
-    r"^(?:<!-- needs: (?P<needs>\w+) -->\n)?```python\n(?P<shown>.*?)^```$|^<!-- check\n(?P<hidden>.*?)^-->$",
+    r"^(?:<!-- (?:needs: (?P<needs>\w+)|file: (?P<file>\S+)) -->\n)?```python\n(?P<shown>.*?)^```$"
+    r"|^<!-- check\n(?P<hidden>.*?)^-->$",
     re.MULTILINE | re.DOTALL,
 )
 PRINTS = re.compile(r"# prints: (.*)$", re.MULTILINE)
@@ -43,6 +46,7 @@ class Block:
 
     source: str
     needs: str | None
+    file: str | None
 
     @property
     def checks(self) -> bool:
@@ -55,7 +59,7 @@ def blocks(page: Path) -> Iterator[Block]:
     for match in BLOCK.finditer(text):
         group = "shown" if match["shown"] is not None else "hidden"
         padding = "\n" * text.count("\n", 0, match.start(group))
-        yield Block(padding + match[group], match["needs"])
+        yield Block(padding + match[group], match["needs"], match["file"])
 
 
 def page_id(page: Path) -> str:
@@ -73,6 +77,8 @@ class Namespace:
         self._page = page
         self._engines: dict[Any, Engine] = {}
         self._runner = asyncio.Runner()
+        self._logging = logging.root.handlers[:], logging.root.level  # which the migrations' env.py sets up anew
+        self._directory = directory
         self._module = ModuleType("shop")
         self._module.__file__ = str(directory / "shop.py")
         monkeypatch.chdir(directory)
@@ -92,10 +98,17 @@ class Namespace:
                 engine.dispose()
         self._runner.close()
         self._module.__dict__.clear()
+        logging.root.handlers[:], level = self._logging
+        logging.root.setLevel(level)
         gc.collect()  # here, what is left open still fails this page
 
     def _note(self, connection: Connection) -> None:
         self._engines[connection.engine.pool] = connection.engine
+
+    def write(self, name: str, source: str) -> None:
+        path = self._directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
 
     def run(self, source: str) -> None:
         code = compile(source, str(self._page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
@@ -118,6 +131,9 @@ def run_page(page: Path, namespace: Namespace, capsys: pytest.CaptureFixture[str
     with namespace:
         for block in blocks(page):
             if block.needs and postgresql is None:
+                continue
+            if block.file:
+                namespace.write(block.file, block.source)
                 continue
             namespace.run(POSTGRESQL_URL.sub(real_url, block.source) if block.needs else block.source)
             assert capsys.readouterr().out.splitlines() == PRINTS.findall(block.source)

@@ -128,6 +128,29 @@ def test_an_anyio_scope_waits_for_the_end() -> None:
     asyncio.run(scenario())
 
 
+def test_an_anyio_scope_does_not_spin() -> None:
+    """anyio cancels at every turn of the loop until somebody listens: during a COMMIT that would eat a processor."""
+
+    async def scenario() -> None:
+        waiting = asyncio.current_task()
+        assert waiting is not None
+
+        async def work() -> int:
+            scope.cancel()
+            for _ in range(50):
+                await asyncio.sleep(0)
+            return waiting.cancelling()
+
+        with anyio.CancelScope() as scope:
+            ended = asyncio.ensure_future(work())
+            await uncancelled(ended)
+        assert ended.result() <= 2
+        assert scope.cancelled_caught
+        assert waiting.cancelling() == 0
+
+    asyncio.run(scenario())
+
+
 def test_asyncio_timeout_still_times_out() -> None:
     """The time-out is told as one, once the work is done."""
 

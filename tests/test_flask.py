@@ -720,7 +720,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("when", ["before init_app", "after init_app"])
 def test_wrappers_around_the_app(store: Store, wrapper: str, when: str) -> None:
-    """A middleware around ``app.wsgi_app`` changes no promise; the app's handlers answer through all but one."""
+    """A middleware around ``app.wsgi_app`` changes no promise, and the app's handlers answer through it."""
     app, db = flask_app(), SessionPlugin(store.url, **POOL)
     if when == "after init_app":
         db.init_app(app)
@@ -735,40 +735,88 @@ def test_wrappers_around_the_app(store: Store, wrapper: str, when: str) -> None:
 
     app.register_error_handler(IntegrityError, lambda error: ("conflict", 409))
     with Site(store, app, db).checked() as site:
-        if (wrapper, when) == ("buffering", "before init_app"):
-            assert type(Server(store).serve(app, path="/orphan").error) is IntegrityError
-        else:
-            assert site.ask("/orphan").status == 409
+        assert site.ask("/orphan").status == 409
         assert store.names() == []
         assert (site.ask("/tea").status, store.names()) == (201, ["tea"])
 
 
-def test_refused_response_discards_what_a_wrapper_writes(store: Store) -> None:
-    """A middleware inside that sends by write() cannot put a refused success in front of the answer."""
+@pytest.mark.parametrize("late", [False, True])
+def test_work_of_a_middleware_inside_is_refused_too(store: Store, late: bool) -> None:
+    """What it does after the view, and sends by write(), cannot put a success before its failed commit.
+
+    The app's own handlers answer while the request is still theirs; after that the error goes on to the server.
+    """
     app, db = flask_app(), SessionPlugin(store.url, **POOL)
     flask_wsgi_app = app.wsgi_app
 
     def writing(environ: Any, start_response: Any) -> Any:
-        writers: list[Any] = []
+        arguments: list[Any] = []
 
         def start(*args: Any) -> Any:
-            writers.append(start_response(*args))
-            writers[0](b"first ")
-            return writers[0]
+            arguments[:] = args
+            return print if late else send()
 
-        return list(flask_wsgi_app(environ, start))
+        def send() -> Any:
+            add_orphan(db.session)
+            write = start_response(*arguments)
+            write(b"first ")
+            return write
+
+        body = list(flask_wsgi_app(environ, start))
+        if late:
+            send()
+        return body
 
     app.wsgi_app = writing  # type: ignore[method-assign]
     db.init_app(app)
 
-    @app.post("/<name>")
-    def view(name: str) -> Any:
-        (add_orphan if name == "orphan" else insert(name))(db.session)
+    @app.post("/")
+    def view() -> Any:
         return app.response_class(iter(["success"]), 201)
 
     app.register_error_handler(IntegrityError, lambda error: (iter(["conflict"]), 409))
     with Site(store, app, db).checked() as site:
-        assert (site.ask("/tea").body, site.ask("/orphan").body) == (b"first success", b"conflict")
+        if late:
+            assert type(Server(store).serve(app).error) is IntegrityError
+        else:
+            assert (site.ask("/").status, site.ask("/").body) == (409, b"conflict")
+            del app.error_handler_spec[None][None][IntegrityError]
+            assert site.ask("/").status == 500
+    assert store.names() == []
+
+
+def test_middleware_inside_is_told_the_truth(store: Store) -> None:
+    """One that was put around the app before `init_app` never reads the status that a failed commit takes back."""
+    app, db, told = flask_app(), SessionPlugin(store.url, **POOL), []
+    flask_wsgi_app = app.wsgi_app
+
+    def noting(environ: Any, start_response: Any) -> Any:
+        return flask_wsgi_app(environ, lambda status, *args: told.append(status) or start_response(status, *args))
+
+    app.wsgi_app = noting  # type: ignore[method-assign]
+    db.init_app(app)
+
+    @app.post("/")
+    def view() -> Any:
+        add_orphan(db.session)
+        return {}, 201
+
+    with Site(store, app, db).checked() as site:
+        assert site.ask("/").status == 500
+    assert told == ["500 INTERNAL SERVER ERROR"]
+
+
+def test_response_finished_elsewhere_ends_no_unit_of_work(store: Store) -> None:
+    """A response that a test finishes by hand leaves the unit of work alone in which it does so."""
+    app, db = flask_app(), SessionPlugin(store.url, **POOL)
+    db.init_app(app)
+    with app.test_request_context(), db.session_scope() as session:
+        insert("tea")(session)
+        app.finalize_request("fine")
+        assert session.in_transaction()
+        session.rollback()
+    assert store.names() == []
+    db.dispose()
 
 
 def test_middleware_inside_works_with_the_session(store: Store) -> None:

@@ -22,16 +22,18 @@ from session_plugin import (
     Outcome,
     SessionScope,
     TransactionAbortedError,
+    _watch,
     commit_on_success,
     manual,
 )
 from session_plugin._drive import run
 from session_plugin._lifecycle import settle
+from session_plugin._processes import forget_open_scopes
 from session_plugin._watch import WRITING
-from session_plugin.scope import forget_open_scopes
 
+from .drivers import ASYNC, POSTGRESQL, SYNC
 from .harness import POOL, Base, Child, Parent, add_orphan, insert
-from .units import ASYNC, POSTGRESQL, SYNC, Units, on
+from .units import Units, on
 
 
 class BoomError(Exception):
@@ -377,8 +379,11 @@ def test_a_doomed_scope_does_not_commit_over_an_open_savepoint(units: Units) -> 
 
 
 @on(*POSTGRESQL)
-def test_a_listener_that_replaces_the_error_hides_no_aborted_transaction(units: Units) -> None:
+def test_a_listener_that_replaces_the_error_hides_no_aborted_transaction(
+    units: Units, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SQLAlchemy asks no other listener then; a statement that never ended is suspicious enough."""
+    monkeypatch.setattr(_watch, "LONGEST_WAIT", 0.05)  # the statement looks like a sibling's, whose end never comes
 
     @event.listens_for(units.sync_engine.__class__, "handle_error")
     def replace_error(context: Any) -> None:
@@ -417,8 +422,37 @@ def test_an_error_swallowed_within_the_flush_is_no_phantom(postgresql: Any) -> N
 
 @pytest.mark.parametrize("driver", ["psycopg_async", "asyncpg"])
 @pytest.mark.parametrize("cut", ["rollback", "close"])
-def test_a_rollback_beside_a_siblings_statement_breaks_no_pool(postgresql: Any, driver: str, cut: str) -> None:
+def test_a_rollback_waits_for_the_statement_of_a_sibling(postgresql: Any, driver: str, cut: str) -> None:
+    """Whose socket, closed under it, would take the next connection with it: the number is used again."""
+
+    async def main() -> None:
+        db = AsyncDatabase(postgresql.url(driver), pool_size=1, max_overflow=0, pool_timeout=5)
+
+        PID = text("SELECT pg_backend_pid()")
+
+        async def work() -> None:
+            async with db.session_scope() as session:
+                pid = await session.scalar(PID)
+                sleeping = asyncio.create_task(session.execute(text("SELECT pg_sleep(0.2)")))
+                while not db.scope.work.busy:
+                    await asyncio.sleep(0.01)
+                await getattr(session, cut)()
+                assert sleeping.done()
+                assert await session.scalar(PID) == pid
+
+        await work()
+        await db.dispose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("driver", ["psycopg_async", "asyncpg"])
+@pytest.mark.parametrize("cut", ["rollback", "close"])
+def test_a_rollback_beside_a_statement_without_end_breaks_no_pool(
+    postgresql: Any, driver: str, cut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The connection is discarded, and the sibling is told."""
+    monkeypatch.setattr(_watch, "LONGEST_WAIT", 0.05)
 
     async def main() -> None:
         db = AsyncDatabase(postgresql.url(driver), pool_size=1, max_overflow=0, pool_timeout=5)
@@ -427,7 +461,7 @@ def test_a_rollback_beside_a_siblings_statement_breaks_no_pool(postgresql: Any, 
             async with db.session_scope() as session:
                 await session.execute(text("SELECT 1"))
                 sleeping = asyncio.create_task(session.execute(text("SELECT pg_sleep(5)")))
-                while not db.scope.work._watches or not db.scope.work.busy:
+                while not db.scope.work.busy:
                     await asyncio.sleep(0.01)
                 await getattr(session, cut)()
                 with pytest.raises(Exception):  # noqa: B017  each driver has its own word for it

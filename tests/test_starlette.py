@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import trio
 from sqlalchemy import create_engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -175,6 +176,25 @@ def test_a_late_source_that_cannot_work_fails_the_startup(source: Any, told: str
     assert message["type"] == "lifespan.startup.failed"
     assert told in message["message"]
     assert SECRET not in message["message"]
+
+
+@pytest.mark.parametrize("plugin_class", [SessionPlugin, AsyncSessionPlugin])
+def test_another_event_loop_than_asyncio_fails_the_startup(plugin_class: Any) -> None:
+    """It is told in a sentence, and not by every request."""
+    app = Starlette()
+    plugin_class("sqlite+aiosqlite://" if plugin_class is AsyncSessionPlugin else "sqlite://").init_app(app)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await trio.lowlevel.checkpoint()
+        return {"type": "lifespan.startup"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    with pytest.raises(ConfigurationError, match="needs asyncio"):
+        trio.run(app, {"type": "lifespan", "state": {}}, receive, send)
+    assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
 
 
 def test_init_app_twice_or_too_late() -> None:

@@ -1,6 +1,8 @@
 """A crowd of sync requests on a small pool: it is served at the pool's speed, and nothing it waits for leaks."""
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +12,14 @@ import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import create_engine
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from session_plugin import Database
-from session_plugin._threads import Permits, in_thread
+from session_plugin._permits import Permits
+from session_plugin._threads import in_thread
+from session_plugin.exceptions import ScopeClosedError
+from session_plugin.scope import SessionScope
 
 from .asgi_site import Site, stores
 from .harness import Parent, Store, count, insert
@@ -76,7 +82,7 @@ def test_a_crowd_is_served_in_turn(store: Store, kind: str) -> None:
 
 def test_the_naive_dependency_starves(store: Store) -> None:
     """Proof that the crowd can starve: with the dependency of FastAPI's documentation many of it are a 500."""
-    engine = create_engine(store.url, **SHORT)
+    engine = create_engine(store.url, **{**SHORT, "pool_timeout": 0.5})
     make = sessionmaker(engine)
     site = Site(store, FastAPI())
 
@@ -150,8 +156,6 @@ def test_permits_asked_for_twice_at_once(store: Store) -> None:
     database = Database(store.url, pool_size=2, max_overflow=0)
 
     async def scenario() -> None:
-        from session_plugin.scope import SessionScope
-
         permits = database._permits
         scope = SessionScope(database, origin="test")
         first, second = await permits.acquire(), await permits.acquire()
@@ -178,9 +182,112 @@ def test_permits_asked_for_twice_at_once(store: Store) -> None:
     database.dispose()
 
 
+def test_who_waits_too_long_for_a_permit_is_told() -> None:
+    """In a task or a thread, by SQLAlchemy's own exception; neither keeps a place in the queue."""
+    permits = Permits(1, 0.05)
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        release = await permits.acquire()
+        assert release is not None
+        with pytest.raises(PoolTimeoutError, match=r"pool_timeout of 0\.05 seconds"):
+            await permits.acquire()
+        with pytest.raises(PoolTimeoutError, match="connections, 1, are at work"):
+            await asyncio.to_thread(permits.acquire_in_thread, loop)
+        release()
+        assert permits.acquire_in_thread(loop) is None  # the loop's own thread may not wait
+        last = await asyncio.to_thread(permits.acquire_in_thread, loop)
+        assert last is not None
+
+    asyncio.run(scenario())
+
+
+def test_a_permit_that_comes_too_late_goes_to_the_next() -> None:
+    """It was handed over just as the one who waited for it gave up."""
+    permits = Permits(1, None)
+
+    async def scenario() -> None:
+        release = await permits.acquire()
+        assert release is not None
+        gives_up, next_one = (asyncio.create_task(permits.acquire()) for _ in range(2))
+        await asyncio.sleep(0)
+        release()
+        gives_up.cancel()
+        assert await asyncio.wait_for(next_one, 5)
+        with pytest.raises(asyncio.CancelledError):
+            await gives_up
+
+    asyncio.run(scenario())
+
+
+def test_who_has_given_up_is_passed_over() -> None:
+    """A thread hands its permit on between the cancellation of the first in the queue and its leaving."""
+    permits = Permits(1, None)
+
+    async def scenario() -> None:
+        release = await permits.acquire()
+        gives_up, next_one = permits._ask(), permits._ask()
+        assert release is not None and gives_up is not None and next_one is not None
+        gives_up.cancel()
+        release()
+        assert next_one.done()
+
+    asyncio.run(scenario())
+
+
+def test_a_thread_that_waits_where_there_is_no_anyio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing counts threads there."""
+    monkeypatch.delitem(sys.modules, "anyio.to_thread")
+    permits = Permits(1, 5)
+
+    async def scenario() -> None:
+        release = await permits.acquire()
+        assert release is not None
+        waiting = asyncio.create_task(asyncio.to_thread(permits.acquire_in_thread, asyncio.get_running_loop()))
+        while not permits._waiting:
+            await asyncio.sleep(0.01)
+        release()
+        assert await waiting is not None
+
+    asyncio.run(scenario())
+
+
+def test_a_thread_that_outlives_its_request_keeps_no_permit(store: Store) -> None:
+    """It waited for a connection, and the request ended meanwhile: it is refused, and the next is served."""
+    database = Database(store.url, pool_size=1, max_overflow=0)
+
+    async def scenario() -> None:
+        holding, ended = (SessionScope(database, origin="test") for _ in range(2))
+        holding.loop = ended.loop = asyncio.get_running_loop()
+        await holding.permit()
+        late = asyncio.create_task(asyncio.to_thread(count, ended.session))
+        while not database._permits._waiting:
+            await asyncio.sleep(0.01)
+        await ended.aclose()
+        await holding.aclose()
+        with pytest.raises(ScopeClosedError):
+            await late
+        release = await asyncio.wait_for(database._permits.acquire(), 5)
+        assert release is not None
+
+    asyncio.run(scenario())
+    database.dispose()
+
+
+def test_a_forked_child_starts_with_all_permits() -> None:
+    """Those that requests of the parent hold come back there only."""
+    database = Database("sqlite://", pool_size=1, max_overflow=0)
+    assert asyncio.run(database._permits.acquire()) is not None
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if database._permits._free == 1 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    database.dispose()
+
+
 def test_no_permit_where_nothing_limits_the_pool() -> None:
     """A pool without a limit needs none."""
-    assert asyncio.run(Permits(None).acquire()) is None
+    assert asyncio.run(Permits(None, None).acquire()) is None
 
 
 def test_holders_do_not_queue_behind_those_who_wait() -> None:
@@ -188,9 +295,9 @@ def test_holders_do_not_queue_behind_those_who_wait() -> None:
     gate = threading.Event()
 
     async def scenario() -> None:
-        blocked = [in_thread(lambda: gate.wait(10), holds_connection=False) for _ in range(40)]
+        blocked = [in_thread(lambda: gate.wait(10), can_wait=True) for _ in range(40)]
         try:
-            assert await asyncio.wait_for(in_thread(lambda: "back", holds_connection=True), 5) == "back"
+            assert await asyncio.wait_for(in_thread(lambda: "back", can_wait=False), 5) == "back"
         finally:
             gate.set()
         await asyncio.gather(*blocked)

@@ -282,6 +282,59 @@ def test_error_after_settling_and_before_the_first_byte(site: Site) -> None:
     assert site.ask("/read").status == 500
 
 
+class Writeless(Server):
+    """A server whose ``start_response`` returns None, as Granian's does."""
+
+    def start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
+        super().start_response(status, headers, exc_info)
+
+
+def test_a_server_without_write(db: Any, store: Store) -> None:
+    """It is told the start once, and late work stays one transaction until the end of the body."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(db.session)
+        start_response("201 Created", TEXT)
+
+        def body() -> Any:
+            insert("late")(db.session)
+            yield b"a"
+            yield b"b"
+
+        return body()
+
+    server = Writeless(store).serve(SessionScopeMiddleware(app, db))
+    assert server.sent == [("201 Created", ["tea"]), (b"a", ["tea"]), (b"b", ["tea"])]
+    assert (server.complete, store.names()) == (True, ["late", "tea"])
+
+
+def test_a_body_that_fails_at_once_on_a_server_without_write(db: Any, store: Store) -> None:
+    """The error is the app's own."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        insert("tea")(db.session)
+        start_response("201 Created", TEXT)
+
+        def body() -> Any:
+            raise RuntimeError("boom")
+            yield b""
+
+        return body()
+
+    assert str(Writeless(store).serve(SessionScopeMiddleware(app, db)).error) == "boom"
+
+
+def test_write_on_a_server_without_write(db: Any, store: Store) -> None:
+    """An app that needs it is told."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("201 Created", TEXT)(b"a")
+        return []
+
+    server = Writeless(store).serve(SessionScopeMiddleware(app, db))
+    assert "offers no write()" in str(server.error)
+
+
 def test_exc_info_is_not_kept(db: Any, store: Store) -> None:
     """The traceback's frames end with the request, and do not wait for the garbage collector."""
 

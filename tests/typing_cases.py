@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import assert_type
 
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+from sqlmodel import Field, SQLModel, select
 from sqlmodel import Session as SQLModelSession
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelAsyncSession
 
@@ -16,6 +18,12 @@ class Order:
     """Stands for a mapped class."""
 
 
+class Hero(SQLModel, table=True):
+    """A model of SQLModel's."""
+
+    id: int | None = Field(default=None, primary_key=True)
+
+
 def sync_databases() -> None:
     """A session is typed as the class that was configured."""
     plain = Database("sqlite://", pool_size=5)
@@ -23,12 +31,6 @@ def sync_databases() -> None:
     assert_type(plain.session, Session)
     with plain.session_scope() as session:
         assert_type(session, Session)
-
-    sqlmodel = Database("sqlite://", class_=SQLModelSession)
-    assert_type(sqlmodel.session, SQLModelSession)
-    with sqlmodel.session_scope(new=True) as session:
-        assert_type(session, SQLModelSession)
-    assert_type(sqlmodel.sessionmaker(), SQLModelSession)
 
 
 async def async_databases() -> None:
@@ -38,19 +40,64 @@ async def async_databases() -> None:
     async with plain.session_scope() as session:
         assert_type(session, AsyncSession)
 
-    sqlmodel = AsyncDatabase("sqlite+aiosqlite://", class_=SQLModelAsyncSession)
-    async with sqlmodel.session_scope() as session:
-        assert_type(session, SQLModelAsyncSession)
-
 
 async def plugins() -> None:
     """The accessor and the dependency alike."""
     assert_type(flask.SessionPlugin().session, Session)
-    assert_type(flask.SessionPlugin(class_=SQLModelSession).session, SQLModelSession)
     assert_type(flask.SessionPlugin().get_or_404(Order, 1), Order)
     assert_type(await fastapi.SessionPlugin().get_session(), Session)
     assert_type(await fastapi.AsyncSessionPlugin().get_session(), AsyncSession)
-    assert_type(await starlette.AsyncSessionPlugin(class_=SQLModelAsyncSession).get_session(), SQLModelAsyncSession)
+    assert_type(await starlette.SessionPlugin().get_session(), Session)
+    assert_type(await starlette.AsyncSessionPlugin().get_session(), AsyncSession)
+
+
+def sync_sqlmodel() -> None:
+    """SQLModel's session, and what its ``exec()`` answers, wherever the session comes from."""
+    database = Database("sqlite://", class_=SQLModelSession)
+    assert_type(database, Database[SQLModelSession])
+    assert_type(database.session, SQLModelSession)
+    assert_type(database.sessionmaker(), SQLModelSession)
+    assert_type(database.scoped_session, scoped_session[SQLModelSession])
+    with database.session_scope(new=True) as session:
+        assert_type(session, SQLModelSession)
+        assert_type(session.exec(select(Hero)).all(), Sequence[Hero])
+
+    in_flask = flask.SessionPlugin(class_=SQLModelSession)
+    assert_type(in_flask.session, SQLModelSession)
+    assert_type(in_flask.scoped_session(), SQLModelSession)
+    assert_type(in_flask.get_or_404(Hero, 1), Hero)
+    with in_flask.session_scope() as session:
+        assert_type(session, SQLModelSession)
+
+
+async def sync_sqlmodel_under_asgi() -> None:
+    """As above."""
+    for plugin in (fastapi.SessionPlugin(class_=SQLModelSession), starlette.SessionPlugin(class_=SQLModelSession)):
+        assert_type(plugin.session, SQLModelSession)
+        assert_type(await plugin.get_session(), SQLModelSession)
+        with plugin.session_scope() as session:
+            assert_type(session, SQLModelSession)
+
+
+async def async_sqlmodel() -> None:
+    """As above."""
+    database = AsyncDatabase("sqlite+aiosqlite://", class_=SQLModelAsyncSession)
+    assert_type(database, AsyncDatabase[SQLModelAsyncSession])
+    assert_type(database.session, SQLModelAsyncSession)
+    assert_type(database.sessionmaker(), SQLModelAsyncSession)
+    assert_type(database.scoped_session, async_scoped_session[SQLModelAsyncSession])
+    async with database.session_scope() as session:
+        assert_type(session, SQLModelAsyncSession)
+        assert_type((await session.exec(select(Hero))).all(), Sequence[Hero])
+
+    for plugin in (
+        fastapi.AsyncSessionPlugin(class_=SQLModelAsyncSession),
+        starlette.AsyncSessionPlugin(class_=SQLModelAsyncSession),
+    ):
+        assert_type(plugin.session, SQLModelAsyncSession)
+        assert_type(await plugin.get_session(), SQLModelAsyncSession)
+        async with plugin.session_scope() as session:
+            assert_type(session, SQLModelAsyncSession)
 
 
 db = Database("sqlite://")

@@ -1,0 +1,246 @@
+"""What the servers of `test_servers.py` serve: one site in each kind of app, made from the environment.
+
+Every request writes both of its rows or neither.
+"""
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Any
+
+from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from session_plugin.exceptions import SessionPluginError
+
+from .harness import POOL, Child, Parent
+
+SITE = "SESSION_PLUGIN_TEST_SITE"
+DATABASE = "SESSION_PLUGIN_TEST_DATABASE"
+"""Name the environment variables that say which site, and on which database."""
+
+KEY = 7
+"""Of the advisory lock by which a test holds requests."""
+
+CHUNKS = 1000
+"""Of a body that no test reads to its end: ten seconds."""
+
+
+def pair(session: Session, name: str) -> None:
+    """The two rows of a request."""
+    session.add(Parent(name=name))
+    session.flush()
+    session.add(Child(name=f"{name}'s", parent=name))
+    session.flush()
+
+
+def orphan(session: Session, name: str) -> None:
+    """What only COMMIT refuses."""
+    pair(session, name)
+    session.add(Child(name=f"{name}'s orphan", parent="nobody"))
+    session.flush()
+
+
+def sign(session: Session) -> None:
+    """Say in `pg_stat_activity` which process this transaction is of."""
+    session.execute(text(f"SET LOCAL application_name = 'worker {os.getpid()}'"))
+
+
+def hold(session: Session, name: str) -> None:
+    """Writes, and waits in a statement for as long as a test holds the lock."""
+    sign(session)
+    session.add(Parent(name=name))
+    session.flush()
+    session.execute(text(f"SELECT pg_advisory_xact_lock_shared({KEY})"))
+    session.add(Child(name=f"{name}'s", parent=name))
+
+
+def look(session: Session, name: str) -> dict[str, Any]:
+    """Who serves this request, on which connection, and what it sees beside its own rows; also waits for the lock."""
+    asks = text("SELECT pg_backend_pid(), inet_client_port(), txid_current()")
+    pair(session, name)
+    before = session.execute(asks).one()
+    seen = sorted(session.scalars(select(Parent.name)))
+    session.execute(text(f"SELECT pg_advisory_xact_lock_shared({KEY})"))
+    return {
+        "worker": os.getpid(),
+        "backend": before[0],
+        "port": before[1],
+        "same": session.execute(asks).one() == before,
+        "seen": seen,
+        "preloaded": preloaded,
+    }
+
+
+WORKS = {"pair": pair, "orphan": orphan, "hold": hold, "look": look, "refuse": pair}
+LATE = {"saved": pair, "lost": orphan}
+preloaded: list[int] = []
+
+
+def use_while_importing(db: Any) -> None:
+    """Leave a connection in the pool of the process that imports the site."""
+    with db.session_scope() as session:
+        preloaded.extend(session.execute(text("SELECT pg_backend_pid(), inet_client_port()")).one())
+
+
+def wait_in_gevent(connection: Any) -> None:
+    """How psycopg2 waits without holding up the other greenlets."""
+    from gevent.socket import wait_read, wait_write
+    from psycopg2 import extensions
+
+    waits = {extensions.POLL_READ: wait_read, extensions.POLL_WRITE: wait_write}
+    while (state := connection.poll()) != extensions.POLL_OK:
+        waits[state](connection.fileno())
+
+
+def make_flask(site: str) -> Any:
+    from flask import Flask, Response
+
+    from session_plugin.flask import SessionPlugin
+
+    db = SessionPlugin(os.environ[DATABASE], **POOL)
+    app = Flask(__name__)
+    db.init_app(app)
+    if site == "flask-used":
+        use_while_importing(db)
+    if site == "flask-green":
+        from psycopg2 import extensions
+
+        extensions.set_wait_callback(wait_in_gevent)
+
+    @app.post("/<work>/<name>")
+    def act(work: str, name: str) -> Any:
+        session = db.session
+        done = WORKS[work](session, name)
+        assert db.session is session  # other requests were served meanwhile
+        return done or {}, 400 if work == "refuse" else 201
+
+    @app.post("/stream/<fate>/<name>")
+    def stream(fate: str, name: str) -> Any:
+        pair(db.session, name)
+
+        def body() -> Iterator[bytes]:
+            LATE[fate](db.session, f"late {name}")
+            yield b"chunk"
+            yield b"chunk"
+
+        return Response(body(), 201)
+
+    @app.post("/endless/<name>")
+    def endless(name: str) -> Any:
+        def body() -> Iterator[bytes]:
+            pair(db.session, f"late {name}")
+            for _ in range(CHUNKS):
+                yield b"chunk" * 2000
+                time.sleep(0.01)
+
+        return Response(body(), 201)
+
+    @app.post("/stop/<name>")
+    def stop(name: str) -> Any:
+        sign(db.session)
+        pair(db.session, name)
+        time.sleep(60)  # until it is killed
+        return {}, 201
+
+    @app.post("/siblings/<name>")
+    def siblings(name: str) -> Any:
+        import gevent
+
+        def work(session: Any) -> str:
+            try:
+                session.execute(text("SELECT pg_sleep(0.1)"))
+            except SessionPluginError as error:
+                return type(error).__name__
+            return "ran"
+
+        greenlets = [gevent.spawn(work, db.session) for _ in range(2)]
+        return {"told": [greenlet.get() for greenlet in greenlets]}
+
+    @app.get("/held")
+    def held() -> Any:
+        return {"held": db.engine.pool.checkedout(), "worker": os.getpid()}
+
+    @app.errorhandler(IntegrityError)
+    def conflict(error: IntegrityError) -> Any:
+        return {"handled": type(error).__name__}, 409
+
+    return app
+
+
+def make_fastapi(*, is_async: bool) -> Any:
+    from fastapi import Depends, FastAPI, Request
+    from fastapi.responses import JSONResponse, StreamingResponse
+
+    from session_plugin.fastapi import AsyncSessionPlugin, SessionPlugin
+
+    db: Any = (AsyncSessionPlugin if is_async else SessionPlugin)(os.environ[DATABASE], **POOL)
+    app = FastAPI()
+    db.init_app(app)
+
+    async def late(work: Any, name: str) -> None:
+        if is_async:
+            await db.session.run_sync(work, name)
+        else:
+            work(db.session, name)
+
+    @app.post("/stream/{fate}/{name}")
+    async def stream(fate: str, name: str) -> Any:
+        await late(pair, name)
+
+        async def body() -> AsyncIterator[bytes]:
+            await late(LATE[fate], f"late {name}")
+            yield b"chunk"
+            yield b"chunk"
+
+        return StreamingResponse(body(), 201)
+
+    @app.post("/endless/{name}", status_code=201)
+    async def endless(name: str) -> Any:
+        async def body() -> AsyncIterator[bytes]:
+            await late(pair, f"late {name}")
+            for _ in range(CHUNKS):
+                yield b"chunk" * 2000
+                await asyncio.sleep(0.01)
+
+        return StreamingResponse(body(), 201)
+
+    @app.get("/held")
+    async def held() -> Any:
+        return {"held": db.engine.pool.checkedout(), "worker": os.getpid()}
+
+    if is_async:
+
+        @app.post("/{work}/{name}")
+        async def act(work: str, name: str, session: Annotated[AsyncSession, Depends(db.get_session)]) -> Any:
+            done = await session.run_sync(WORKS[work], name)
+            assert db.session is session
+            return JSONResponse(done or {}, 400 if work == "refuse" else 201)
+
+    else:
+
+        @app.post("/{work}/{name}")
+        def act_in_thread(work: str, name: str, session: Annotated[Session, Depends(db.get_session)]) -> Any:
+            done = WORKS[work](session, name)
+            assert db.session is session
+            return JSONResponse(done or {}, 400 if work == "refuse" else 201)
+
+    @app.exception_handler(IntegrityError)
+    async def conflict(request: Request, error: IntegrityError) -> Any:
+        return JSONResponse({"handled": type(error).__name__}, 409)
+
+    return app
+
+
+def make(site: str) -> Any:
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    return make_flask(site) if site.startswith("flask") else make_fastapi(is_async=site == "fastapi")
+
+
+if SITE in os.environ:
+    app = make(os.environ[SITE])

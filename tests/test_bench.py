@@ -1,0 +1,83 @@
+"""The benchmark runs, and every contender in it answers as it should; no figure is judged here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.contenders import CONTENDERS, FLOOR, Contender
+from bench.drive import Running
+from bench.goals import Goal, judged
+from bench.parts import PARTS
+from bench.proxy import Proxy
+from bench.shop import fill_database
+
+from .servers import PostgreSQL
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def database(postgresql: PostgreSQL) -> Iterator[str]:
+    name = postgresql.new_database()
+    fill_database(postgresql.url("psycopg", name))
+    yield name
+    postgresql.drop(name)
+
+
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda each: each.key)
+def test_a_contender_does_what_it_is_measured_at(contender: Contender, postgresql: PostgreSQL, database: str) -> None:
+    """It reads and writes through its own session, and leaves no connection behind."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of other people's libraries
+        running = Running(contender, postgresql.url("psycopg", database))
+        try:
+            running.check()
+        finally:
+            running.close()
+
+
+def test_the_command_measures_every_part(postgresql: PostgreSQL, tmp_path: Path) -> None:
+    """A very small run ends with the page, the figures and the plot."""
+    command = [sys.executable, "-m", "bench", "--size", "smoke", "--output", str(tmp_path)]
+    chosen = ["--kind", "flask", "--contender", "session_plugin"]
+    given = {"SESSION_PLUGIN_TEST_POSTGRESQL": postgresql.url("psycopg", "postgres")}
+    subprocess.run([*command, *chosen], check=True, cwd=ROOT, env={**os.environ, **given}, capture_output=True)
+    results = json.loads((tmp_path / "smoke.json").read_text())
+    assert all(results[part] for part in PARTS if part != "far")
+    rows = {row["contender"]: row["endpoints"] for row in results["cpu"][0]["rows"]}
+    assert rows["session_plugin"]["write"]["cpu"]["median"] > 0
+    assert rows[FLOOR]["write"]["cpu_ratio"]["median"] == 1
+    page = (tmp_path / "smoke.md").read_text()
+    assert "| session_plugin |" in page
+    assert "## Goals" in page
+    assert (tmp_path / "smoke.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_proxy_counts_round_trips(postgresql: PostgreSQL, database: str) -> None:
+    """BEGIN, the statement, and the end: three for a read by hand, none if the database is not touched."""
+    contender = next(each for each in CONTENDERS if each.key == f"flask/{FLOOR}")
+    with Proxy(postgresql.url("psycopg", database)) as proxy:
+        running = Running(contender, proxy.url)
+        running.run("read", 5)  # psycopg prepares a statement that comes back
+        proxy.count()
+        for endpoint, trips in (("bare", 0), ("read", 3), ("write", 3)):
+            running.run(endpoint, 10)
+            assert proxy.count() / 10 == pytest.approx(trips, abs=0.2), endpoint
+        running.close()
+
+
+def test_a_goal_is_missed_by_what_is_above_its_limit() -> None:
+    def growth(blocks: int) -> list[Goal]:
+        part = {"kind": "flask", "requests": 1000, "blocks": blocks, "kilobytes": 0}
+        return judged({"growth": [part]})
+
+    assert [goal.met for goal in growth(0)] == [True]
+    assert [goal.met for goal in growth(1000)] == [False]

@@ -1,0 +1,494 @@
+"""What careless callers are told: at once, by an error of ours, with what to do and without a password.
+
+One row is what was done, the exception, and what its message must name.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import functools
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import APIRouter, FastAPI
+from flask import Flask
+from sqlalchemy import create_engine, event, func, select, text
+from sqlalchemy.engine import IteratorResult
+from sqlalchemy.engine.result import SimpleResultMetaData
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+import session_plugin.asgi
+import session_plugin.flask
+import session_plugin.starlette
+import session_plugin.wsgi
+from session_plugin import (
+    AsyncDatabase,
+    ConcurrentUseError,
+    ConfigurationError,
+    Database,
+    Decision,
+    NoScopeError,
+    Policy,
+    PolicyError,
+    ScopeClosedError,
+    TransactionAbortedError,
+    exceptions,
+    manual,
+    read_only,
+)
+
+from .harness import Base, Parent, insert
+from .units import Units, on
+
+ROOT = Path(__file__).parent.parent
+MEMORY, ASYNC_MEMORY = "sqlite://", "sqlite+aiosqlite://"
+SECRET = "postgresql+psycopg://u:secret@h/d?password=secret"
+
+Wsgi = session_plugin.wsgi.SessionScopeMiddleware
+Asgi = session_plugin.asgi.SessionScopeMiddleware
+FlaskPlugin = session_plugin.flask.SessionPlugin
+SyncPlugin = session_plugin.starlette.SessionPlugin
+AsyncPlugin = session_plugin.starlette.AsyncSessionPlugin
+
+
+async def a_coroutine_function(*args: Any) -> Any:
+    """Stands where a plain function belongs."""
+
+
+class AsyncCallable:
+    async def __call__(self) -> None:
+        """Stands where a plain function belongs."""
+
+
+def app(*args: Any) -> Any:
+    """A WSGI or an ASGI app that nobody calls."""
+
+
+def flask_app(**config: Any) -> Flask:
+    made = Flask("careless")
+    made.config.update(config)
+    return made
+
+
+def twice(plugin: Any, app: Any) -> None:
+    plugin.init_app(app)
+    plugin.init_app(app)
+
+
+def after_the_first_request() -> None:
+    app = flask_app()
+    app.test_client().get("/")
+    FlaskPlugin(MEMORY).init_app(app)
+
+
+async def ignore(*args: Any) -> dict[str, str]:
+    return {"type": "lifespan.startup"}
+
+
+def after_the_start() -> None:
+    app = FastAPI()
+    app.middleware_stack = app.build_middleware_stack()
+    AsyncPlugin(ASYNC_MEMORY).init_app(app)
+
+
+AT_CONSTRUCTION: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
+    ("nothing", lambda: Database(), ConfigurationError, "URL.*first argument"),
+    ("None", lambda: Database(None), ConfigurationError, "No database is configured"),
+    ("no engines", lambda: Database({}), ConfigurationError, "No database is configured"),
+    ("url=", lambda: Database(url=SECRET), ConfigurationError, "first argument"),
+    ("an empty URL", lambda: Database(""), ConfigurationError, "dialect\\+driver"),
+    ("a path", lambda: Database("shop.db"), ConfigurationError, "dialect\\+driver"),
+    ("a URL of two slashes", lambda: Database("sqlite://shop.db"), ConfigurationError, "sqlite:///relative/path"),
+    ("a port that is none", lambda: Database("postgresql://u:secret@h:p/d"), ConfigurationError, "dialect\\+driver"),
+    ("an old dialect", lambda: Database("postgres://u:secret@h/d"), ConfigurationError, "knows no dialect"),
+    ("bytes", lambda: Database(SECRET.encode()), ConfigurationError, "type bytes.*Give a URL"),
+    ("a list", lambda: Database([SECRET]), ConfigurationError, "type list.*Give a URL"),
+    ("a path object", lambda: Database(Path("x.db")), ConfigurationError, "Give a URL"),
+    ("a session", lambda: Database(Session()), ConfigurationError, "type Session"),
+    ("a database", lambda: Database(Database(MEMORY)), ConfigurationError, "a plugin also takes a Database"),
+    ("a function", lambda: Database(lambda: MEMORY), ConfigurationError, "a plugin also takes"),
+    ("a missing driver", lambda: Database(f"mysql+cymysql{SECRET[18:]}"), ConfigurationError, "pip install cymysql"),
+    ("an async URL", lambda: Database(f"postgresql+asyncpg{SECRET[18:]}"), ConfigurationError, "Use AsyncDatabase"),
+    ("a sync URL", lambda: AsyncDatabase("sqlite://"), ConfigurationError, "sqlite\\+aiosqlite"),
+    ("an engine and options", lambda: Database(engine(), pool_size=3), ConfigurationError, "to create_engine"),
+    ("an async engine", lambda: Database(create_async_engine(ASYNC_MEMORY)), ConfigurationError, "to AsyncDatabase"),
+    ("a secret engine", lambda: AsyncDatabase(create_engine(SECRET)), ConfigurationError, "AsyncEngine to"),
+    ("two sources", lambda: Database(MEMORY, bind=engine()), ConfigurationError, "Give one of them"),
+    ("an async sessionmaker", lambda: Database(async_sessionmaker(engine())), ConfigurationError, "of Session"),
+    ("a sessionmaker", lambda: AsyncDatabase(sessionmaker(engine())), ConfigurationError, "subclass of AsyncSession"),
+    ("an async class", lambda: Database(MEMORY, class_=AsyncSession), ConfigurationError, "subclass of Session"),
+    ("a sync class", lambda: AsyncDatabase(ASYNC_MEMORY, class_=Session), ConfigurationError, "of AsyncSession"),
+    ("a name of a class", lambda: Database(MEMORY, class_="Session"), ConfigurationError, "subclass of Session"),
+    ("a session as class", lambda: Database(MEMORY, class_=Session()), ConfigurationError, "subclass of Session"),
+    ("no metadata", lambda: Database(MEMORY, metadata=Base), ConfigurationError, "Give Base.metadata"),
+    ("binds as a list", lambda: Database(MEMORY, binds=[Parent]), ConfigurationError, "must be a mapping"),
+    ("binds to None", lambda: Database(MEMORY, binds={Parent: None}), ConfigurationError, "Give a URL, an Engine"),
+    ("binds to a URL", lambda: Database(MEMORY, binds={Parent: SECRET}), ConfigurationError, "give an Engine"),
+    ("binds to nobody", lambda: Database(MEMORY, binds={Parent: "r"}), ConfigurationError, "'default'. Name one"),
+    ("binds of a name", lambda: Database(MEMORY, binds={SECRET: "default"}), ConfigurationError, "a mapped class"),
+    ("binds to async", lambda: Database(MEMORY, binds={Parent: create_async_engine(ASYNC_MEMORY)}), ConfigurationError,
+     "does not fit"),
+    ("an unknown option", lambda: Database(SECRET, poolsize=3), ConfigurationError, "poolsize.*Correct"),
+    ("a number as string", lambda: Database("sqlite:///x.db", pool_timeout="5"), ConfigurationError, "int\\("),
+    ("a wrong value", lambda: Database(MEMORY, echo="loud"), ConfigurationError, "echo.*Correct"),
+    ("a policy's name", lambda: Database(MEMORY, policy="read_only"), PolicyError, "Pass commit_on_success"),
+    ("None for a policy", lambda: Database(MEMORY, policy=None), PolicyError, "Pass commit_on_success"),
+    ("an async policy", lambda: Database(MEMORY, policy=a_coroutine_function), PolicyError, "a plain function"),
+    ("a policy of nothing", lambda: Policy(None), PolicyError, "takes an Outcome"),
+    ("a policy of no argument", lambda: SyncPlugin(policy=lambda: True), PolicyError, "takes an Outcome"),
+    ("a bare decorator", lambda: Database(MEMORY).policy(lambda: None), PolicyError, "@db.policy\\("),
+    ("a decorated number", lambda: Database(MEMORY).policy(manual)(3), ConfigurationError, "Put it above"),
+    ("the app as source", lambda: FlaskPlugin(flask_app()), ConfigurationError, "db.init_app\\(app\\)"),
+    ("the ASGI app as source", lambda: AsyncPlugin(FastAPI()), ConfigurationError, "db.init_app\\(app\\)"),
+    ("a source of an argument", lambda: FlaskPlugin(lambda app: MEMORY), ConfigurationError, "without arguments"),
+    ("an async source", lambda: AsyncPlugin(a_coroutine_function), ConfigurationError, "only a plain function"),
+    ("init_app(None)", lambda: FlaskPlugin(MEMORY).init_app(None), ConfigurationError, "what Flask\\(\\) made"),
+    ("init_app(Flask)", lambda: FlaskPlugin(MEMORY).init_app(Flask), ConfigurationError, "what Flask\\(\\) made"),
+    ("another framework", lambda: AsyncPlugin().init_app(Flask("x")), ConfigurationError, "before it is wrapped"),
+    ("a router", lambda: AsyncPlugin().init_app(APIRouter()), ConfigurationError, "FastAPI app itself"),
+    ("init_app twice", lambda: twice(FlaskPlugin(MEMORY), flask_app()), ConfigurationError, "once is enough"),
+    ("init_app twice, ASGI", lambda: twice(SyncPlugin(MEMORY), FastAPI()), ConfigurationError, "once is enough"),
+    ("init_app too late", after_the_first_request, ConfigurationError, "where the app is made"),
+    ("init_app too late, ASGI", after_the_start, ConfigurationError, "where the app is made"),
+    ("no configuration", lambda: FlaskPlugin().init_app(flask_app()), ConfigurationError, "SQLALCHEMY_DATABASE_URI"),
+    ("a wrong key", lambda: FlaskPlugin().init_app(flask_app(SQLALCHEMY_ENGINES=SECRET)), ConfigurationError,
+     "SQLALCHEMY_ENGINES.*must be a dict"),
+    ("wrong options", lambda: FlaskPlugin(MEMORY).init_app(flask_app(SQLALCHEMY_ENGINE_OPTIONS=[1])),
+     ConfigurationError, "must be a dict"),
+    ("an async one in Flask", lambda: FlaskPlugin(AsyncDatabase(ASYNC_MEMORY)).init_app(flask_app()),
+     ConfigurationError, "must be a Database"),
+    ("a middleware of a URL", lambda: Wsgi(app, SECRET), ConfigurationError, "with a Database"),
+    ("a middleware of nothing", lambda: Asgi(app, None), ConfigurationError, "with a Database"),
+    ("arguments swapped", lambda: Asgi(Database(MEMORY), app), ConfigurationError, "\\(app, database\\)"),
+    ("a middleware around nothing", lambda: Wsgi(None, Database(MEMORY)), ConfigurationError, "cannot be called"),
+    ("a policy to find policies", lambda: Asgi(app, Database(MEMORY), find_policy=read_only), ConfigurationError,
+     "its find_policy"),
+    ("an async one under WSGI", lambda: Wsgi(app, AsyncDatabase(ASYNC_MEMORY)), ConfigurationError, "cannot await"),
+    ("no metadata at all", lambda: Database(MEMORY).create_all(), ConfigurationError, "metadata=Base.metadata"),
+    ("no default engine", lambda: Database({"r": MEMORY}).engine, ConfigurationError, "'r'. Ask"),
+    ("no init_app", lambda: FlaskPlugin(MEMORY).session, NoScopeError, "call db.init_app\\(app\\)"),
+    ("no init_app, ASGI", lambda: asyncio.run(AsyncPlugin(ASYNC_MEMORY).get_session()), NoScopeError, "init_app"),
+    ("no init_app, create_all", lambda: SyncPlugin(MEMORY).create_all(), NoScopeError, "call db.init_app"),
+    ("a session at import", lambda: Database(MEMORY).session, NoScopeError, "here,.*`with db.session_scope"),
+    ("an async session at import", lambda: AsyncDatabase(ASYNC_MEMORY).session, NoScopeError, "`async with"),
+    ("use() outside", lambda: Database(MEMORY).use(read_only), NoScopeError, "open one"),
+    ("doom() outside", lambda: Database(MEMORY).doom(), NoScopeError, "open one"),
+    ("on_commit() outside", lambda: Database(MEMORY).on_commit(print), NoScopeError, "open one"),
+    ("on_rollback() outside", lambda: Database(MEMORY).on_rollback(print), NoScopeError, "open one"),
+    ("scoped_session outside", lambda: Database(MEMORY).scoped_session(), NoScopeError, "open one"),
+]  # fmt: skip
+
+
+def engine() -> Any:
+    return create_engine(MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "names"), [row[1:] for row in AT_CONSTRUCTION], ids=[r[0] for r in AT_CONSTRUCTION]
+)
+def test_told_at_once(act: Callable[[], Any], error: type[Exception], names: str) -> None:
+    """Before any request and any statement."""
+    with pytest.raises(error, match=f"(?s){names}") as caught:
+        act()
+    assert "secret" not in str(caught.value)
+
+
+def select_one(db: Any) -> Any:
+    return db.session.execute(text("SELECT 1"))
+
+
+INSIDE: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
+    ("no hook", lambda db: db.on_commit(None), ConfigurationError, "db.on_commit\\(send, order_id\\)"),
+    ("a called hook", lambda db: db.on_rollback([].append(1)), ConfigurationError, "Give the function"),
+    ("a coroutine function", lambda db: db.on_commit(a_coroutine_function), ConfigurationError, "or use AsyncDatabase"),
+    ("a partial of one", lambda db: db.on_commit(functools.partial(a_coroutine_function)), ConfigurationError, "plain"),
+    ("an async object", lambda db: db.on_commit(AsyncCallable()), ConfigurationError, "The hook AsyncCallable"),
+    ("a hook's arguments", lambda db: db.on_commit(lambda order: None), ConfigurationError, "'order'. Give those"),
+    ("use(None)", lambda db: db.use(None), PolicyError, "Pass commit_on_success"),
+    ("use() of a coroutine function", lambda db: db.use(a_coroutine_function), PolicyError, "a plain function"),
+    ("use() too late", lambda db: (select_one(db), db.use(read_only)), PolicyError, "Choose before the first"),
+    ("a policy that raises", lambda db: (db.use(lambda o: 1 / 0), select_one(db)), PolicyError, "ZeroDivisionError"),
+    ("a policy of True", lambda db: (db.use(lambda o: True), select_one(db)), PolicyError, "Decision\\(commit"),
+    ("a decision of words", lambda db: (db.use(lambda o: Decision("no", "")), select_one(db)), PolicyError, "True"),
+    ("another session", lambda db: db.scoped_session.registry.set(Session()), ConfigurationError, "cannot replace it"),
+    ("a doomed commit", lambda db: (db.doom(None), select_one(db), db.session.commit()), TransactionAbortedError,
+     "session_scope\\(new=True\\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("act", "error", "names"), [row[1:] for row in INSIDE], ids=[row[0] for row in INSIDE])
+def test_told_in_a_unit_of_work(act: Callable[[Any], Any], error: type[Exception], names: str) -> None:
+    """At the call, or where its policy is asked; nothing is saved and nothing held."""
+    db = Database(MEMORY, metadata=Base.metadata)
+    db.create_all()
+    with pytest.raises(error, match=names):
+        with db.session_scope() as session:
+            session.add(Parent(name="tea"))
+            session.flush()
+            act(db)
+    with db.session_scope() as session:
+        assert session.scalar(select(func.count()).select_from(Parent)) == 0
+    assert db.engine.pool.checkedout() == 0
+    db.dispose()
+
+
+@pytest.mark.parametrize("reason", [None, "", "dry run"])
+def test_doom_dooms_whatever_the_reason(reason: Any) -> None:
+    db = Database(MEMORY, metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        session.add(Parent(name="tea"))
+        db.doom(reason)
+    with db.session_scope() as session:
+        assert session.scalar(select(func.count()).select_from(Parent)) == 0
+    db.dispose()
+
+
+def test_a_hook_without_a_signature_is_taken() -> None:
+    """What cannot be known at once is left to the call."""
+    seen: list[str] = []
+    db = Database(MEMORY)
+    with db.session_scope():
+        db.on_commit(type, "tea")  # a builtin that tells no signature
+        db.on_commit(seen.append, "tea")
+    assert seen == ["tea"]
+    db.dispose()
+
+
+def test_builtins_without_a_signature_may_name_a_source_and_decide() -> None:
+    Policy(type)
+    SyncPlugin(dict)
+
+
+def test_what_is_said_here_wins_over_a_session_factory() -> None:
+    class Own(Session):
+        """A session class."""
+
+    other = create_engine(MEMORY)
+    maker = sessionmaker(engine(), binds={Parent: engine()})
+    db = Database(maker, class_=Own, binds={Parent: other})
+    assert (db.binds, issubclass(db.sessionmaker.class_, Own)) == ({Parent: other}, True)
+    assert Database(maker).binds == maker.kw["binds"]
+
+
+def test_the_configuration_wins_over_bind() -> None:
+    plugin = FlaskPlugin(bind=create_engine("sqlite:///production.db"))
+    app = flask_app(SQLALCHEMY_DATABASE_URI=MEMORY)
+    plugin.init_app(app)
+    assert "production" not in str(plugin.database_for(app).engine.url)
+
+
+def test_a_thread_is_told_that_it_inherits_nothing() -> None:
+    """Not what a script is told."""
+    db = Database(MEMORY)
+    told: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            _ = db.session
+        except NoScopeError as error:
+            told.append(error)
+
+    with db.session_scope():
+        thread = threading.Thread(target=work, name="mailer")
+        thread.start()
+        thread.join()
+    assert "in the thread mailer, and a thread inherits none" in str(told[0])
+    db.dispose()
+
+
+# -- two at once -----------------------------------------------------------------------------------
+
+
+def async_units(act: Callable[[AsyncDatabase[AsyncSession]], Any]) -> Any:
+    async def main() -> Any:
+        db = AsyncDatabase(ASYNC_MEMORY, metadata=Base.metadata)
+        await db.create_all()
+        try:
+            return await asyncio.wait_for(act(db), 20)
+        finally:
+            assert db.engine.pool.checkedout() == 0
+            await db.dispose()
+
+    return asyncio.run(main())
+
+
+async def count(session: AsyncSession) -> int:
+    return await session.scalar(select(func.count()).select_from(Parent)) or 0
+
+
+async def flush(session: AsyncSession) -> None:
+    await session.flush()
+
+
+@pytest.mark.parametrize("connected", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("acts", [(flush, flush), (count, flush), (flush, count)], ids=["2 flushes", "cf", "fc"])
+def test_two_tasks_at_once_are_told_what_to_open(acts: Any, connected: bool) -> None:
+    """Also those that flush, and those that are first; the one that came first goes on."""
+
+    async def work(db: AsyncDatabase[AsyncSession]) -> list[Any]:
+        async with db.session_scope() as session:
+            if connected:
+                await count(session)
+            session.add(Parent(name="tea"))
+            answers = await asyncio.gather(*(act(session) for act in acts), return_exceptions=True)
+            await session.rollback()
+            return answers
+
+    first, second = async_units(work)
+    assert not isinstance(first, Exception)
+    assert isinstance(second, ConcurrentUseError)
+    assert "session_scope(new=True)" in str(second)
+
+
+def test_a_flush_within_a_flush_is_sqlalchemys_to_refuse() -> None:
+    db = Database(MEMORY, metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+
+        @event.listens_for(session, "after_flush")
+        def flush_again(session: Session, context: Any) -> None:
+            with pytest.raises(InvalidRequestError, match="already flushing"):
+                session.flush()
+
+        session.add(Parent(name="tea"))
+    db.dispose()
+
+
+def test_a_statement_answered_from_a_cache_is_no_use_of_the_session() -> None:
+    """A listener such as dogpile's answers it before any connection is taken."""
+
+    async def work(db: AsyncDatabase[AsyncSession]) -> int | None:
+        answered, done = asyncio.Event(), asyncio.Event()
+
+        async def ask_the_cache() -> None:
+            await session.execute(select(1), execution_options={"cached": True})
+            answered.set()
+            await done.wait()
+
+        async with db.session_scope() as session:
+
+            @event.listens_for(session.sync_session, "do_orm_execute")
+            def answer(state: Any) -> Any:
+                if state.execution_options.get("cached"):
+                    return IteratorResult(SimpleResultMetaData(["n"]), iter([(1,)]))
+                return None
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(ask_the_cache())
+                await answered.wait()
+                try:
+                    return await session.scalar(select(2))
+                finally:
+                    done.set()
+
+    assert async_units(work) == 2
+
+
+def test_an_outer_block_that_leaves_a_joined_one_behind_commits_nothing() -> None:
+    """Half of that block's work would be durable and the rest lost."""
+
+    async def work(db: AsyncDatabase[AsyncSession]) -> tuple[int, Any]:
+        half_done, go_on = asyncio.Event(), asyncio.Event()
+
+        async def join() -> None:
+            async with db.session_scope() as session:
+                session.add(Parent(name="half"))
+                half_done.set()
+                await go_on.wait()
+                session.add(Parent(name="rest"))
+
+        with pytest.raises(ConcurrentUseError, match=r"Await that task inside, or open a session_scope\(new=True\)"):
+            async with db.session_scope():
+                left_behind = asyncio.create_task(join())
+                await half_done.wait()
+        go_on.set()
+        (told,) = await asyncio.gather(left_behind, return_exceptions=True)
+        async with db.session_scope() as session:
+            return await count(session), told
+
+    saved, told = async_units(work)
+    assert saved == 0
+    assert isinstance(told, ScopeClosedError)
+
+
+def test_a_joined_block_that_is_awaited_is_part_of_the_whole() -> None:
+    async def work(db: AsyncDatabase[AsyncSession]) -> int:
+        async def join() -> None:
+            async with db.session_scope() as session:
+                session.add(Parent(name="half"))
+
+        async with db.session_scope():
+            await asyncio.create_task(join())
+        async with db.session_scope() as session:
+            return await count(session)
+
+    assert async_units(work) == 1
+
+
+@on("postgresql+psycopg", "postgresql+psycopg2")
+def test_a_swallowed_error_of_a_raw_cursor_is_no_phantom(units: Units) -> None:
+    """libpq knows that the transaction is aborted, whoever sent the statement."""
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        cursor = session.connection().connection.cursor()
+        with pytest.raises(Exception, match="division by zero"):
+            cursor.execute("SELECT 1/0")
+        cursor.close()
+
+    with pytest.raises(TransactionAbortedError, match="an error was raised and caught"):
+        units.run(work)
+    assert units.store.names() == []
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def messages() -> list[str]:
+    """The first sentence of every error that the package raises, with an ellipsis for what varies."""
+    found = []
+    for path in sorted(Path(exceptions.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in OURS and node.args:
+                found.append(first_sentence(node.args[0]))
+            elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                if ast.unparse(target).endswith(("_AT_ONCE", "_message")):
+                    found.append(first_sentence(node.value))
+            elif isinstance(node, ast.FunctionDef) and node.name.endswith("_message"):
+                found += [
+                    first_sentence(step.value) for step in node.body if isinstance(step, ast.Return) and step.value
+                ]
+    return sorted({*found} - {"…"})
+
+
+OURS = {*exceptions.__all__, "_without_secrets"}
+
+
+def first_sentence(text: ast.expr) -> str:
+    parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+    whole = "".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts)
+    return re.split(r"(?<=[^.])\. |: ", whole)[0].rstrip(".")
+
+
+@pytest.mark.parametrize("message", messages())
+def test_every_message_is_explained(message: str) -> None:
+    """errors.md lists the first sentence of each, with its cause and its cure."""
+    page = " ".join((ROOT / "docs/errors.md").read_text().split())
+    assert f"`{message}`" in page
+
+
+def test_the_page_lists_no_message_that_is_gone() -> None:
+    page = (ROOT / "docs/errors.md").read_text().split("## Warnings")[0]
+    listed = {
+        message for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for message in re.findall("`([^`]+)`", row)
+    }
+    assert listed == {*messages()}

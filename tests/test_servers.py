@@ -1,0 +1,487 @@
+"""The promises on real servers: over a socket, through a shutdown under load, and across forks."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sqlalchemy import make_url, text
+
+from .harness import Reply, Store, wait_for
+from .server_site import DATABASE, KEY, SITE
+from .servers import free_port
+
+ROOT = Path(__file__).parent.parent
+CLIENTS = 6
+US = "tests"
+"""By this name the connections of the tests themselves are told from those of the servers."""
+OURS = re.compile(r"session_plugin:|while still open|non-checked-in|never awaited|SAWarning|Traceback|asyncpg|psycopg")
+"""What a log must not say while a server shuts down; that servers leave sockets of their own open is their affair."""
+
+CROWD = 200
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A server, the site it serves, and what is its own way.
+
+    Attributes:
+        command: its arguments; ``{port}`` stands for the port.
+        stop: the signal that asks it for a graceful end.
+        code: what it then exits with.
+        cuts_streams: False if its clients take a stream that failed for complete.
+        says_goodbye: False if processes end without Python's exit functions; `multiprocessing` runs them from 3.13 on.
+    """
+
+    command: str
+    site: str
+    driver: str = "psycopg"
+    stop: signal.Signals = signal.SIGTERM
+    code: int = 0
+    cuts_streams: bool = True
+    says_goodbye: bool = True
+
+
+APP = "tests.server_site:app"
+UVICORN = f"uvicorn {APP} --port {{port}} --log-level warning"
+HYPERCORN = f"hypercorn {APP} --bind 127.0.0.1:{{port}} --graceful-timeout 10"
+GRANIAN = f"granian {APP} --port {{port}} --log-level warning --workers-kill-timeout 10"
+GUNICORN = f"gunicorn {APP} --bind 127.0.0.1:{{port}} --graceful-timeout 10 --no-control-socket"
+GTHREAD = f"{GUNICORN} --worker-class gthread --threads"
+GEVENT = f"{GUNICORN} --worker-class gevent"
+WAITRESS = f"waitress --listen 127.0.0.1:{{port}} --threads 8 {APP}"
+
+KINDS = {
+    "uvicorn-asyncio": Kind(f"{UVICORN} --loop asyncio", "fastapi", "asyncpg", code=-signal.SIGTERM),
+    "uvicorn-uvloop": Kind(f"{UVICORN} --loop uvloop", "fastapi", code=-signal.SIGTERM),
+    "uvicorn-threads": Kind(f"{UVICORN} --loop asyncio", "fastapi-def", code=-signal.SIGTERM),
+    "hypercorn": Kind(HYPERCORN, "fastapi", "asyncpg"),
+    "granian-asgi": Kind(f"{GRANIAN} --interface asgi", "fastapi", "asyncpg"),
+    "granian-wsgi": Kind(
+        f"{GRANIAN} --interface wsgi --blocking-threads 8",
+        "flask",
+        cuts_streams=False,
+        says_goodbye=sys.version_info >= (3, 13),
+    ),
+    "gunicorn-gthread": Kind(f"{GTHREAD} 8", "flask"),
+    "gunicorn-gevent": Kind(GEVENT, "flask"),
+    "gunicorn-asgi": Kind(f"{GUNICORN} --worker-class asgi --asgi-disconnect-grace-period 0", "fastapi", "asyncpg"),
+    "waitress": Kind(WAITRESS, "flask", stop=signal.SIGINT),
+}
+
+
+class Running:
+    """A server in a process of its own, and a database of its own."""
+
+    def __init__(self, kind: Kind, postgresql: Any, log: Path) -> None:
+        self.kind = kind
+        self._postgresql = postgresql
+        self.database = postgresql.new_database()
+        own_url = make_url(postgresql.admin_url(self.database)).update_query_dict({"application_name": US})
+        location = SimpleNamespace(
+            url=postgresql.url,
+            admin_url=lambda database: own_url.render_as_string(hide_password=False),
+            shared_database=self.database,
+        )
+        self.store = Store("postgresql+psycopg", location)
+        self.environ = {
+            **os.environ,
+            SITE: kind.site,
+            DATABASE: postgresql.url(kind.driver, self.database),
+            "PYTHONWARNINGS": "default::ResourceWarning,default::RuntimeWarning",
+        }
+        self.log = log
+        self.port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start the server, unless it runs."""
+        if self.alive:
+            return
+        self.port = free_port()
+        command = self.kind.command.format(port=self.port).split()
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                stdout=log, stderr=log, cwd=ROOT, env=self.environ, start_new_session=True,
+            )  # fmt: skip
+        assert wait_for(self.answers, 20), self.log.read_text()
+
+    def answers(self) -> bool:
+        assert self.alive, self.log.read_text()
+        try:
+            return self.ask("/held", "GET").status == 200
+        except OSError:
+            return False
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process that was started."""
+        self.process.send_signal(number)
+
+    def close(self) -> None:
+        """End the server with its workers, if it runs, and drop the database."""
+        if self.alive:
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own group, made in `start`
+            self.process.wait()
+        self.store.engine.dispose()
+        self._postgresql.drop(self.database)
+
+    @contextmanager
+    def connect(self) -> Iterator[http.client.HTTPConnection]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=15)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def ask(self, path: str, method: str = "POST") -> Reply:
+        with self.connect() as connection:
+            return ask(connection, path, method)
+
+    def query(self, statement: str) -> list[Any]:
+        with self.store.engine.connect() as connection:
+            return list(connection.execute(text(statement)))
+
+    def waiting(self) -> list[Any]:
+        """The requests that wait for the lock."""
+        return self.query(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+
+    def connections(self) -> list[Any]:
+        """The connections of the server's processes: process id and port, name, state, statement."""
+        return self.query(
+            "SELECT pid, client_port, application_name, state, query FROM pg_stat_activity "
+            f"WHERE datname = current_database() AND application_name <> '{US}'"
+        )
+
+    def abandoned(self) -> int:
+        """How many connections ended without a word."""
+        asks = "SELECT sessions_abandoned FROM pg_stat_database WHERE datname = current_database()"
+        number: int = self.query(asks)[0][0]
+        return number
+
+    @contextmanager
+    def locked(self) -> Iterator[Callable[[], None]]:
+        """Hold the requests that ask for the lock, until the block or what it is given is over."""
+        with self.store.engine.connect() as connection:
+            connection.execute(text(f"SELECT pg_advisory_lock({KEY})"))
+            connection.commit()
+
+            def release() -> None:
+                connection.execute(text("SELECT pg_advisory_unlock_all()"))
+                connection.commit()
+
+            try:
+                yield release
+            finally:
+                release()
+
+
+def ask(connection: http.client.HTTPConnection, path: str, method: str = "POST") -> Reply:
+    connection.request(method, path)
+    response = connection.getresponse()
+    try:
+        return Reply(response.status, response.read(), complete=True)
+    except (http.client.IncompleteRead, ConnectionError) as error:
+        return Reply(response.status, getattr(error, "partial", b""), complete=False)
+
+
+def rows(*names: str) -> list[str]:
+    """What requests with these names leave."""
+    return sorted(row for name in names for row in (name, f"{name}'s"))
+
+
+class Client(threading.Thread):
+    """Posts on one connection until the server is gone.
+
+    Attributes:
+        told: the status that each request was answered with, or None if it got no whole answer.
+        cut: True once a request got none.
+    """
+
+    def __init__(self, running: Running, number: int) -> None:
+        super().__init__()
+        self._running = running
+        self._number = number
+        self.told: dict[str, int | None] = {}
+        self.cut = False
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        works = itertools.cycle(["pair", "orphan", "pair", "refuse"])
+        with self._running.connect() as connection:
+            for turn, work in enumerate(works):
+                if self.over.is_set() or not self.post(connection, f"/{work}/{work}-{self._number}-{turn}"):
+                    break
+
+    def post(self, connection: http.client.HTTPConnection, path: str) -> bool:
+        """One request; answers False if nobody listens any more."""
+        name = path.rpartition("/")[2]
+        self.told[name] = None
+        try:
+            answer = ask(connection, path)
+        except (http.client.HTTPException, OSError) as error:
+            self.cut = True
+            connection.close()
+            return not isinstance(error, ConnectionRefusedError)
+        self.told[name] = answer.status if answer.complete else None
+        return True
+
+
+@pytest.fixture(scope="class")
+def running(
+    request: pytest.FixtureRequest, postgresql: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    kind = request.param if isinstance(request.param, Kind) else KINDS[request.param]
+    running = Running(kind, postgresql, tmp_path_factory.mktemp("server") / "log")
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def server(running: Running) -> Iterator[Running]:
+    """The server of the class, on an empty database; at the end of a test nothing is held."""
+    running.start()
+    running.store.clear()
+    yield running
+    if running.alive:
+        assert wait_for(lambda: running.ask("/held", "GET").json["held"] == 0)
+        assert wait_for(lambda: running.store.open_transactions() == [])
+
+
+@pytest.mark.parametrize("running", KINDS, indirect=True)
+class TestEveryServer:
+    def test_truth_on_one_connection(self, server: Running) -> None:
+        """A success is durable and an error wrote nothing, request after request of one connection."""
+        with server.connect() as connection:
+            for turn in range(3):
+                assert ask(connection, f"/pair/tea{turn}").status == 201
+                assert server.store.names() == rows(*(f"tea{n}" for n in range(turn + 1)))
+                answer = ask(connection, f"/orphan/milk{turn}")
+                assert (answer.status, answer.json) == (409, {"handled": "IntegrityError"})
+                assert ask(connection, f"/refuse/gold{turn}").status == 400
+        assert server.store.names() == rows("tea0", "tea1", "tea2")
+
+    def test_stream(self, server: Running) -> None:
+        """Late work is saved before the last byte, or the client sees no last byte."""
+        assert server.ask("/stream/saved/tea") == Reply(201, b"chunkchunk", complete=True)
+        assert server.store.names() == rows("tea", "late tea")
+        answer = server.ask("/stream/lost/milk")
+        assert (answer.status, answer.complete) == (201, not server.kind.cuts_streams)
+        assert server.store.names() == rows("tea", "late tea", "milk")
+
+    def test_client_that_leaves(self, server: Running) -> None:
+        """A stream that nobody reads to its end rolls back."""
+        with server.connect() as connection:
+            connection.request("POST", "/endless/tea")
+            assert connection.getresponse().read(5) == b"chunk"
+            assert server.store.open_transactions()
+        assert wait_for(lambda: not server.store.open_transactions())
+        assert server.store.names() == []
+
+    def test_shutdown_under_load(self, server: Running) -> None:
+        """What clients were told is what the database holds; who is being served is served; nothing stays open."""
+        clients = [Client(server, number) for number in range(CLIENTS)]
+        with ThreadPoolExecutor(1) as pool:
+            with server.locked() as release:
+                held = pool.submit(server.ask, "/hold/held")
+                assert wait_for(server.waiting)
+                for client in clients:
+                    client.start()
+                assert wait_for(lambda: all(len(client.told) > 8 for client in clients), 20)
+                logged = len(server.log.read_text())
+                server.signal(server.kind.stop)
+                wait_for(lambda: any(client.cut for client in clients), 1)
+                release()
+            assert server.process.wait(20) == server.kind.code
+            told = {"held": held.result().status}
+        for client in clients:
+            client.over.set()
+            client.join()
+            told |= client.told
+        self.check(told, server)
+        assert told["held"] == 201
+        assert not OURS.search(server.log.read_text()[logged:])
+        assert wait_for(lambda: server.connections() == [])
+        assert (server.abandoned() == 0) == server.kind.says_goodbye
+
+    def check(self, told: dict[str, int | None], server: Running) -> None:
+        """Insist that what the clients were told agrees with the database, and was not told by luck."""
+        names = set(server.store.names())
+        saved = {name for name in told if name in names}
+        assert names == {*rows(*saved)}
+        assert {name for name, status in told.items() if status == 201} <= saved
+        assert {told[name] for name in saved} <= {201, None}
+        assert {201, 400, 409} <= {*told.values()} <= {201, 400, 409, 500, 503, None}
+
+
+@pytest.mark.parametrize("running", [Kind(WAITRESS, "flask")], indirect=True, ids=["waitress"])
+class TestWaitress:
+    def test_sigterm(self, server: Running) -> None:
+        """It knows no graceful SIGTERM: who is being served gets no answer, and nothing is written."""
+        with server.locked(), ThreadPoolExecutor(1) as pool:
+            held = pool.submit(server.ask, "/hold/held")
+            assert wait_for(server.waiting)
+            server.signal(signal.SIGTERM)
+            with pytest.raises(http.client.RemoteDisconnected):
+                held.result()
+        assert server.process.wait(20) == -signal.SIGTERM
+        assert wait_for(lambda: server.connections() == [])
+        assert server.store.names() == []
+
+
+def look_at_once(server: Running, names: list[str], waiting: int) -> list[Any]:
+    """What requests see that are served at the same time, of which ``waiting`` are held by the database."""
+    with ThreadPoolExecutor(len(names)) as pool:
+        with server.locked():
+            looks = [pool.submit(server.ask, f"/look/{name}") for name in names]
+            assert wait_for(lambda: len(server.waiting()) == waiting), server.waiting()
+        return [{**look.result().json, "name": name} for name, look in zip(names, looks, strict=True)]
+
+
+def assert_apart(looks: list[Any]) -> None:
+    """Each request had a connection and a transaction for itself, throughout."""
+    for key in ("backend", "port"):
+        assert len({look[key] for look in looks}) == len(looks)
+    assert all(look["same"] and look["seen"] == [look["name"]] for look in looks)
+
+
+PRELOADED = Kind(f"{GTHREAD} 3 --worker-connections 3 --workers 2 --preload", "flask-used")
+"""Six requests at once take both workers."""
+
+
+@pytest.mark.parametrize("running", [PRELOADED], indirect=True, ids=["gunicorn-preload"])
+class TestPreload:
+    NAMES = ("a", "b", "c", "d", "e", "f")
+
+    def test_workers_share_no_socket(self, server: Running) -> None:
+        """Neither with the process that used the database before it forked, nor with one another."""
+        looks = look_at_once(server, [*self.NAMES], waiting=6)
+        assert_apart(looks)
+        assert len({look["worker"] for look in looks}) == 2
+        parent = {tuple(look["preloaded"]) for look in looks}
+        assert len(parent) == 1
+        assert parent.isdisjoint({(look["backend"], look["port"]) for look in looks})
+        assert parent <= {(pid, port) for pid, port, *_ in server.connections()}
+
+    def test_worker_killed_between_statements(self, server: Running) -> None:
+        """PostgreSQL rolls back at once; a new worker serves."""
+        with ThreadPoolExecutor(1) as pool:
+            stopped = pool.submit(server.ask, "/stop/tea")
+            killed = self.kill(server, "idle in transaction")
+            with pytest.raises((http.client.HTTPException, ConnectionError)):
+                stopped.result()
+        assert wait_for(lambda: not server.store.open_transactions())
+        self.check_replaced(killed, server)
+
+    def test_worker_killed_in_a_statement(self, server: Running) -> None:
+        """PostgreSQL ends the statement first, and then rolls back."""
+        with server.locked() as release, ThreadPoolExecutor(1) as pool:
+            held = pool.submit(server.ask, "/hold/tea")
+            assert wait_for(server.waiting)
+            killed = self.kill(server, "active")
+            with pytest.raises((http.client.HTTPException, ConnectionError)):
+                held.result()
+            assert server.store.open_transactions()
+            release()
+        assert wait_for(lambda: not server.store.open_transactions())
+        self.check_replaced(killed, server)
+
+    def kill(self, server: Running, state: str) -> int:
+        """Kill the worker whose connection is in ``state``; answers its process id."""
+        signed = wait_for(lambda: [name for _, _, name, is_in, _ in server.connections() if name and is_in == state])
+        worker = int(signed[0].removeprefix("worker "))
+        os.kill(worker, signal.SIGKILL)
+        return worker
+
+    def check_replaced(self, killed: int, server: Running) -> None:
+        assert server.store.names() == []
+        looks = look_at_once(server, [*self.NAMES], waiting=6)
+        assert_apart(looks)
+        workers = {look["worker"] for look in looks}
+        assert len(workers) == 2
+        assert killed not in workers
+
+
+COOPERATIVE = {
+    "psycopg": Kind(GEVENT, "flask"),
+    "psycopg2 with a wait callback": Kind(GEVENT, "flask-green", "psycopg2"),
+}
+BLOCKING = {
+    "psycopg2": Kind(GEVENT, "flask", "psycopg2"),
+    "psycopg imported before the patch": Kind(f"{GEVENT} --preload", "flask"),
+}
+
+
+class TestGevent:
+    @pytest.mark.parametrize("running", COOPERATIVE.values(), indirect=True, ids=COOPERATIVE)
+    def test_greenlets_share_nothing(self, server: Running) -> None:
+        """As many requests as the pool has connections are served at once, each apart, while others are answered."""
+        with ThreadPoolExecutor(1) as pool:
+            looking = pool.submit(look_at_once, server, [*"abcde"], waiting=5)
+            assert wait_for(lambda: server.ask("/held", "GET").json["held"] == 5)
+            assert_apart(looking.result())
+        assert server.ask("/siblings/tea").json == {"told": ["ran", "ConcurrentUseError"]}
+
+    @pytest.mark.parametrize("running", BLOCKING.values(), indirect=True, ids=BLOCKING)
+    def test_what_blocks(self, server: Running) -> None:
+        """A driver that does not wait in gevent's way has the worker serve one after the other, on one connection."""
+        assert server.ask("/pair/tea").status == 201
+        looks = look_at_once(server, [*"abc"], waiting=1)
+        assert all(look["same"] for look in looks)
+        assert len({look["backend"] for look in looks}) == 1
+        assert server.store.names() == rows("tea", *"abc")
+
+
+def test_trio(postgresql: Any, tmp_path: Path) -> None:
+    """A server on another event loop than asyncio is refused at start-up, in one sentence."""
+    running = Running(Kind(f"{HYPERCORN} --worker-class trio", "fastapi"), postgresql, tmp_path / "log")
+    try:
+        with pytest.raises(AssertionError, match="session_plugin needs asyncio"):
+            running.start()
+    finally:
+        running.close()
+
+
+def test_a_crowd_of_greenlets(postgresql: Any, tmp_path: Path) -> None:
+    """A greenlet for each, and the session of each is its own."""
+    site = Running(Kind(GEVENT, "flask-green", "psycopg2"), postgresql, tmp_path / "log")
+    try:
+        site.start()
+        kinds = ["pair", "refuse", "stream/saved"]
+        with ThreadPoolExecutor(CROWD) as clients:
+            asked = [f"/{kinds[number % 3]}/{number:03}" for number in range(CROWD)]
+            replies = list(clients.map(site.ask, asked))
+        told = {(path.rpartition("/")[0][1:], reply.status) for path, reply in zip(asked, replies, strict=True)}
+        assert told == {("pair", 201), ("refuse", 400), ("stream/saved", 201)}
+        saved = [name for number in range(0, CROWD, 3) for name in (f"{number:03}", f"{number + 2:03}")]
+        late = [f"late {number:03}" for number in range(2, CROWD, 3)]
+        expected = {whose for name in [*saved, *late] if name != "200" for whose in (name, f"{name}'s")}
+        assert set(site.store.names()) == expected
+        assert site.ask("/held", "GET").json["held"] == 0
+    finally:
+        site.close()

@@ -1,0 +1,88 @@
+"""The contenders: each module has a `make_app` that answers the app and its engine.
+
+All serve the endpoints of `bench.shop`, each in the idiom of its own documentation.  To add one, write
+its module and name it below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from bench.shop import engine_options
+
+FLOOR = "hand-written"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of a table.
+
+    Attributes:
+        kind: ``"flask"``, ``"fastapi-async"`` or ``"fastapi-sync"``; ratios are taken within a kind.
+        name: what the row is called; the one named `FLOOR` is what the others are compared with.
+        module: where its ``make_app`` is.
+        commits: True if it commits by itself, False if the endpoint does.
+        options: of ``make_app``.
+        endpoints: those in which it differs from the row above; all if empty.
+        served: False if it is measured in process only.
+    """
+
+    kind: str
+    name: str
+    module: str
+    commits: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    endpoints: tuple[str, ...] = ()
+    served: bool = True
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+    def make_app(self, url: str, **options: Any) -> tuple[Any, Any]:
+        """The app on the database ``url``, and its engine."""
+        module = import_module(f"bench.contenders.{self.module}")
+        made: tuple[Any, Any] = module.make_app(url, engine_options(url, **options), **self.options)
+        return made
+
+
+QUICK_READ = "session_plugin, quick read"
+
+CONTENDERS = [
+    Contender("flask", FLOOR, "flask_hand_written"),
+    Contender("flask", "Flask-SQLAlchemy", "flask_sqlalchemy"),
+    Contender("flask", "Flask-SQLAlchemy-Lite", "flask_sqlalchemy_lite"),
+    Contender("flask", "advanced-alchemy", "flask_advanced_alchemy", commits=True),
+    Contender("flask", "session_plugin", "flask_session_plugin", commits=True),
+    Contender("flask", QUICK_READ, "flask_session_plugin", True, {"quick_read": True}, ("read",)),
+    Contender("fastapi-async", FLOOR, "fastapi_async_hand_written"),
+    Contender("fastapi-async", "hand-written, try/finally", "fastapi_async_try_finally", served=False),
+    Contender("fastapi-async", "yield dependency", "fastapi_async_yield", True, {"scope": "request"}),
+    Contender("fastapi-async", 'yield, scope="function"', "fastapi_async_yield", True, {"scope": "function"}),
+    Contender("fastapi-async", "advanced-alchemy", "fastapi_async_advanced_alchemy", commits=True),
+    Contender("fastapi-async", "fastapi-async-sqlalchemy", "fastapi_async_sqlalchemy", commits=True),
+    Contender("fastapi-async", "session_plugin", "fastapi_async_session_plugin", commits=True),
+    Contender("fastapi-async", QUICK_READ, "fastapi_async_session_plugin", True, {"quick_read": True}, ("read",)),
+    Contender("fastapi-sync", FLOOR, "fastapi_sync_hand_written"),
+    Contender("fastapi-sync", "yield dependency", "fastapi_sync_yield", True, {"scope": "request"}),
+    Contender("fastapi-sync", 'yield, scope="function"', "fastapi_sync_yield", True, {"scope": "function"}),
+    Contender("fastapi-sync", "advanced-alchemy", "fastapi_sync_advanced_alchemy", commits=True),
+    Contender("fastapi-sync", "session_plugin", "fastapi_sync_session_plugin", commits=True),
+    Contender("fastapi-sync", QUICK_READ, "fastapi_sync_session_plugin", True, {"quick_read": True}, ("read",)),
+]
+
+KINDS = list(dict.fromkeys(each.kind for each in CONTENDERS))
+OURS = "session_plugin"
+
+
+def of_kind(kind: str, only: Collection[str] = ()) -> list[Contender]:
+    """The contenders of ``kind``, the floor first; or the floor and those named ``only``."""
+    return [each for each in CONTENDERS if each.kind == kind and (not only or each.name in {FLOOR, *only})]
+
+
+def by_key(key: str) -> Contender:
+    """The contender whose `Contender.key` this is."""
+    return next(each for each in CONTENDERS if each.key == key)

@@ -1,0 +1,259 @@
+"""Calls an app as a server does, without a server: no sockets, no test client.
+
+An ASGI request gets a task of its own, and so a context of its own, as uvicorn gives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .contenders import Contender
+from .shop import ANSWERS, ENDPOINTS, fill
+
+
+class WrongAnswerError(Exception):
+    """A contender answered something else than it should."""
+
+
+class AsgiDriver:
+    """Requests to an ASGI app, one after the other, on an event loop of its own."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.runner = asyncio.Runner()
+        self.loop = self.runner.get_loop()
+        self._scopes = {name: _asgi_scope(*target) for name, target in ENDPOINTS.items()}
+
+    def run(self, endpoint: str, times: int) -> None:
+        """Make ``times`` requests to an endpoint."""
+        self.runner.run(self._run(self._scopes[endpoint], times))
+
+    def request(self, endpoint: str) -> tuple[int, bytes]:
+        """One request's status and body."""
+        return self.runner.run(self._request(endpoint))
+
+    async def _run(self, template: dict[str, Any], times: int) -> None:
+        create_task = self.loop.create_task
+        left = self.loop.create_future()
+
+        for _ in range(times):
+            statuses: list[int] = []
+            await create_task(self.app({**template, "state": {}}, _receiver(left), _sender(statuses, [])))
+            if statuses[0] >= 300:
+                raise WrongAnswerError(f"{template['path']} answered {statuses[0]}")
+
+    async def _request(self, endpoint: str) -> tuple[int, bytes]:
+        statuses: list[int] = []
+        body: list[bytes] = []
+        scope = {**self._scopes[endpoint], "state": {}}
+        left = self.loop.create_future()
+        await self.loop.create_task(self.app(scope, _receiver(left), _sender(statuses, body)))
+        return statuses[0], b"".join(body)
+
+    @contextmanager
+    def idle(self, endpoint: str, requests: int) -> Iterator[None]:
+        """Requests in flight, each with a response that waits for its client to take it."""
+        gate = asyncio.Event()
+        finished = self.runner.run(self._hold(self._scopes[endpoint], requests, gate))
+        try:
+            yield
+        finally:
+            self.runner.run(_finish(gate, finished))
+
+    async def _hold(self, template: dict[str, Any], requests: int, gate: asyncio.Event) -> list[asyncio.Task[None]]:
+        waiting = 0
+        all_wait = asyncio.Event()
+        left = self.loop.create_future()
+
+        async def send(message: Any) -> None:
+            nonlocal waiting
+            if message["type"] == "http.response.start":
+                waiting += 1
+                if waiting == requests:
+                    all_wait.set()
+            await gate.wait()
+
+        tasks = [
+            self.loop.create_task(self.app({**template, "state": {}}, _receiver(left), send)) for _ in range(requests)
+        ]
+        await asyncio.wait_for(all_wait.wait(), 60)
+        return tasks
+
+    def close(self) -> None:
+        """End the event loop."""
+        self.runner.close()
+
+
+async def _finish(gate: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
+    gate.set()
+    await asyncio.gather(*tasks)
+
+
+def _receiver(left: asyncio.Future[Any]) -> Any:
+    """The server's ``receive``: an empty body, then silence until the client leaves."""
+    received = False
+
+    async def receive() -> Any:
+        nonlocal received
+        if received:
+            return await left
+        received = True
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    return receive
+
+
+def _sender(statuses: list[int], body: list[bytes]) -> Any:
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+        else:
+            body.append(message["body"])
+
+    return send
+
+
+def _asgi_scope(method: str, path: str) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", b"127.0.0.1:8000"), (b"accept", b"*/*")],
+        "client": ("127.0.0.1", 50_000),
+        "server": ("127.0.0.1", 8000),
+    }
+
+
+class WsgiDriver:
+    """Requests to a WSGI app, one after the other, on this thread."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self._environs = {name: _wsgi_environ(*target) for name, target in ENDPOINTS.items()}
+        self._status = ""
+
+    def run(self, endpoint: str, times: int) -> None:
+        """Make ``times`` requests to an endpoint."""
+        template = self._environs[endpoint]
+        for _ in range(times):
+            body = self.app({**template, "wsgi.input": io.BytesIO()}, self._start_response)
+            for _chunk in body:
+                pass
+            body.close()
+            if self._status[0] != "2":
+                raise WrongAnswerError(f"{template['PATH_INFO']} answered {self._status}")
+
+    def request(self, endpoint: str) -> tuple[int, bytes]:
+        """One request's status and body."""
+        body = self.app({**self._environs[endpoint], "wsgi.input": io.BytesIO()}, self._start_response)
+        content = b"".join(body)
+        body.close()
+        return int(self._status[:3]), content
+
+    @contextmanager
+    def idle(self, endpoint: str, requests: int) -> Iterator[None]:
+        """Requests whose body has not been read."""
+        template = self._environs[endpoint]
+        bodies = [self.app({**template, "wsgi.input": io.BytesIO()}, self._start_response) for _ in range(requests)]
+        try:
+            yield
+        finally:
+            for body in bodies:
+                body.close()
+
+    def _start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
+        self._status = status
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def _wsgi_environ(method: str, path: str) -> dict[str, Any]:
+    return {
+        "REQUEST_METHOD": method,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": path,
+        "QUERY_STRING": "",
+        "CONTENT_LENGTH": "0",
+        "SERVER_NAME": "127.0.0.1",
+        "SERVER_PORT": "8000",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "REMOTE_ADDR": "127.0.0.1",
+        "HTTP_HOST": "127.0.0.1:8000",
+        "HTTP_ACCEPT": "*/*",
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.errors": io.StringIO(),
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": False,
+        "wsgi.run_once": False,
+    }
+
+
+class Running:
+    """One contender, ready to serve in this process."""
+
+    def __init__(self, contender: Contender, url: str, name: str | None = None) -> None:
+        self.contender = contender
+        self.name = name or contender.name
+        self.app, self._engine = contender.make_app(url)
+        self.engine = getattr(self._engine, "sync_engine", self._engine)
+        self.driver: Any = WsgiDriver(self.app) if contender.kind == "flask" else AsgiDriver(self.app)
+        self.run = self.driver.run
+        if url.startswith("sqlite"):
+            self._fill()
+
+    @property
+    def endpoints(self) -> list[str]:
+        """Those that its row shows."""
+        return list(self.contender.endpoints or ENDPOINTS)
+
+    def check(self) -> None:
+        """Insist that every endpoint does what it should, and leaves no connection behind.
+
+        Raises:
+            WrongAnswerError: it does not.
+        """
+        for endpoint in self.endpoints:
+            status, body = self.driver.request(endpoint)
+            found = b"".join(body.split())
+            expected = 201 if endpoint == "write" else 200
+            if status != expected or found != ANSWERS.get(endpoint, found):
+                raise WrongAnswerError(f"{self.contender.key}: {endpoint} answered {status} {body!r}")
+            if checked_out(self.engine):
+                raise WrongAnswerError(f"{self.contender.key}: {endpoint} left a connection checked out")
+
+    def close(self) -> None:
+        """Close the pool's connections and end the event loop."""
+        disposed = self._engine.dispose()
+        if disposed is not None:
+            self.driver.runner.run(disposed)
+        self.driver.close()
+
+    def _fill(self) -> None:
+        """A database in memory is the engine's own."""
+        if self._engine is self.engine:
+            with self._engine.begin() as connection:
+                fill(connection)
+        else:
+            self.driver.runner.run(self._afill())
+
+    async def _afill(self) -> None:
+        async with self._engine.begin() as connection:
+            await connection.run_sync(fill)
+
+
+def checked_out(engine: Any) -> int:
+    """How many connections are out of the pool; the one of SQLite in memory does not say."""
+    count = getattr(engine.pool, "checkedout", None)
+    return count() if count else 0

@@ -1,0 +1,47 @@
+"""What the figures were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from sqlalchemy import create_engine, text
+
+PACKAGES = (
+    "sqlalchemy", "flask", "fastapi", "starlette", "psycopg", "asyncpg", "aiosqlite", "greenlet",
+    "uvicorn", "uvloop", "httptools", "gunicorn",
+    "flask-sqlalchemy", "flask-sqlalchemy-lite", "advanced-alchemy", "fastapi-async-sqlalchemy",
+)  # fmt: skip
+
+
+def description(url: str) -> dict[str, str]:
+    """The machine and the versions, that of the server at ``url`` among them, by name."""
+    described = {
+        "CPU": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
+        "system": f"{platform.system()} {platform.release()}",
+        "Python": platform.python_version(),
+        "PostgreSQL": _server_version(url),
+    }
+    for package in PACKAGES:
+        try:
+            described[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return described
+
+
+def _server_version(url: str) -> str:
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        found: str = connection.scalar(text("SHOW server_version"))
+    engine.dispose()
+    return found
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

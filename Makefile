@@ -3,9 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-CONSTRAINTS := --constraint constraints.txt
+SECONDS ?= 600
+CONSTRAINTS_FILE ?= constraints.txt
+PACKAGE ?= --editable .
+CONSTRAINTS := --constraint $(CONSTRAINTS_FILE)
+test_IF_POSSIBLE = $(if $(shell command -v mariadb_config),--group mysqlclient)
+test-core_IF_POSSIBLE = $(test_IF_POSSIBLE)
 
-.PHONY: demo serve test lint docs package clean
+.PHONY: demo serve test soak matrix lint docs package bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m example_apps.demo
@@ -16,6 +21,12 @@ serve: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m coverage run -m pytest
 	$(BIN)/python -m coverage report
+
+soak: $(VENV)/.test
+	$(BIN)/python -m tests.soak --seconds $(SECONDS)
+
+matrix: package  # every Python and every set of versions that is claimed
+	.ci/matrix
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -32,16 +43,19 @@ package: $(VENV)/.package
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
 
-clean:
-	rm -rf $(VENV) dist site .coverage
+bench: $(VENV)/.test
+	$(BIN)/python -m bench --size $(if $(QUICK),quick,full)
 
-$(VENV)/.pip: constraints.txt
+clean:
+	rm -rf $(VENV) .matrix dist site .coverage
+
+$(VENV)/.pip: $(CONSTRAINTS_FILE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --upgrade pip
 	touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.docs $(VENV)/.package: $(VENV)/.%: $(VENV)/.pip pyproject.toml
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable . --group $*
+$(VENV)/.demo $(VENV)/.test $(VENV)/.test-core $(VENV)/.docs $(VENV)/.package: $(VENV)/.%: $(VENV)/.pip pyproject.toml
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) $(PACKAGE) --group $* $($*_IF_POSSIBLE)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -138,6 +139,14 @@ def make_store(request: pytest.FixtureRequest, driver: str) -> Store:
     store = Store(driver, request.getfixturevalue(driver.partition("+")[0]))
     store.clear()
     return store
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_thread_left() -> Iterator[None]:
+    """A server that a module's tests forgot would keep the run from ending."""
+    yield
+    left = [thread.name for thread in threading.enumerate() if "serve_forever" in thread.name and not thread.daemon]
+    assert not left, f"still running: {left}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -249,6 +249,7 @@ def test_flask(store: Store) -> None:
             yield "chunk"
 
     with wsgi_site.Site(store, app, db).checked() as site:
+        site.start()
         crowd(site, ["add", "own", "hook", "stream", "background", "refused"], lambda path: site.ask(path, "GET"))
 
 

@@ -38,11 +38,12 @@ class Refused(BaseException):
 class Exchange(ABC):
     """One connection, whatever number of middlewares it passes through."""
 
+    innermost: Layer | None = None
+    complete: bool = False
+
     def __init__(self, scope: SessionScope[Any], client: Client) -> None:
         self.scope = scope
         self.client = client
-        self.innermost: Layer | None = None
-        self.complete = False
 
     @abstractmethod
     def before(self, message: Message, layer: Layer) -> Awaitable[None] | None:
@@ -66,19 +67,17 @@ class HttpExchange(Exchange):
 
     status: int | None = None
     told: int = 0
-    trailers = False
+    trailers: bool = False
     cut: Exception | None = None
 
     def before(self, message: Message, layer: Layer) -> Awaitable[None] | None:
         """Settle before the first byte, and again before the last one."""
-        starts = message["type"] == "http.response.start"
-        if starts:
+        if message["type"] == "http.response.start":
             self._start(message, layer)
-        if self.cut is not None and layer.outer is None:
-            raise self.cut
-        if starts:
             settles = not self.scope.settle_idle() and layer.encloses_work() and not layer.works_on()
             return self.scope.asettle(self._outcome()) if settles else None
+        if self.cut is not None and layer.outer is None:
+            raise self.cut
         if self.status is not None and self._is_last(message):
             layer.complete = True
             if layer.outer is None:
@@ -124,12 +123,14 @@ class HttpExchange(Exchange):
         self.trailers = message.get("trailers", False)
         if message["status"] >= 400:
             self.cut = None
+        elif self.cut is not None and layer.outer is None:
+            raise self.cut
 
     def _is_last(self, message: Message) -> bool:
-        if message["type"] == "http.response.trailers":
-            more: bool = message.get("more_trailers", False)
-        elif message["type"] in ("http.response.body", "http.response.zerocopysend"):
-            more = self.trailers or message.get("more_body", False)
+        if message["type"] in ("http.response.body", "http.response.zerocopysend"):
+            more: bool = self.trailers or message.get("more_body", False)
+        elif message["type"] == "http.response.trailers":
+            more = message.get("more_trailers", False)
         else:
             more = message["type"] != "http.response.pathsend"
         return not more
@@ -171,14 +172,15 @@ class Layer:
         complete: True once the app has sent its whole response.
     """
 
+    complete: bool = False
+    _inner_depth: int | None = None
+    _refusal: Exception | None = None
+
     def __init__(self, exchange: Exchange, send: Send) -> None:
         self.outer: Layer | None = exchange.innermost
-        self.complete: bool = False
         self._depth = depth.get() + 1
-        self._inner_depth: int | None = None
         self._exchange = exchange
         self._send = send
-        self._refusal: Exception | None = None
 
     def encloses_work(self) -> bool:
         """True unless the transaction is that of a middleware further out, which runs beside the app."""
@@ -195,31 +197,26 @@ class Layer:
 
         A refused response ends in the exception that refused it, whatever the app made of it.
         """
-        self._enter()
+        exchange, outer = self._exchange, self.outer
+        exchange.innermost = self
+        if outer is not None:
+            outer._inner_depth = self._depth
+        depth.set(self._depth)
         try:
             await app(scope, receive, self.send)
         except BaseException as error:
             if self._refusal is None or isinstance(error, asyncio.CancelledError):
-                await self._exchange.raised(error, self)
+                await exchange.raised(error, self)
                 raise
         finally:
-            self._leave()
+            exchange.innermost = outer
+            if outer is not None:
+                outer._inner_depth = None
+            depth.set(self._depth - 1)
         if self._refusal is not None:
             raise self._refusal
-        if (settling := self._exchange.returned(self)) is not None:
+        if (settling := exchange.returned(self)) is not None:
             await settling
-
-    def _enter(self) -> None:
-        self._exchange.innermost = self
-        if self.outer is not None:
-            self.outer._inner_depth = self._depth
-        depth.set(self._depth)
-
-    def _leave(self) -> None:
-        self._exchange.innermost = self.outer
-        if self.outer is not None:
-            self.outer._inner_depth = None
-        depth.set(self._depth - 1)
 
     async def send(self, message: Message) -> None:
         """Pass ``message`` on, once what it says is true."""
@@ -233,6 +230,9 @@ class Layer:
             self._refusal = error
             self._exchange.scope.error = error
             raise Refused from error
+        if self.outer is None:
+            await self._send(message)
+            return
         inside = depth.set(self._depth - 1)
         try:
             await self._send(message)

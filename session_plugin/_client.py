@@ -16,16 +16,17 @@ ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 class Client:
     """What the server is told and tells, as far as it bears on the last byte."""
 
+    _receiving: int = 0
+    _asked_ahead: asyncio.Future[Message] | None = None
+    _left: bool = False
+    _streams: bool = False
+    _missing: int | None = None
+    _held: Message | None = None
+
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
-        self._receiving = 0
-        self._asked_ahead: asyncio.Future[Message] | None = None
-        self._left = False
         self._start: Message = {}
-        self._streams = False
-        self._missing: int | None = None
-        self._held: Message | None = None
 
     def leave(self) -> None:
         """Ask for nothing more."""

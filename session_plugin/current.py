@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 depth: ContextVar[int] = ContextVar("session_plugin_depth", default=0)
 """How many middlewares the caller stands inside; an adapter whose middlewares run side by side counts them."""
 
-_innermost: ContextVar[SessionScope[Any] | None] = ContextVar("session_plugin_scope", default=None)
+innermost: ContextVar[SessionScope[Any] | None] = ContextVar("session_plugin_scope", default=None)
+"""The scope that a block has entered last, closed or not."""
 
 
 def open_scope() -> SessionScope[Any] | None:
     """The innermost scope that is not closed: a closed one is kept by nobody who opens the next."""
-    scope = _innermost.get()
+    scope = innermost.get()
     while scope is not None and scope.closed:
         scope = scope.outer
     return scope
@@ -32,7 +33,7 @@ def find_scope(database: BaseDatabase[S]) -> SessionScope[S] | None:
     A closed one, which a generator or a task has inherited, is found only if none further out is open.
     """
     found: SessionScope[S] | None = None
-    scope = _innermost.get()
+    scope = innermost.get()
     while scope is not None:
         if scope.database is database:
             found = found or scope
@@ -42,16 +43,26 @@ def find_scope(database: BaseDatabase[S]) -> SessionScope[S] | None:
     return found
 
 
+def is_session_open() -> bool:
+    """True if a scope in which the caller stands has a session."""
+    scope = innermost.get()
+    while scope is not None:
+        if scope.has_session:
+            return True
+        scope = scope.outer
+    return False
+
+
 def entered_databases() -> Iterator[BaseDatabase[Any]]:
     """The databases in whose scopes the caller stands, the innermost first."""
-    scope = _innermost.get()
+    scope = innermost.get()
     while scope is not None:
         yield scope.database
         scope = scope.outer
 
 
 class Entered:
-    """Makes ``scope`` the innermost one of a block.  A class, since every request enters one."""
+    """Makes ``scope`` the innermost one of a block."""
 
     __slots__ = ("_scope", "_token")
 
@@ -59,10 +70,10 @@ class Entered:
         self._scope = scope
 
     def __enter__(self) -> None:
-        self._token = _innermost.set(self._scope)
+        self._token = innermost.set(self._scope)
 
     def __exit__(self, *exc_info: object) -> None:
         try:
-            _innermost.reset(self._token)
+            innermost.reset(self._token)
         except ValueError:
             pass  # left in another context, whose copy of the variable ends with it

@@ -36,6 +36,7 @@ class SessionScope(Generic[S]):
 
     Attributes:
         database: whose session it has.
+        has_session: True once the session was asked for.
         outer: the scope, of any database, in which it was opened, or None.
         method: the HTTP method, or None outside HTTP.
         settled: True once its transaction was settled; what follows is late work.
@@ -53,6 +54,7 @@ class SessionScope(Generic[S]):
 
     hooks: Hooks
     work: Work
+    has_session: bool = False
     error: BaseException | None = None
     settled: bool = False
     saved: bool = False
@@ -124,6 +126,7 @@ class SessionScope(Generic[S]):
                     self._sync_session._session_scope = self
                     self.hooks, self.work = Hooks(), Work(self.doomed)
                     self._session = session
+                    self.has_session = True
                     scopes_with_session.add(self)
         return self._session
 
@@ -135,14 +138,9 @@ class SessionScope(Generic[S]):
         return self._sync_session
 
     @property
-    def has_session(self) -> bool:
-        """True once the session was asked for."""
-        return self._session is not None
-
-    @property
     def connected(self) -> bool:
         """True while the session holds a connection."""
-        return self._session is not None and self.work.connected
+        return self.has_session and self.work.connected
 
     @property
     def can_be_joined(self) -> bool:
@@ -152,7 +150,7 @@ class SessionScope(Generic[S]):
     @property
     def active(self) -> bool:
         """True if there is something to settle: a transaction, or a hook that waits for one."""
-        return self._session is not None and (self._sync_session.in_transaction() or bool(self.hooks.waiting))
+        return self.has_session and (self._sync_session.in_transaction() or bool(self.hooks.waiting))
 
     @property
     def wrote(self) -> bool:
@@ -189,7 +187,7 @@ class SessionScope(Generic[S]):
     def doom(self, reason: str) -> None:
         """Decide now that this scope will roll back, whatever happens."""
         self.doomed = self.doomed or str(reason or "no reason given")
-        if self._session is not None:
+        if self.has_session:
             self.work.doom(self.doomed)
 
     def add_hook(self, event: Event, call: Callable[[], Any]) -> None:
@@ -218,16 +216,18 @@ class SessionScope(Generic[S]):
     def abandon(self) -> S | None:
         """End the scope and answer its session, untouched: another process goes on with it."""
         session, self._session = self._session, None
+        self.has_session = False
         self.settled = self.closed = True
         self.work = Work()
         return session
 
     def settle_idle(self) -> bool:
         """Settle, if there is nothing to end: then neither an `Outcome` nor anything else is to be made."""
-        if self.active:
+        if self.has_session and self.active:
             return False
         self.settled = True
-        self.return_permit()
+        if self.permit_held is not None:
+            self.return_permit()
         return True
 
     def settle(self, outcome: Outcome) -> None:
@@ -237,10 +237,11 @@ class SessionScope(Generic[S]):
 
     def close_unused(self) -> bool:
         """Close, if nobody has asked for the session."""
-        if self._session is not None:
+        if self.has_session:
             return False
         self.closed = True
-        self.return_permit()
+        if self.permit_held is not None:
+            self.return_permit()
         return True
 
     def close(self) -> None:

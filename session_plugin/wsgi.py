@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from .access import HasDatabase, check_middleware
 from .async_access import AsyncAccess
+from .current import innermost
 from .exceptions import ConfigurationError
 from .policy import Outcome, Policy
 from .scope import SessionScope
@@ -77,29 +79,31 @@ def scopes_of(environ: WSGIEnvironment) -> list[SessionScope[Any]]:
 class Response:
     """The iterable that the server gets: it settles before the first byte and before the last."""
 
+    _started: tuple[Any, ...] | None = None
+    _server_write: Callable[[bytes], object] | None = None
+    _status: int | None = None
+    _headers: Sequence[tuple[str, str]] = ()
+    _sent_bytes = 0
+    _complete = False
+    _failure: BaseException | None = None
+    _body: Iterable[bytes] = ()
+    _chunks: Iterator[bytes] = iter(())
+
     def __init__(self, scope: SessionScope[Any], start_response: StartResponse) -> None:
         self._scope = scope
-        self._inside = scope.entered()
         self._start_response = start_response
-        self._started: tuple[Any, ...] | None = None
-        self._server_write: Callable[[bytes], object] | None = None
-        self._status: int | None = None
-        self._headers: list[tuple[str, str]] = []
-        self._sent_bytes = 0
-        self._sent = False
-        self._complete = False
-        self._failure: BaseException | None = None
-        self._body: Iterable[bytes] = ()
-        self._chunks: Iterator[bytes] = iter(())
 
     def answer(self, app: WSGIApplication, environ: WSGIEnvironment) -> Iterable[bytes]:
         """Call the app and settle, if it has named a status by then."""
+        outside = innermost.set(self._scope)
         try:
-            with self._inside:
+            try:
                 self._body = app(environ, self.start)
                 self._chunks = iter(self._body)
                 if self._started is not None and self._server_write is None:
                     self._pass_on_start()
+            finally:
+                innermost.reset(outside)
         except BaseException as error:
             try:
                 self._fail(error)
@@ -123,7 +127,7 @@ class Response:
                 raise AssertionError("start_response() was called a second time, and without exc_info.")
             self._started = (status, headers)
             return self.write
-        if self._sent or (self._server_write is not None and self._scope.saved):
+        if self._sent_bytes or (self._server_write is not None and self._scope.saved):
             raise exc_info[1].with_traceback(exc_info[2])
         self._started = (status, headers, exc_info)
         self._scope.error = exc_info[1]
@@ -140,12 +144,15 @@ class Response:
         return self
 
     def __next__(self) -> bytes:
+        outside = innermost.set(self._scope)
         try:
-            with self._inside:
+            try:
                 chunk = next(self._chunks, None)
                 if self._server_write is None:
                     self._pass_on_start()
                 self._about_to_send(chunk)
+            finally:
+                innermost.reset(outside)
         except BaseException as error:
             self._fail(error)
             raise
@@ -171,8 +178,11 @@ class Response:
         close = getattr(self._body, "close", None)
         try:
             if close is not None:
-                with self._inside:
+                outside = innermost.set(self._scope)
+                try:
                     close()
+                finally:
+                    innermost.reset(outside)
         except BaseException as error:
             self._settle_late(error)
             raise
@@ -201,16 +211,18 @@ class Response:
     def _about_to_send(self, chunk: bytes | None) -> None:
         """Settle what the body did so far if ``chunk`` ends it; None is the end itself."""
         if chunk:
-            self._sent = True
             self._sent_bytes += len(chunk)
-        is_last = chunk is None or (self._scope.has_session and self._sent_bytes >= self._content_length())
+        is_last = chunk is None or (self._scope.has_session and self._sent_bytes >= self._content_length)
         if is_last and not self._complete:
             self._settle()
             self._complete = True
 
+    @cached_property
     def _content_length(self) -> float:
-        length = next((value for name, value in self._headers if name.lower() == "content-length"), "")
-        return int(length) if length.isdecimal() else math.inf
+        for name, value in self._headers:
+            if name.lower() == "content-length" and value.isdecimal():
+                return int(value)
+        return math.inf
 
     def _settle(self) -> None:
         """Settle as the status says; a refusal that the app swallowed is told again."""
@@ -231,7 +243,7 @@ class Response:
         try:
             scope.settle(Outcome.raised(error, method=scope.method))
         finally:
-            if scope.saved and self._started is not None and not self._sent:
+            if scope.saved and self._started is not None and not self._sent_bytes:
                 server_write = self._server_write or self._tell(self._started)
                 server_write(b"")
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from flask import Flask, Response, current_app, has_request_context, request
+from flask import Flask, Response, current_app, has_app_context, has_request_context, request
 from werkzeug.exceptions import HTTPException
 
+from ..current import is_session_open
 from ..policy import Outcome, response_status
 from ..scope import SessionScope
 from ..wsgi import scopes_of
@@ -44,8 +45,9 @@ class SettlingMiddleware:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
-        for plugin in self._plugins:
-            plugin.request_begins()
+        if has_app_context():
+            for plugin in self._plugins:
+                plugin.request_begins()
         scopes = scopes_of(environ)
         for scope in scopes:
             scope.error = None  # an outer scope may have seen another app's, whose answer nobody reads
@@ -81,6 +83,8 @@ class SettlingMiddleware:
         @wraps(finalize)
         def settling(*args: Any, **kwargs: Any) -> Response:
             response = finalize(*args, **kwargs)
+            if not is_session_open():
+                return response
             scopes = self._scopes()
             try:
                 for scope in scopes:

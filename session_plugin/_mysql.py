@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.pool import PoolProxiedConnection
 
 NAMES = ("mysql", "mariadb")
 READ_ONLY_OPTION = "session_plugin_mysql_read_only"
@@ -28,14 +29,19 @@ def _begin(connection: Connection) -> None:
         connection.exec_driver_sql("START TRANSACTION READ ONLY")
 
 
-def has_rolled_back(connection: Connection, error: BaseException | None) -> bool:
+def has_rolled_back(pooled: PoolProxiedConnection, error: BaseException) -> bool:
     """True if the server ended the transaction when it raised ``error``."""
     code = _code_of(error)
     if code == LOCK_WAIT_TIMEOUT:
-        return bool(connection.exec_driver_sql("SELECT @@innodb_rollback_on_timeout").scalar())
+        cursor: Any = pooled.cursor()
+        try:
+            cursor.execute("SELECT @@innodb_rollback_on_timeout")
+            return bool(cursor.fetchone()[0])
+        finally:
+            cursor.close()
     return code in ROLLED_BACK
 
 
 def _code_of(error: Any) -> Any:
-    driver_error = getattr(error, "orig", None)
-    return driver_error.args[0] if driver_error is not None and driver_error.args else None
+    driver_error = getattr(error, "orig", error)
+    return driver_error.args[0] if driver_error.args else None

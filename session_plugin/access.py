@@ -63,7 +63,13 @@ def check_middleware(app: Any, database: Any, find_policy: Any) -> None:
 
 
 class Access(ABC, Generic[S]):
-    """The part that sync and async databases share."""
+    """The part that sync and async databases share.
+
+    Attributes:
+        has_marks: True once an endpoint or what holds endpoints was given a policy of this database.
+    """
+
+    has_marks: bool = False
 
     def __init__(
         self,
@@ -215,6 +221,7 @@ class Access(ABC, Generic[S]):
     def mark(self, place: object, policy: Policy) -> None:
         """Note on an endpoint, or on what holds endpoints, the policy of this database there."""
         setattr(place, POLICIES_ATTRIBUTE, {**getattr(place, POLICIES_ATTRIBUTE, {}), self: policy})
+        self.has_marks = True
 
     def marked_policy(self, place: object) -> Policy | None:
         """The policy of this database that was noted on ``place``, or None."""

@@ -223,7 +223,7 @@ class SessionScope(Generic[S]):
 
     def settle_idle(self) -> bool:
         """Settle, if there is nothing to end: then neither an `Outcome` nor anything else is to be made."""
-        if self.has_session and self.active:
+        if self.has_session and (self._sync_session.in_transaction() or self.hooks.waiting):
             return False
         self.settled = True
         if self.permit_held is not None:

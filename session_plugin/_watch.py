@@ -92,11 +92,9 @@ class Watch:
         """
         if self.error is not None and self._dialect.name in GOES_ON:
             self.check_alive(pooled)
-        is_first = self._lock.acquire(blocking=False)
-        if is_first:
-            self._owner = self._current_owner()
-        else:
-            self.check_alone()
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentUseError(TWO_AT_ONCE)
+        self._owner = self._current_owner()
         if not self.wrote:
             self.wrote = WRITING.match(statement) is not None
         try:
@@ -105,8 +103,7 @@ class Watch:
             self.error = error
             raise
         finally:
-            if is_first:
-                self._lock.release()
+            self._lock.release()
 
     def check_alone(self) -> None:
         """Raise `ConcurrentUseError` if a statement of another thread or task is under way."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import inspect, select, text
+from sqlalchemy import create_engine, inspect, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -962,6 +962,36 @@ def test_a_watch_lets_go_of_its_own_mark_only(units: Units) -> None:
         assert watch_of(connection) is second
         second.release()
         assert watch_of(connection) is None
+
+
+@pytest.mark.parametrize("how", ["plain", "many", "no parameters"])
+def test_a_statement_is_watched_however_it_is_sent(units: Units, how: str) -> None:
+    """An INSERT counts as work that would be lost."""
+
+    def send(session: Session) -> None:
+        plain = text("INSERT INTO parent (name) VALUES ('tea')")
+        if how == "many":
+            session.execute(text("INSERT INTO parent (name) VALUES (:name)"), [{"name": "tea"}, {"name": "milk"}])
+        else:
+            session.execute(plain, execution_options={"no_parameters": True} if how == "no parameters" else {})
+
+    def work(session: Session) -> None:
+        send(session)
+        assert units.db.scope.wrote
+        with pytest.raises(DBAPIError):
+            send(session)
+        units.db.doom("seen")
+
+    units.run(work)
+    assert units.store.names() == []
+
+
+def test_engines_of_one_dialect_are_watched_once(tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path / 'test.db'}")
+    Database(engine)
+    commit = engine.dialect.do_commit
+    Database(engine.execution_options(logging_token="reports"))
+    assert engine.dialect.do_commit is commit
 
 
 def test_permits_are_one_per_scope_and_all_come_back() -> None:

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -28,7 +29,8 @@ from session_plugin import (
 )
 from session_plugin._processes import dispose_at_exit, forget_inherited_connections
 
-from .harness import Base, Parent, insert
+from .conftest import make_store
+from .harness import Base, Parent, insert, wait_for
 
 
 @pytest.fixture
@@ -335,6 +337,49 @@ def test_a_forked_child_shares_no_socket(postgresql: Any) -> None:
     assert theirs != mine
     assert backend() == mine
     db.dispose()
+
+
+WORKERS = """
+import multiprocessing
+import sys
+
+from sqlalchemy import text
+
+from session_plugin import Database
+
+db = Database(sys.argv[1], pool_size=1, max_overflow=0)
+backend = text("SELECT pg_backend_pid()")
+
+
+def save(name):
+    with db.session_scope() as session:
+        session.execute(text("INSERT INTO parent (name) VALUES (:name)"), {"name": name})
+        return session.scalar(backend)
+
+
+if __name__ == "__main__":
+    with db.session_scope() as session:
+        mine = save("before")
+        with multiprocessing.get_context(sys.argv[2]).Pool(2) as workers:
+            theirs = set(workers.map(save, ["tea", "milk", "honey", "jam"], chunksize=2))
+            workers.close()
+            workers.join()
+        save("after")
+        assert session.scalar(backend) == mine and mine not in theirs, (mine, theirs)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_worker_processes(request: pytest.FixtureRequest, tmp_path: Path, method: str) -> None:
+    """Started in the middle of a unit of work, they save in units of work of their own, and leave that one alone."""
+    store = make_store(request, "postgresql+psycopg")
+    program = tmp_path / "workers.py"
+    program.write_text(WORKERS)
+    command = [sys.executable, "-W", "always::ResourceWarning", str(program), store.url, method]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stderr == ""
+    assert sorted(store.names()) == ["after", "before", "honey", "jam", "milk", "tea"]
+    assert wait_for(lambda: store.open_transactions() == [])
+    store.engine.dispose()
 
 
 def test_what_a_forked_child_forgets(dispose: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from sqlalchemy import MetaData
 from sqlalchemy.util import ScopedRegistry
@@ -66,10 +66,10 @@ class Access(ABC, Generic[S]):
     """The part that sync and async databases share.
 
     Attributes:
-        has_marks: True once an endpoint or what holds endpoints was given a policy of this database.
+        has_marks: True once an endpoint or what holds endpoints was given a policy of any database.
     """
 
-    has_marks: bool = False
+    has_marks: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -221,7 +221,7 @@ class Access(ABC, Generic[S]):
     def mark(self, place: object, policy: Policy) -> None:
         """Note on an endpoint, or on what holds endpoints, the policy of this database there."""
         setattr(place, POLICIES_ATTRIBUTE, {**getattr(place, POLICIES_ATTRIBUTE, {}), self: policy})
-        self.has_marks = True
+        Access.has_marks = True
 
     def marked_policy(self, place: object) -> Policy | None:
         """The policy of this database that was noted on ``place``, or None."""

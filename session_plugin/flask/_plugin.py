@@ -138,7 +138,7 @@ class SessionPlugin(Plugin[SyncS], SyncAccess[SyncS]):
 
     def _find_policy(self) -> Policy | None:
         """What `policy` says of the view, its method, its class or its blueprint, the nearest first."""
-        if not (self.has_marks or self.database.has_marks) or not has_request_context():
+        if not self.has_marks or not has_request_context():
             return None
         app, served = current_app._get_current_object(), request._get_current_object()  # type: ignore[attr-defined]
         view = app.view_functions.get(served.endpoint or "")

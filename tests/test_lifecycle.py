@@ -20,6 +20,7 @@ from session_plugin import (
     ConcurrentUseError,
     Database,
     Outcome,
+    ScopeClosedError,
     SessionScope,
     TransactionAbortedError,
     _watch,
@@ -30,9 +31,10 @@ from session_plugin._drive import run
 from session_plugin._lifecycle import settle
 from session_plugin._processes import forget_open_scopes
 from session_plugin._watch import WRITING
+from session_plugin._work import MANY_STREAMS
 
 from .drivers import ASYNC, POSTGRESQL, SYNC
-from .harness import POOL, Base, Child, Parent, add_orphan, insert
+from .harness import POOL, Base, Child, Parent, add, add_orphan, insert
 from .units import Units, on
 
 
@@ -150,6 +152,25 @@ def test_a_scope_that_was_not_settled_rolls_back_at_its_close(units: Units) -> N
     assert units.store.names() == []
 
 
+def test_a_rollback_that_fails_at_the_close_raises_nothing(units: Units) -> None:
+    """Who closes can do nothing about it; the pool is whole."""
+    fail_once(units.sync_engine, "rollback")
+    scope = SessionScope(units.db, origin="test")
+
+    async def main() -> None:
+        await scope.session.run_sync(insert("lost"))
+        await scope.aclose()
+
+    if units.is_async:
+        units.runner.run(main())
+    else:
+        insert("lost")(scope.session)
+        scope.close()
+    for number in range(6):
+        units.run(insert(f"row {number}"))
+    assert len(units.store.names()) == 6
+
+
 def test_settling_twice_settles_what_came_in_between(units: Units) -> None:
     """Late work is a transaction of its own, and so are its hooks."""
     log: list[str] = []
@@ -212,12 +233,18 @@ def test_a_sync_scope_under_an_event_loop_hops_only_to_talk(units: Units) -> Non
         await scope.asettle(Outcome())
         await scope.aclose()
 
+    def begins(session: Session) -> None:
+        event.listen(session, "after_commit", lambda session: silent.append(threading.current_thread()))
+        session.begin()
+
+    silent: list[Any] = []
     asyncio.run(main(lambda session: None))
-    asyncio.run(main(lambda session: session.begin()))
-    assert threads == []
+    asyncio.run(main(begins))
+    assert (threads, silent) == ([], [threading.main_thread()])
     asyncio.run(main(insert("tea")))
-    assert [thread is threading.main_thread() for thread in threads] == [False]
-    assert units.store.names() == ["tea"]
+    asyncio.run(main(add("milk")))
+    assert [thread is threading.main_thread() for thread in threads] == [False, False]
+    assert units.store.names() == ["milk", "tea"]
 
 
 def test_an_ending_makes_the_calls_in_its_order() -> None:
@@ -296,6 +323,16 @@ def test_an_unread_core_result_is_closed_with_its_transaction() -> None:
     db.dispose()
 
 
+def test_results_that_were_read_are_not_kept() -> None:
+    """However many statements a unit of work makes."""
+    db = Database("sqlite://")
+    with db.session_scope() as session:
+        for _ in range(3 * MANY_STREAMS):
+            session.execute(text("SELECT 1")).all()
+        assert len(db.scope.work.streams) <= MANY_STREAMS
+    db.dispose()
+
+
 def test_a_lost_sqlite_transaction_takes_nothing_more() -> None:
     """After INSERT OR ROLLBACK each further statement would commit by itself."""
     db = Database("sqlite://", metadata=Base.metadata)
@@ -308,6 +345,8 @@ def test_a_lost_sqlite_transaction_takes_nothing_more() -> None:
 
     with pytest.raises(TransactionAbortedError, match="IntegrityError"), db.session_scope() as session:
         lose(session)
+        with pytest.raises(TransactionAbortedError, match="IntegrityError"):
+            session.execute(text("INSERT INTO parent (name) VALUES ('alone')"))
         session.execute(text("INSERT INTO parent (name) VALUES ('alone')"))
     with pytest.raises(PendingRollbackError), db.session_scope() as session:
         lose(session)
@@ -514,6 +553,8 @@ def test_an_abandoned_scope_says_nothing_to_the_database() -> None:
         forget_open_scopes()
         assert db.scope.closed
         assert session.in_transaction()
+        with pytest.raises(ScopeClosedError):
+            session.execute(text("SELECT 1"))
         session.rollback()
         session.close()
     db.dispose()

@@ -9,11 +9,14 @@ import gc
 import logging
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, inspect, select, text
+import sqlalchemy
+from sqlalchemy import create_engine, event, inspect, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -40,6 +43,7 @@ from session_plugin import (
     read_only,
 )
 from session_plugin._watch import Watch, watch_of
+from session_plugin._work import Work
 
 from .drivers import POSTGRESQL, SQLITE, SYNC
 from .harness import Base, Parent, add, add_orphan, count, insert
@@ -358,6 +362,27 @@ def test_a_policy_that_fails_commits_nothing(units: Units, policy: Any) -> None:
     assert units.store.names() == []
 
 
+@pytest.mark.parametrize(("status", "is_error"), [(303, False), (399, False), (400, True), (500, True)])
+def test_an_exception_that_is_a_response_is_an_error_from_400_on(status: int, is_error: bool) -> None:
+    error = HTTPException(status)
+    assert Outcome.raised(error) == Outcome(status=status, error=error if is_error else None)
+
+
+def test_an_outcome_shows_the_class_of_its_error_only() -> None:
+    """Its text may hold the parameters of a statement."""
+    shown = repr(Outcome(status=500, error=BoomError("secret"), method="POST"))
+    assert "error=BoomError" in shown
+    assert "secret" not in shown
+    assert "error=None" in repr(Outcome())
+
+
+@pytest.mark.parametrize("fact", [Outcome(status=200), Decision(True, "success"), commit_on_success], ids=str)
+def test_what_crosses_a_boundary_is_frozen(fact: Any) -> None:
+    for field in fields(fact):
+        with pytest.raises(FrozenInstanceError):
+            setattr(fact, field.name, None)
+
+
 def test_use_refuses_what_is_no_policy(units: Units) -> None:
     def work(session: Session) -> None:
         with pytest.raises(PolicyError, match="commit_on_success"):
@@ -386,6 +411,25 @@ def test_read_only_refuses_to_flush(units: Units) -> None:
     with pytest.raises(ReadOnlyError, match="Parent"):
         units.run(work)
     assert units.store.names() == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        sqlalchemy.insert(Parent).values(name="tea"),
+        sqlalchemy.update(Parent).values(name="tea"),
+        sqlalchemy.delete(Parent),
+    ],
+)
+def test_read_only_refuses_statements_that_write(units: Units, statement: Any) -> None:
+    """And says so itself, before it asks the database."""
+
+    def work(session: Session) -> None:
+        units.db.use(read_only)
+        with pytest.raises(ReadOnlyError):
+            session.execute(statement)
+
+    units.run(work)
 
 
 def test_read_only_is_enforced_by_the_database(units: Units) -> None:
@@ -450,6 +494,34 @@ def test_a_rollback_that_discards_nothing_keeps_what_is_loaded(autobegin: bool, 
     db.dispose()
 
 
+def test_what_a_unit_of_work_loaded_can_go_into_the_next(units: Units) -> None:
+    """It belongs to no session any more."""
+    units.run(insert("tea"))
+    loaded: list[Any] = []
+    units.run(lambda session: loaded.append(session.scalar(select(Parent))))
+
+    def rename(session: Session) -> None:
+        session.add(loaded[0])
+        loaded[0].name = "coffee"
+
+    units.run(rename)
+    assert units.store.names() == ["coffee"]
+
+
+def test_only_a_settling_expires_nothing(tmp_path: Path) -> None:
+    """An explicit commit after it does what the session was configured to do."""
+    db = Database(f"sqlite:///{tmp_path / 'shop.db'}", metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        session.add(row := Parent(name="tea"))
+        db.scope.settle(Outcome())
+        assert not inspect(row).expired_attributes
+        row.name = "coffee"
+        session.commit()
+        assert inspect(row).expired_attributes
+    db.dispose()
+
+
 @on(*POSTGRESQL)
 def test_isolation_level_of_a_policy(units: Units) -> None:
     """It holds for the transaction, and leaves nothing behind on the connection."""
@@ -470,12 +542,15 @@ def test_isolation_level_of_a_policy(units: Units) -> None:
     assert levels == ["serializable", "read committed"]
 
 
-def test_a_doomed_scope_refuses_an_explicit_commit(units: Units) -> None:
-    """It rolls back, whatever happens."""
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_doomed_scope_refuses_an_explicit_commit(units: Units, connected: bool) -> None:
+    """It rolls back, whatever happens, and whenever it takes its connection."""
 
     def work(session: Session) -> None:
-        insert("tea")(session)
+        if connected:
+            session.connection()
         units.db.doom("dry run")
+        insert("tea")(session)
         with pytest.raises(TransactionAbortedError, match="dry run"):
             session.commit()
 
@@ -484,7 +559,7 @@ def test_a_doomed_scope_refuses_an_explicit_commit(units: Units) -> None:
 
 
 def test_the_log_tells_the_decision_and_its_reason(units: Units, caplog: pytest.LogCaptureFixture) -> None:
-    """COMMIT at DEBUG, work discarded under an error at INFO, under a success at WARNING."""
+    """COMMIT, and ROLLBACK of nothing, at DEBUG; work discarded under an error at INFO, under a success at WARNING."""
     caplog.set_level(logging.DEBUG, "session_plugin")
 
     def fail(session: Session) -> None:
@@ -495,15 +570,21 @@ def test_the_log_tells_the_decision_and_its_reason(units: Units, caplog: pytest.
         add("tea")(session)
         units.db.doom("dry run")
 
+    def only_reads(session: Session) -> None:
+        session.execute(text("SELECT 1"))
+        units.db.doom("nothing new")
+
     units.run(insert("milk"))
     with pytest.raises(BoomError):
         units.run(fail)
     units.run(dooms)
+    units.run(only_reads)
     told = [(record.levelname, record.getMessage().split(": ", 1)[1]) for record in caplog.records]
     assert [level_and_message for level_and_message in told if "journal" not in level_and_message[1]] == [
         ("DEBUG", "COMMIT (success)"),
         ("INFO", "ROLLBACK, its work is discarded (BoomError)"),
         ("WARNING", "ROLLBACK, its work is discarded (doomed: dry run)"),
+        ("DEBUG", "ROLLBACK (doomed: nothing new)"),
     ]
 
 
@@ -545,6 +626,21 @@ def test_hooks_of_a_savepoint_that_rolls_back_are_dropped(units: Units) -> None:
 
     units.run(work)
     assert log == ["outer", "released", "undone"]
+
+
+def test_a_rollback_hook_is_due_by_the_rollback_of_its_own_savepoint(units: Units) -> None:
+    """One of a savepoint that was released waits for the end, and is dropped if that is a commit."""
+    log: list[Any] = []
+
+    def work(session: Session) -> None:
+        with session.begin_nested():
+            units.db.on_rollback(log.append, "released")
+        with pytest.raises(BoomError), session.begin_nested():
+            units.db.on_rollback(log.append, "undone")
+            boom(session)
+
+    units.run(work)
+    assert log == ["undone"]
 
 
 def test_hooks_do_not_run_on_the_release_of_a_savepoint(units: Units) -> None:
@@ -992,6 +1088,79 @@ def test_engines_of_one_dialect_are_watched_once(tmp_path: Path) -> None:
     commit = engine.dialect.do_commit
     Database(engine.execution_options(logging_token="reports"))
     assert engine.dialect.do_commit is commit
+
+
+def test_a_connection_that_is_back_is_watched_no_more(units: Units) -> None:
+    """Even where something still holds the watch, such as the traceback of an error."""
+    watches: list[Any] = []
+    units.run(lambda session: watches.append(watch_of(session.connection())))
+    connections: list[Any] = []
+    event.listen(units.sync_engine, "checkout", lambda driver, record, proxy: connections.append(dict(record.info)))
+    units.run(lambda session: session.connection())
+    assert watches[0] is not None
+    assert watches[0] not in [held() for info in connections for held in info.values() if callable(held)]
+
+
+def test_nothing_joins_a_scope_that_had_nothing_to_settle() -> None:
+    """What comes after its settling is late work, whatever came before."""
+    db = Database("sqlite://")
+    scope = SessionScope(db, origin="test")
+    scope.settle(Outcome())
+    assert not scope.can_be_joined
+    scope.close()
+    db.dispose()
+
+
+def test_two_threads_at_once_are_refused_on_two_engines_too() -> None:
+    """One connection waits, and the other thread asks the other one."""
+    db = Database({"default": "sqlite://", "other": "sqlite://"})
+    asked, answer = threading.Event(), threading.Event()
+
+    def wait() -> bool:
+        asked.set()
+        return answer.wait(10)
+
+    with db.session_scope() as session, ThreadPoolExecutor(1) as elsewhere:
+        session.connection().connection.driver_connection.create_function("wait", 0, wait)  # type: ignore[union-attr]
+        waiting = elsewhere.submit(session.scalar, text("SELECT wait()"))
+        try:
+            assert asked.wait(10)
+            with pytest.raises(ConcurrentUseError):
+                session.execute(text("SELECT 1"), bind_arguments={"bind": db.engines["other"]})
+        finally:
+            answer.set()
+        assert waiting.result()
+    db.dispose()
+
+
+def test_who_was_refused_to_flush_is_refused_again() -> None:
+    """For as long as the other one flushes."""
+    work = Work()
+    work.begin_flush()
+
+    def flush() -> None:
+        for _ in range(2):
+            with pytest.raises(ConcurrentUseError):
+                work.begin_flush()
+
+    with ThreadPoolExecutor(1) as other:
+        other.submit(flush).result()
+
+
+@on("sqlite+aiosqlite")
+def test_nothing_joins_what_is_being_settled(units: Units) -> None:
+    """From the moment on at which the ending is asked for."""
+
+    async def main() -> None:
+        scope = SessionScope(units.db, origin="test")
+        await scope.session.run_sync(insert("tea"))
+        ending = asyncio.create_task(scope.asettle(Outcome()))
+        await asyncio.sleep(0)
+        assert not scope.can_be_joined
+        await ending
+        await scope.aclose()
+
+    units.runner.run(main())
 
 
 def test_permits_are_one_per_scope_and_all_come_back() -> None:

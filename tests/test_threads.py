@@ -6,23 +6,25 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from anyio import to_thread
 from fastapi import BackgroundTasks, Depends, FastAPI
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import create_engine
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
-from session_plugin import Database
+from session_plugin import Database, Outcome
 from session_plugin._permits import Permits
-from session_plugin._threads import in_thread
+from session_plugin._threads import WORKERS, in_thread
 from session_plugin.exceptions import ScopeClosedError
 from session_plugin.scope import SessionScope
 
 from .asgi_site import Site, stores
-from .harness import Parent, Store, count, insert
+from .harness import Base, Parent, Store, add, count, insert
 
 CROWD = 150
 SHORT = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 3}
@@ -183,17 +185,23 @@ def test_permits_asked_for_twice_at_once(store: Store) -> None:
 
 
 def test_who_waits_too_long_for_a_permit_is_told() -> None:
-    """In a task or a thread, by SQLAlchemy's own exception; neither keeps a place in the queue."""
+    """In a task or a thread, by SQLAlchemy's own exception; neither keeps a place in the queue, or a thread."""
     permits = Permits(1, 0.05)
 
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
+        limiter = to_thread.current_default_thread_limiter()
+        threads = limiter.total_tokens
         release = await permits.acquire()
         assert release is not None
         with pytest.raises(PoolTimeoutError, match=r"pool_timeout of 0\.05 seconds"):
             await permits.acquire()
         with pytest.raises(PoolTimeoutError, match="connections, 1, are at work"):
             await asyncio.to_thread(permits.acquire_in_thread, loop)
+        assert not permits._waiting
+        async with asyncio.timeout(5):
+            while limiter.total_tokens != threads:
+                await asyncio.sleep(0.01)
         release()
         assert permits.acquire_in_thread(loop) is None  # the loop's own thread may not wait
         last = await asyncio.to_thread(permits.acquire_in_thread, loop)
@@ -303,3 +311,55 @@ def test_holders_do_not_queue_behind_those_who_wait() -> None:
         await asyncio.gather(*blocked)
 
     asyncio.run(scenario())
+
+
+def test_an_ending_that_holds_a_connection_does_not_queue_behind_those_who_wait_for_one(tmp_path: Path) -> None:
+    """Nor may one that has yet to wait for it take the workers of the others."""
+    db = Database(f"sqlite:///{tmp_path / 'shop.db'}", metadata=Base.metadata)
+    db.create_all()
+
+    async def end(name: str, *, permit: bool, connected: bool, beside: bool) -> None:
+        """While every worker of those who can wait (``beside``), or of the others, is taken."""
+        gate = threading.Event()
+        scope = SessionScope(db, origin="test")
+        if permit:
+            await scope.permit()
+        (insert if connected else add)(name)(scope.session)
+        blocked = [in_thread(lambda: gate.wait(10), can_wait=beside) for _ in range(WORKERS)]
+        try:
+            await asyncio.wait_for(scope.asettle(Outcome()), 5)
+        finally:
+            gate.set()
+        assert scope.permit_held is None
+        await asyncio.gather(*blocked)
+        await scope.aclose()
+
+    async def main() -> None:
+        await end("tea", permit=True, connected=False, beside=True)
+        await end("milk", permit=False, connected=True, beside=True)
+        await end("coffee", permit=False, connected=False, beside=False)
+
+    asyncio.run(main())
+    with db.session_scope() as session:
+        assert count(session) == 3
+    db.dispose()
+
+
+@pytest.mark.parametrize("work", [None, add, insert])
+def test_a_permit_is_back_once_its_scope_is_settled(tmp_path: Path, work: Any) -> None:
+    """Before the body is sent, whether it was used or not."""
+    db = Database(f"sqlite:///{tmp_path / 'shop.db'}", metadata=Base.metadata)
+    db.create_all()
+
+    async def main() -> None:
+        scope = SessionScope(db, origin="test")
+        await scope.permit()
+        assert scope.permit_held is not None
+        if work is not None:
+            work("tea")(scope.session)
+        await scope.asettle(Outcome())
+        assert scope.permit_held is None
+        await scope.aclose()
+
+    asyncio.run(main())
+    db.dispose()

@@ -10,7 +10,7 @@ CONSTRAINTS := --constraint $(CONSTRAINTS_FILE)
 test_IF_POSSIBLE = $(if $(shell command -v mariadb_config),--group mysqlclient)
 test-core_IF_POSSIBLE = $(test_IF_POSSIBLE)
 
-.PHONY: demo serve test soak matrix lint docs package bench clean
+.PHONY: demo serve test soak mutants matrix lint docs package bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m example_apps.demo
@@ -24,6 +24,10 @@ test: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak --seconds $(SECONDS)
+
+mutants: $(VENV)/.mutants  # hours; MODULES="scope flask/_plugin" are some of them
+	$(BIN)/python -m tests.mutants $(MODULES)
+	$(BIN)/python -m tests.mutants --wide $(MODULES)
 
 matrix: package  # every Python and every set of versions that is claimed
 	.ci/matrix
@@ -47,7 +51,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m bench --size $(if $(QUICK),quick,full)
 
 clean:
-	rm -rf $(VENV) .matrix dist site .coverage
+	rm -rf $(VENV) .matrix .mutants dist site .coverage
 
 $(VENV)/.pip: $(CONSTRAINTS_FILE)
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +62,6 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.test-core $(VENV)/.docs $(VENV)/.package: $
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) $(PACKAGE) --group $* $($*_IF_POSSIBLE)
 	touch $@
 
-$(VENV)/.lint: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --group lint
+$(VENV)/.lint $(VENV)/.mutants: $(VENV)/.%: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --group $*
 	touch $@

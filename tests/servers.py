@@ -53,6 +53,11 @@ class Server:
             connection.execute(text(f"CREATE DATABASE {name}"))
         return name
 
+    @property
+    def base_url(self) -> str:
+        """What ``SESSION_PLUGIN_TEST_...`` is set to, for processes that share this server."""
+        return self._base.render_as_string(hide_password=False)
+
     def url(self, driver: str, database: str | None = None) -> str:
         """The URL of ``database``, or of an empty one, for a driver such as ``"psycopg"``."""
         url = self._base.set(drivername=f"{self.name}+{driver}", database=database or self.new_database())

@@ -1,0 +1,309 @@
+"""Small changes of the package, one at a time: some test has to fail for each.
+
+Cosmic Ray makes the changes, in copies of the tree, two at a time; ``RemoveStatement`` is ours.  Which tests run
+which line is recorded first.  A mutant meets those of its line that lie near, then the others, the quick ones
+first and within bounds; ``--wide`` shows the survivors all of them.  ``.mutants`` keeps what is known, so that a
+run that was stopped goes on; remove it after a change of the package, and its ``recorded.json`` after one of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from difflib import unified_diff
+from functools import cache
+from importlib import import_module
+from itertools import accumulate
+from multiprocessing import get_context
+from pathlib import Path
+from subprocess import DEVNULL, PIPE, run
+from typing import Any
+
+import cosmic_ray.plugins
+import coverage
+import pytest
+from cosmic_ray.commands import init
+from cosmic_ray.mutating import use_mutation
+from cosmic_ray.operators.operator import Operator
+from cosmic_ray.tools.filters.operators_filter import OperatorsFilter
+from cosmic_ray.work_db import WorkDB, use_db
+from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkResult
+from parso.python.tree import Keyword
+
+from .servers import MariaDB, PostgreSQL
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / ".mutants"
+PROCESSES = 2
+TIMEOUT = 20
+"""Seconds for one test."""
+LONGEST = 900
+"""Seconds for all the tests of one mutant."""
+BOUND = 15.0
+"""Seconds that the tests of one mutant take together, if they are not ``--wide``."""
+IMPORTED_BEFORE = (
+    "aiosqlite", "asyncpg", "fastapi", "flask", "httptools", "httpx", "hypothesis", "psycopg", "psycopg2",
+    "pymysql", "sqlalchemy.ext.asyncio", "sqlalchemy.orm", "sqlalchemy.dialects.sqlite.aiosqlite",
+    "sqlalchemy.dialects.postgresql.asyncpg", "uvicorn", "uvicorn.protocols.http.h11_impl",
+    "werkzeug.serving",
+)  # fmt: skip
+"""What takes long to import and is not ours: once for all mutants."""
+MODULES = (
+    "_lifecycle", "scope", "_work", "_watch", "_session", "_permits", "policy", "wsgi", "_asgi", "asgi",
+    "flask/_settle", "flask/_plugin", "flask/_configuration", "starlette", "_hooks", "_drive", "database", "access",
+    "_engines", "_sqlite", "_mysql", "_client", "current", "sync_access", "async_access", "plugin", "configuration",
+    "_threads", "_processes",
+)  # fmt: skip
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in (
+        "access", "asgi", "cancellation", "careless", "crowds", "database", "databases", "disorder", "drive",
+        "failing_parts", "fastapi", "fastapi_newer", "flask", "lifecycle", "mysql", "scope", "secrets", "sqlite",
+        "starlette", "threads", "wsgi",
+    )
+]  # fmt: skip
+DRIVERS = (  # SQLite's, and one of PostgreSQL where SQLite cannot show it
+    "(not mariadb or test_mysql) and not mysqldb and not psycopg2 and not psycopg_async and not asyncpg"
+    " and (not postgresql or test_threads or test_crowds or test_cancellation or test_disorder or test_databases)"
+)
+NEAR = {
+    "core": ("tests/test_scope.py", "tests/test_lifecycle.py"),
+    "database": ("tests/test_database.py",),
+    "engines": ("tests/test_database.py", "tests/test_secrets.py"),
+    "access": ("tests/test_access.py",),
+    "drive": ("tests/test_drive.py",),
+    "permits": ("tests/test_threads.py",),
+    "wsgi": ("tests/test_wsgi.py",),
+    "asgi": ("tests/test_asgi.py",),
+    "client": ("tests/test_asgi.py",),
+    "starlette": ("tests/test_starlette.py",),
+    "flask": ("tests/test_flask.py",),
+}
+"""The tests that a module meets first."""
+OPTIONS = ["-q", "--tb=short", "-W", "ignore::pytest.PytestAssertRewriteWarning", f"--timeout={TIMEOUT}"]
+EXCLUDED = [
+    "core/ReplaceBinaryOperator_(BitOr|Mul|Pow)_",  # annotations, and the stars of parameters
+    "core/ReplaceBinaryOperator_(Add_(?!Sub)|Sub_(?!Add)|Div_(?!Mul))",  # one replacement for each operator
+    "core/ReplaceComparisonOperator_(Is_(?!IsNot)|IsNot_(?!Is)|Eq_(?!NotEq)|NotEq_(?!Eq))",
+    "core/ReplaceComparisonOperator_(GtE_(?!Gt$)|Gt_(?!GtE)|LtE_(?!Lt$)|Lt_(?!LtE))",
+    "core/ReplaceUnaryOperator_USub_",
+]
+COMPOUND = re.compile(r"\b(not|is|and|or)\b|[=<>]")
+"""A condition whose parts are mutated, and which need not be negated as a whole."""
+
+
+class RemoveStatement(Operator):
+    """Leaves out a call, an assignment to what others see, or a ``raise``."""
+
+    def mutation_positions(self, node: Any) -> Iterator[tuple[Any, Any]]:
+        statement = node.children[0] if node.type == "simple_stmt" else None
+        if statement is not None and _is_inside_function(node) and _has_effect(statement):
+            yield statement.start_pos, statement.end_pos
+
+    def mutate(self, node: Any, index: int) -> Any:
+        statement = node.children[0]
+        node.children[0] = Keyword("pass", statement.start_pos, prefix=statement.get_first_leaf().prefix)
+        return node
+
+    @classmethod
+    def examples(cls) -> tuple[()]:
+        return ()
+
+
+def _is_inside_function(node: Any) -> bool:
+    while node is not None and node.type != "funcdef":
+        node = node.parent
+    return node is not None
+
+
+def _has_effect(statement: Any) -> bool:
+    if statement.type == "expr_stmt":
+        return any(name.parent.type != "expr_stmt" for name in statement.get_defined_names(include_setitem=True))
+    return statement.type in ("atom_expr", "await_expr", "yield_expr", "raise_stmt", "del_stmt")
+
+
+cosmic_ray.plugins.OPERATOR_PROVIDERS["own"] = {"RemoveStatement": RemoveStatement}
+
+
+def test_module(module: str, *, wide: bool) -> str:
+    """Make the mutants of ``module`` and look which survive; answers the figure."""
+    path = RESULTS / f"{module.replace('/', '.')}.sqlite"
+    if wide and path.exists():
+        _forget_survivors(path)
+    with use_db(str(path), WorkDB.Mode.create) as found:
+        if not found.num_results:
+            init([Path("session_plugin", f"{module}.py")], found, {})
+            OperatorsFilter()._skip_filtered(found, EXCLUDED)
+            _skip_compound_conditions(found)
+        for item in found.pending_work_items:
+            found.set_result(item.job_id, _run(item.mutations[0], math.inf if wide else BOUND))
+        return _figure(module, found)
+
+
+def _skip_compound_conditions(found: WorkDB) -> None:
+    for item in found.pending_work_items:
+        mutation = item.mutations[0]
+        if mutation.operator_name == "core/AddNot":
+            lines = mutation.module_path.read_text().splitlines()
+            condition = lines[mutation.start_pos[0] - 1][mutation.start_pos[1] :]
+            if COMPOUND.search(condition):
+                found.set_result(item.job_id, WorkResult(WorkerOutcome.SKIPPED))
+
+
+def _run(mutation: MutationSpec, limit: float) -> WorkResult:
+    operator = cosmic_ray.plugins.get_operator(mutation.operator_name)(**mutation.operator_args)
+    with use_mutation(mutation.module_path, operator, mutation.occurrence) as (code, mutant):
+        killed = any(_tests_fail(["-x", *OPTIONS, *tests]) for tests in _tests_of(mutation, limit) if tests)
+        outcome = TestOutcome.KILLED if killed else TestOutcome.SURVIVED
+        diff = "\n".join(unified_diff(code.splitlines(), mutant.splitlines(), str(mutation.module_path), lineterm=""))
+    return WorkResult(WorkerOutcome.NORMAL, None, outcome, diff)
+
+
+class Recorder:
+    """Which tests run which line, and how long each takes: a plugin of pytest."""
+
+    def __init__(self) -> None:
+        self._coverage = coverage.Coverage(data_file=None, source=["session_plugin"])
+        self._seconds: Counter[str] = Counter()
+        self._failed: set[str] = {""}
+
+    def pytest_sessionstart(self) -> None:
+        self._coverage.start()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._coverage.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._seconds[report.nodeid] += report.duration
+        if report.failed:
+            self._failed.add(report.nodeid)
+
+    def pytest_sessionfinish(self) -> None:
+        self._coverage.stop()
+        data = self._coverage.get_data()
+        lines = {
+            str(Path(file).relative_to(Path.cwd())): {
+                line: sorted(set(tests) - self._failed, key=self._seconds.__getitem__)
+                for line, tests in data.contexts_by_lineno(file).items()
+            }
+            for file in data.measured_files()
+        }
+        (RESULTS / "recorded.json").write_text(json.dumps([lines, self._seconds]))
+
+
+def _record() -> None:
+    if (RESULTS / "recorded.json").exists():
+        return
+    _work_in_copy()
+    if _tests_fail([*OPTIONS, "-k", DRIVERS, *TESTS], [Recorder()]):
+        print("Left out, as they fail without a mutant:", Path("last-output").read_text(), sep="\n")
+
+
+def _tests_fail(arguments: list[str], plugins: Sequence[object] = ()) -> bool:
+    process = get_context("fork").Process(target=_test, args=(arguments, plugins))
+    process.start()
+    process.join(LONGEST)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    return process.exitcode != 0
+
+
+def _test(arguments: list[str], plugins: Sequence[object] = ()) -> None:
+    os.setsid()
+    sys.dont_write_bytecode = True
+    output = os.open("last-output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]  # not that of the copy
+    os._exit(pytest.main(arguments, plugins))
+
+
+@cache
+def _recorded() -> Any:
+    return json.loads((RESULTS / "recorded.json").read_text())
+
+
+def _tests_of(mutation: MutationSpec, limit: float) -> tuple[list[str], list[str]]:
+    """The tests that run the lines of ``mutation``, the quick ones first."""
+    lines, seconds = _recorded()
+    of_lines = lines[str(mutation.module_path)]
+    first, last = mutation.start_pos[0], mutation.end_pos[0]
+    found = {test for line in range(first, last + 1) for test in of_lines.get(str(line), ())}
+    if not found:  # it runs when the module is imported, or is the middle of a statement
+        before = [line for line in map(int, of_lines) if first - 6 < line < first and of_lines[str(line)]]
+        found = set(of_lines[str(max(before))] if before else [test for tests in of_lines.values() for test in tests])
+    near = NEAR.get(str(mutation.module_path.stem).lstrip("_")) or NEAR.get(mutation.module_path.parts[1], NEAR["core"])
+    tests = sorted(found, key=lambda test: (not test.startswith(near), seconds.get(test, 0)))
+    until = accumulate(seconds.get(test, 0) for test in tests)
+    bounded = [test for test, ends_at in zip(tests, until, strict=True) if ends_at < limit]
+    return [test for test in bounded if test.startswith(near)], [test for test in bounded if not test.startswith(near)]
+
+
+def _forget_survivors(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as found, found:
+        found.execute("DELETE FROM work_results WHERE test_outcome = ?", (TestOutcome.SURVIVED.name,))
+
+
+def _figure(module: str, found: WorkDB) -> str:
+    results = [result for _, result in found.results if result.worker_outcome is not WorkerOutcome.SKIPPED]
+    outcomes = Counter(result.test_outcome for result in results)
+    survivors = [result.diff for result in results if result.test_outcome is TestOutcome.SURVIVED]
+    (RESULTS / f"{module.replace('/', '.')}.survivors").write_text("\n".join(map(str, survivors)))
+    return f"{module}: {len(results)} mutants, {outcomes[TestOutcome.SURVIVED]} survived"
+
+
+def _work_in_copy() -> None:
+    """The mutants of this process are made in a copy of the tree, which its tests import."""
+    copy = Path(tempfile.mkdtemp(dir=RESULTS))
+    listed = run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, stdout=PIPE, check=True)
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    os.chdir(copy)
+    sys.path.insert(0, str(copy))
+    os.environ["PYTHONPATH"] = str(copy)
+    for name in IMPORTED_BEFORE:
+        import_module(name)
+    writing = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    run([sys.executable, "-m", "pytest", "--collect-only", "-q", *TESTS], stdout=DEVNULL, env=writing)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("modules", nargs="*", default=[*MODULES], metavar="module", help="such as flask/_plugin")
+    parser.add_argument("--wide", action="store_true", help="those that survived so far, against more tests")
+    arguments = parser.parse_args()
+    servers = [PostgreSQL(), MariaDB()]
+    for server in servers:
+        os.environ[f"SESSION_PLUGIN_TEST_{server.name.upper()}"] = server.base_url
+    try:
+        RESULTS.mkdir(exist_ok=True)
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            pool.submit(_record).result()
+        with ProcessPoolExecutor(PROCESSES, get_context("spawn"), _work_in_copy) as pool:
+            running = [pool.submit(test_module, module, wide=arguments.wide) for module in arguments.modules]
+            for module in running:
+                print(module.result(), flush=True)
+    finally:
+        for copy in filter(Path.is_dir, RESULTS.iterdir()):
+            shutil.rmtree(copy)
+        for server in servers:
+            server.stop()
+
+
+if __name__ == "__main__":
+    main()

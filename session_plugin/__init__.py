@@ -8,6 +8,7 @@ from .database import AsyncDatabase, Database
 from .exceptions import (
     ConcurrentUseError,
     ConfigurationError,
+    IsolationError,
     NoScopeError,
     PolicyError,
     ReadOnlyError,
@@ -24,6 +25,7 @@ __all__ = [
     "ConfigurationError",
     "Database",
     "Decision",
+    "IsolationError",
     "NoScopeError",
     "Outcome",
     "Policy",

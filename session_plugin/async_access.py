@@ -58,6 +58,25 @@ class AsyncAccess(Access[AsyncS]):
             finally:
                 await scope.aclose()
 
+    @asynccontextmanager
+    async def isolated(self) -> AsyncGenerator[AsyncS]:
+        """For a test: whatever is done through this database in the block commits, and is undone at its end.
+
+        That holds for requests, ``session_scope()``, background work, tasks and hooks, on the event loop of
+        the block.
+
+        Yields:
+            a session of the test's own, to arrange and to assert with.
+
+        Raises:
+            IsolationError: it is isolated already, or something was done that cannot be undone.
+        """
+        from .testing.isolation import Isolation
+
+        isolation = Isolation(self.database)
+        async with isolation.aentered():
+            yield isolation.session
+
     @property
     def engine(self) -> AsyncEngine:
         """The default engine."""

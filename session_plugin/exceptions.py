@@ -9,7 +9,8 @@
     ├── ConcurrentUseError          two threads or tasks used one session at once
     ├── TransactionAbortedError     the server had given the transaction up, or it was doomed
     ├── ReadOnlyError               wrote under a read-only policy
-    └── PolicyError                 a policy was chosen too late, raised, or answered nonsense
+    ├── PolicyError                 a policy was chosen too late, raised, or answered nonsense
+    └── IsolationError              a test did what ``db.isolated()`` cannot undo or cannot show
 
 SQLAlchemy's own exceptions always pass through unwrapped.
 """
@@ -20,6 +21,7 @@ from sqlalchemy.exc import InvalidRequestError, PendingRollbackError
 __all__ = [
     "ConcurrentUseError",
     "ConfigurationError",
+    "IsolationError",
     "NoScopeError",
     "PolicyError",
     "ReadOnlyError",
@@ -68,6 +70,10 @@ class ReadOnlyError(SessionPluginError, InvalidRequestError):
 
 class PolicyError(SessionPluginError):
     """A policy was chosen after it could take effect, raised, or returned no `Decision`."""
+
+
+class IsolationError(SessionPluginError):
+    """Inside ``db.isolated()``, or with the test kit, something was done that it cannot undo or cannot show."""
 
 
 def shown(url: URL) -> str:

@@ -56,6 +56,24 @@ class SyncAccess(Access[SyncS]):
             finally:
                 scope.close()
 
+    @contextmanager
+    def isolated(self) -> Generator[SyncS]:
+        """For a test: whatever is done through this database in the block commits, and is undone at its end.
+
+        That holds for requests, ``session_scope()``, background work, threads and hooks.
+
+        Yields:
+            a session of the test's own, to arrange and to assert with.
+
+        Raises:
+            IsolationError: it is isolated already, or something was done that cannot be undone.
+        """
+        from .testing.isolation import Isolation
+
+        isolation = Isolation(self.database)
+        with isolation.entered():
+            yield isolation.session
+
     @property
     def engine(self) -> Engine:
         """The default engine."""

@@ -1,0 +1,308 @@
+"""`Isolation`: for one test, whatever a database commits is undone at the end.
+
+Each engine has one connection with a transaction that is never committed.  The app's sessions are
+bound to it, so that their transactions are savepoints of that one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, Engine, event
+
+from .. import _engines
+from .._watch import KEY, before_commit
+from ..exceptions import IsolationError
+from . import constraints, statements
+from .session import IsolatedSession, SessionOfTheTest, isolated_class
+from .turns import Turn, Turns
+
+if TYPE_CHECKING:
+    from ..access import HasDatabase
+    from ..database import BaseDatabase
+
+Failure = Callable[[Connection], None]
+
+_isolations: WeakKeyDictionary[BaseDatabase[Any], Isolation] = WeakKeyDictionary()
+
+
+class IsolationWarning(UserWarning):
+    """What a test saw is not what a real database would have kept."""
+
+
+def isolation_of(db: HasDatabase) -> Isolation:
+    """The isolation of a database, or of the one that a plugin has.
+
+    Raises:
+        IsolationError: there is none.
+    """
+    isolation = _isolations.get(db.database)
+    if isolation is None:
+        raise IsolationError("This works on an isolated database only. Open `with db.isolated():` around it.")
+    return isolation
+
+
+class Isolation:
+    """The connections of one database for the time of one test.
+
+    Attributes:
+        session: the test's own.
+        next_commits: what fails the next commits, one after the other.
+        next_statements: what fails the next statements.
+        exhausted: what taking a connection raises, or None.
+    """
+
+    def __init__(self, database: BaseDatabase[Any]) -> None:
+        self._database = database
+        self._turns = Turns(is_async=database.is_async)
+        self._connections: dict[Engine, Connection] = {}
+        self._checks: dict[Connection, constraints.Check] = {}
+        self._warnings: list[str] = []
+        self._opening = False
+        self._over = False
+        self._at_work: Turn | None = None
+        self._last_savepoint = ""
+        self._to_release = ""
+        self.next_commits: list[Failure] = []
+        self.next_statements: list[Failure] = []
+        self.exhausted: Exception | None = None
+        self.session: Any = None
+
+    # -- its course ----------------------------------------------------------------------------
+
+    @contextmanager
+    def entered(self) -> Generator[None]:
+        """Isolate a sync database for the time of the block."""
+        restore = self._begin()
+        try:
+            yield
+        finally:
+            restore()
+            self._end(self.session)
+        self._warn()
+
+    @asynccontextmanager
+    async def aentered(self) -> AsyncGenerator[None]:
+        """Isolate an async database for the time of the block."""
+        restore = self._begin()
+        try:
+            yield
+        finally:
+            restore()
+            await self.session.run_sync(self._end)
+        self._warn()
+
+    def _begin(self) -> Callable[[], None]:
+        database = self._database
+        if database in _isolations:
+            raise IsolationError("This database is isolated already. Leave that block before you open another one.")
+        maker = database._maker
+        switch = _switch_async if database.is_async else _switch
+        with switch(maker, self, SessionOfTheTest):
+            self.session = database._new_session()
+        switched = switch(maker, self, IsolatedSession)
+        switched.__enter__()
+        engines = list(database._known_engines)
+        database._begin_engine = lambda engine, scope: engine  # type: ignore[method-assign]
+        for engine in engines:
+            event.listen(engine, "checkout", self._refuse_checkout)
+        _isolations[database] = self
+
+        def restore() -> None:
+            del _isolations[database], database._begin_engine
+            for engine in engines:
+                event.remove(engine, "checkout", self._refuse_checkout)
+            switched.__exit__(None, None, None)
+
+        return restore
+
+    def _end(self, session: Any) -> None:
+        """Undo everything; ``session`` is the test's, or the sync one inside it."""
+        try:
+            session.close()
+        finally:
+            self._over = True
+            for connection in self._connections.values():
+                connection.close()
+
+    def _warn(self) -> None:
+        for message in self._warnings:
+            warnings.warn(message, IsolationWarning, stacklevel=5)
+
+    # -- connections ---------------------------------------------------------------------------
+
+    def connection_for(self, session: IsolatedSession, engine: Engine) -> Connection:
+        """The connection to ``engine``, once it is the turn of ``session``."""
+        if self._over:
+            raise IsolationError("This session belongs to an isolated() that has ended. Take a new one.")
+        if self.exhausted is not None and not session.is_the_tests and self._turns.find(session) is None:
+            raise self.exhausted
+        turn = self._turns.take(session)
+        try:
+            connection = self._connections.get(engine) or self._open(engine)
+        except BaseException:
+            if turn.begins:
+                self._turns.end(session)
+            raise
+        turn.begins = False
+        if turn.broken is not None:
+            raise turn.broken
+        if connection.invalidated or not connection.in_transaction():
+            raise IsolationError("The connection of this isolated() was lost, and with it what the test had written. ")
+        self._at_work = turn
+        return connection
+
+    def _open(self, engine: Engine) -> Connection:
+        if engine.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+            raise IsolationError("An engine in AUTOCOMMIT mode cannot be isolated. Make the test's engine without it.")
+        connection = self.connect_beside(engine)
+        try:
+            options = _engines.begin_options(engine.dialect.name, read_only=False, isolation_level=None, safe=False)
+            connection.execution_options(**options).begin()
+            self._checks[connection] = constraints.check_of(connection)
+        except BaseException:
+            connection.close()
+            raise
+        event.listen(connection, "before_cursor_execute", self._before_cursor_execute, retval=True)
+        event.listen(connection, "after_cursor_execute", self._after_cursor_execute)
+        event.listen(connection, "release_savepoint", self._before_release)
+        event.listen(connection, "rollback_savepoint", self._before_rollback)
+        self._connections[engine] = connection
+        return connection
+
+    def connect_beside(self, engine: Engine) -> Connection:
+        """Another connection to ``engine``, which nothing undoes."""
+        _engines.prepare(engine)
+        self._opening = True
+        try:
+            return engine.connect()
+        finally:
+            self._opening = False
+
+    def _refuse_checkout(self, *checkout: Any) -> None:
+        if not self._opening:
+            raise IsolationError(
+                "A connection was taken from the engine itself, which cannot be isolated: it sees nothing of the test, "
+                "and what it writes stays. Use a session, or session.connection()."
+            )
+
+    # -- transactions --------------------------------------------------------------------------
+
+    def begun(self, session: IsolatedSession, connection: Connection) -> None:
+        """The transaction of ``session`` is a savepoint of ``connection`` now."""
+        turn = self._turns.find(session)
+        if turn is not None:
+            turn.savepoints[connection] = self._last_savepoint
+            turn.watches[connection] = connection.info.get(KEY)
+            scope = session._session_scope
+            if scope is not None and scope.policy.read_only:
+                statements.begin_read_only(connection)
+
+    def ended(self, session: IsolatedSession) -> None:
+        """The transaction of ``session`` is over."""
+        turn = self._turns.end(session)
+        if turn is None:
+            return
+        scope = session._session_scope
+        for connection, watch in turn.watches.items():
+            if watch is not None:
+                connection.info[KEY] = watch
+            if scope is not None and scope.policy.read_only:
+                statements.end_read_only(connection)
+
+    def _before_release(self, connection: Connection, name: str, context: Any) -> None:
+        """Before a RELEASE that stands for a COMMIT: fail where that one would."""
+        turn = self._turns.owner(connection, name)
+        if turn is None:
+            return
+        try:
+            self._turns.wait_for_those_inside(turn)
+            if turn.broken is not None:
+                raise turn.broken
+            before_commit(connection)
+            if self.next_commits and not turn.session.is_the_tests:
+                self.next_commits.pop(0)(connection)
+            if turn.wrote:
+                self._checks[connection](connection)
+        except BaseException:
+            connection.dialect.do_rollback_to_savepoint(connection, name)  # SQLAlchemy takes it for ended
+            raise
+        around = self._turns.around(turn)
+        if around is not None:
+            around.kept = around.kept or turn.wrote or turn.kept
+
+    def _before_rollback(self, connection: Connection, name: str, context: Any) -> None:
+        """Before a ROLLBACK TO: what was committed inside must stay, if this one has itself written nothing."""
+        turn = self._turns.owner(connection, name)
+        if turn is None:
+            return
+        self._turns.wait_for_those_inside(turn)
+        if turn.kept and (turn.wrote or turn.failed or turn.under_way):
+            self._warnings.append(
+                f"{turn!r} rolled back, and with it went what was committed inside it in a transaction of its own. A "
+                "real database would have kept that; one connection cannot."
+            )
+        elif turn.kept:
+            self._to_release = name
+
+    # -- statements ----------------------------------------------------------------------------
+
+    def _before_cursor_execute(
+        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+    ) -> tuple[str, Any]:
+        if name := statements.savepoint(statement):
+            self._last_savepoint = name
+        if self._to_release and statements.rolls_back_to(statement, self._to_release):
+            self._to_release = ""
+            return statements.as_release(statement), parameters
+        turn = self._at_work
+        if turn is not None and self._turns.find(turn.session) is turn:
+            self._note(turn, connection, statement)
+        return statement, parameters
+
+    def _note(self, turn: Turn, connection: Connection, statement: str) -> None:
+        writes = statements.check(connection, statement, turn.session._session_scope)
+        if writes and not self._turns.is_last(turn):
+            raise IsolationError(
+                f"{turn!r} writes while a transaction that was begun inside it is open, and on one connection that one "
+                "decides about both. End that one first."
+            )
+        turn.wrote = turn.wrote or writes
+        turn.failed = turn.failed or turn.under_way
+        turn.under_way = True
+        if self.next_statements and not turn.session.is_the_tests and not statements.controls(statement):
+            try:
+                self.next_statements.pop(0)(connection)
+            except Exception as error:
+                turn.broken = error
+                raise
+
+    def _after_cursor_execute(self, *statement: Any) -> None:
+        if self._at_work is not None:
+            self._at_work.under_way = False
+
+
+@contextmanager
+def _switch(maker: Any, isolation: Isolation, base: type[IsolatedSession]) -> Generator[None]:
+    """Let a sync session factory make isolated sessions."""
+    session_class = maker.class_
+    maker.class_ = isolated_class(session_class, isolation, base)
+    try:
+        yield
+    finally:
+        maker.class_ = session_class
+
+
+@contextmanager
+def _switch_async(maker: Any, isolation: Isolation, base: type[IsolatedSession]) -> Generator[None]:
+    """Let an async session factory make isolated sessions."""
+    session_class = maker.kw["sync_session_class"]
+    maker.configure(sync_session_class=isolated_class(session_class, isolation, base))
+    try:
+        yield
+    finally:
+        maker.configure(sync_session_class=session_class)

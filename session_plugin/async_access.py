@@ -109,14 +109,14 @@ class AsyncAccess(Access[AsyncS]):
         """Create the missing tables of ``metadata``, each on the engine that ``binds`` names."""
         self.database._adopt_running_loop()
         for engine, tables in self.database._tables_by_engine(self.metadata):
-            async with engine.begin() as connection:
+            async with self.database._schema_connection(engine) as connection:
                 await connection.run_sync(self.metadata.create_all, tables=tables)
 
     async def drop_all(self) -> None:
         """Drop the tables of ``metadata``, each on the engine that ``binds`` names."""
         self.database._adopt_running_loop()
         for engine, tables in self.database._tables_by_engine(self.metadata):
-            async with engine.begin() as connection:
+            async with self.database._schema_connection(engine) as connection:
                 await connection.run_sync(self.metadata.drop_all, tables=tables)
 
     async def dispose(self) -> None:

@@ -110,6 +110,10 @@ class BaseDatabase(Access[S]):
         session: S = self._maker()
         return session
 
+    def _schema_connection(self, engine: Any) -> Any:
+        """A block with a connection that creates or drops tables, and commits that."""
+        return engine.begin()
+
     @property
     def _own_engines(self) -> list[Any]:
         """The engines that were made here, and that ``dispose()`` ends."""

@@ -103,12 +103,14 @@ class SyncAccess(Access[SyncS]):
     def create_all(self) -> None:
         """Create the missing tables of ``metadata``, each on the engine that ``binds`` names."""
         for engine, tables in self.database._tables_by_engine(self.metadata):
-            self.metadata.create_all(engine, tables=tables)
+            with self.database._schema_connection(engine) as connection:
+                self.metadata.create_all(connection, tables=tables)
 
     def drop_all(self) -> None:
         """Drop the tables of ``metadata``, each on the engine that ``binds`` names."""
         for engine, tables in self.database._tables_by_engine(self.metadata):
-            self.metadata.drop_all(engine, tables=tables)
+            with self.database._schema_connection(engine) as connection:
+                self.metadata.drop_all(connection, tables=tables)
 
     def dispose(self) -> None:
         """Close the pooled connections of the engines made here; those made elsewhere are their maker's."""

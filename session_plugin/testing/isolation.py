@@ -9,10 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .. import _engines
 from .._watch import KEY, before_commit
@@ -53,7 +55,7 @@ class Isolation:
         session: the test's own.
         next_commits: what fails the next commits, one after the other.
         next_statements: what fails the next statements.
-        exhausted: what taking a connection raises, or None.
+        exhausted: True while the app gets no connection.
     """
 
     def __init__(self, database: BaseDatabase[Any]) -> None:
@@ -69,7 +71,7 @@ class Isolation:
         self._to_release = ""
         self.next_commits: list[Failure] = []
         self.next_statements: list[Failure] = []
-        self.exhausted: Exception | None = None
+        self.exhausted = False
         self.session: Any = None
 
     # -- its course ----------------------------------------------------------------------------
@@ -108,12 +110,14 @@ class Isolation:
         switched.__enter__()
         engines = list(database._known_engines)
         database._begin_engine = lambda engine, scope: engine  # type: ignore[method-assign]
+        connect = _schema_connection_async if database.is_async else _schema_connection
+        database._schema_connection = partial(connect, maker)  # type: ignore[method-assign]
         for engine in engines:
             event.listen(engine, "checkout", self._refuse_checkout)
         _isolations[database] = self
 
         def restore() -> None:
-            del _isolations[database], database._begin_engine
+            del _isolations[database], database._begin_engine, database._schema_connection
             for engine in engines:
                 event.remove(engine, "checkout", self._refuse_checkout)
             switched.__exit__(None, None, None)
@@ -130,6 +134,11 @@ class Isolation:
                 connection.close()
 
     def _warn(self) -> None:
+        """Tell, at the end of a test that would pass, what it has not shown."""
+        if self.next_commits or self.next_statements:
+            raise IsolationError(
+                "The failure that this test asked for has not come. Let the app commit or execute more."
+            )
         for message in self._warnings:
             warnings.warn(message, IsolationWarning, stacklevel=5)
 
@@ -139,8 +148,8 @@ class Isolation:
         """The connection to ``engine``, once it is the turn of ``session``."""
         if self._over:
             raise IsolationError("This session belongs to an isolated() that has ended. Take a new one.")
-        if self.exhausted is not None and not session.is_the_tests and self._turns.find(session) is None:
-            raise self.exhausted
+        if self.exhausted and not session.is_the_tests and self._turns.find(session) is None:
+            raise PoolTimeoutError("QueuePool limit reached, connection timed out: a test asked for this", code="3o7r")
         turn = self._turns.take(session)
         try:
             connection = self._connections.get(engine) or self._open(engine)
@@ -152,7 +161,10 @@ class Isolation:
         if turn.broken is not None:
             raise turn.broken
         if connection.invalidated or not connection.in_transaction():
-            raise IsolationError("The connection of this isolated() was lost, and with it what the test had written. ")
+            raise IsolationError(
+                "The connection of this isolated() was lost, and with it what the test had written. Use kill_connection() "
+                "to try that."
+            )
         self._at_work = turn
         return connection
 
@@ -219,8 +231,8 @@ class Isolation:
         turn = self._turns.owner(connection, name)
         if turn is None:
             return
+        self._turns.wait_for_those_inside(turn)
         try:
-            self._turns.wait_for_those_inside(turn)
             if turn.broken is not None:
                 raise turn.broken
             before_commit(connection)
@@ -266,11 +278,8 @@ class Isolation:
 
     def _note(self, turn: Turn, connection: Connection, statement: str) -> None:
         writes = statements.check(connection, statement, turn.session._session_scope)
-        if writes and not self._turns.is_last(turn):
-            raise IsolationError(
-                f"{turn!r} writes while a transaction that was begun inside it is open, and on one connection that one "
-                "decides about both. End that one first."
-            )
+        if writes:
+            self._check_last(turn)
         turn.wrote = turn.wrote or writes
         turn.failed = turn.failed or turn.under_way
         turn.under_way = True
@@ -280,6 +289,18 @@ class Isolation:
             except Exception as error:
                 turn.broken = error
                 raise
+
+    def _check_last(self, turn: Turn) -> None:
+        if not self._turns.is_last(turn):
+            raise IsolationError(
+                f"{turn!r} writes while a transaction that was begun inside it is open, and on one connection that one "
+                "decides about both. End that one first."
+            )
+
+    def check_flush(self, session: IsolatedSession) -> None:
+        """Raise `IsolationError` if ``session`` must not write now."""
+        if self._turns.find(session) is not None:
+            self._check_last(self._turns.take(session))
 
     def _after_cursor_execute(self, *statement: Any) -> None:
         if self._at_work is not None:
@@ -306,3 +327,19 @@ def _switch_async(maker: Any, isolation: Isolation, base: type[IsolatedSession])
         yield
     finally:
         maker.configure(sync_session_class=session_class)
+
+
+@contextmanager
+def _schema_connection(maker: Any, engine: Engine) -> Generator[Connection]:
+    """A block in which tables are created or dropped for the time of the test."""
+    with maker() as session:
+        yield session.connection(bind_arguments={"bind": engine})
+        session.commit()
+
+
+@asynccontextmanager
+async def _schema_connection_async(maker: Any, engine: Any) -> AsyncGenerator[Any]:
+    """A block in which tables are created or dropped for the time of the test."""
+    async with maker() as session:
+        yield await session.connection(bind_arguments={"bind": engine.sync_engine})
+        await session.commit()

@@ -30,6 +30,13 @@ class IsolatedSession(ScopeSession):
         bind = super().get_bind(*args, **kwargs)
         return self.isolation.connection_for(self, bind) if isinstance(bind, Engine) else bind
 
+    def connection(self, bind_arguments: Any = None, **options: Any) -> Connection:
+        """As SQLAlchemy's, which asks nobody for the connection to an engine that is named."""
+        arguments = dict(bind_arguments or {})
+        if isinstance(engine := arguments.get("bind"), Engine):
+            arguments["bind"] = self.isolation.connection_for(self, engine)
+        return super().connection(arguments, **options)
+
     def invalidate(self) -> None:
         """Close: the connection goes on with the test."""
         self.close()
@@ -69,6 +76,11 @@ def _read_anew(state: ORMExecuteState) -> None:
     session: Any = state.session
     if state.is_select and not state.is_column_load and not session._has_unsaved:
         state.update_execution_options(populate_existing=True)
+
+
+@event.listens_for(IsolatedSession, "before_flush")
+def _check_flush(session: IsolatedSession, flush_context: Any, instances: Any) -> None:
+    session.isolation.check_flush(session)  # here, what it raises ends no transaction
 
 
 @event.listens_for(IsolatedSession, "after_begin", insert=True)

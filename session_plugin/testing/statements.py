@@ -20,7 +20,9 @@ _CONTROL = re.compile(
     r"\s*(?:BEGIN|START\s+TRANSACTION|SAVEPOINT|RELEASE|ROLLBACK|COMMIT|PRAGMA|SET\s+(?:CONSTRAINTS|TRANSACTION))\b",
     re.IGNORECASE,
 )
-_ENDS = re.compile(r"\s*(?:COMMIT|END|ABORT|ROLLBACK(?!\s+(?:WORK\s+)?TO\b)|BEGIN|START\s+TRANSACTION)\b", re.IGNORECASE)
+_ENDS = re.compile(
+    r"\s*(?:COMMIT|END|ABORT|ROLLBACK(?!\s+(?:WORK\s+)?TO\b)|BEGIN|START\s+TRANSACTION)\b", re.IGNORECASE
+)
 _COMMITS_ON_MYSQL = re.compile(
     r"\s*(?:(?:CREATE|DROP)(?!\s+TEMPORARY)|ALTER|TRUNCATE|RENAME|LOCK\s+TABLES|GRANT|REVOKE)\b", re.IGNORECASE
 )
@@ -63,7 +65,9 @@ def check(connection: Connection, statement: str, scope: SessionScope[Any] | Non
         )
     writes = WRITING.match(statement) is not None
     if writes and is_mysql and scope is not None and scope.policy.read_only:
-        raise ReadOnlyError(f"The policy {scope.policy.name} does not write, and this statement would have. Choose another policy.")
+        raise ReadOnlyError(
+            f"The policy {scope.policy.name} does not write, and this statement would have. Choose another policy."
+        )
     return writes
 
 

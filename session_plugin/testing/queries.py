@@ -1,0 +1,94 @@
+"""How many statements were sent, which, and from where."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event
+
+from .._engines import sync_engine
+from .statements import controls
+
+if TYPE_CHECKING:
+    from ..access import HasDatabase
+
+_NOT_THE_USERS = tuple(
+    str(Path(path).resolve())
+    for path in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), Path(__file__).parents[1])
+)
+
+
+@dataclass(frozen=True)
+class Query:
+    """One statement that was sent.
+
+    Attributes:
+        statement: its SQL; its parameters are not kept.
+        origin: where in the user's code it came from, ``file:line in function``.
+    """
+
+    statement: str
+    origin: str
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.statement.split())}\n      {self.origin}"
+
+
+@contextmanager
+def assert_queries(db: HasDatabase, *, max: int) -> Generator[list[Query]]:  # noqa: A002
+    """Fail if the block sends more than ``max`` statements through ``db``; the message says which, and from where.
+
+    Whatever begins and ends transactions and savepoints does not count.
+
+    Yields:
+        the statements so far.
+
+    Raises:
+        AssertionError: there were more.
+    """
+    queries: list[Query] = []
+
+    def note(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
+        if not controls(statement):
+            queries.append(Query(statement, _origin()))
+
+    database = db.database
+    engines = [sync_engine(engine) for engine in database._known_engines]
+    for engine in engines:
+        event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield queries
+    finally:
+        for engine in engines:
+            event.remove(engine, "before_cursor_execute", note)
+    if len(queries) > max:
+        lines = "".join(f"\n  {number}. {query}" for number, query in enumerate(queries, 1))
+        raise AssertionError(f"{len(queries)} statements were sent, and {max} are allowed:{lines}")
+
+
+def _origin() -> str:
+    for frame in _frames():
+        path = frame.f_code.co_filename
+        if not path.startswith(("<", *_NOT_THE_USERS)):
+            return f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"
+    return "no code of yours is on the stack"
+
+
+def _frames() -> Iterator[FrameType]:
+    """The calls that are under way, the innermost first, those of the task around an async statement included."""
+    frame: FrameType | None = sys._getframe(1)
+    greenlet: Any = sys.modules.get("greenlet")
+    current = greenlet and greenlet.getcurrent()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+        if frame is None and current is not None and current.parent is not None:
+            current = current.parent
+            frame = current.gr_frame

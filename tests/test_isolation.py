@@ -1,0 +1,592 @@
+"""What `db.isolated()` promises, on each driver; the row that would have stayed is looked for from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+
+from session_plugin import (
+    AsyncDatabase,
+    Database,
+    IsolationError,
+    ReadOnlyError,
+    TransactionAbortedError,
+    manual,
+    read_only,
+)
+from session_plugin.testing import IsolationWarning
+
+from .drivers import MARIADB, POSTGRESQL, SQLITE
+from .harness import Base, Child, Parent, add, add_orphan, insert
+from .units import Units, on
+
+SOME = ("sqlite+pysqlite", "sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg", "mariadb+pymysql")
+"""One of each kind, where the driver itself makes no difference."""
+
+
+class Isolated:
+    """An isolated database, and the test's session; ``see`` works with that one."""
+
+    def __init__(self, units: Units) -> None:
+        self._units = units
+        self._block = units.db.isolated()
+
+    def __enter__(self) -> Isolated:
+        if self._units.is_async:
+            self.session = self._units.runner.run(self._block.__aenter__())
+        else:
+            self.session = self._block.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._units.is_async:
+            self._units.runner.run(self._block.__aexit__(*error))
+        else:
+            self._block.__exit__(*error)
+
+    def see(self, work: Callable[[Session], Any]) -> Any:
+        if self._units.is_async:
+            return self._units.runner.run(self.session.run_sync(work))
+        return work(self.session)
+
+    def names(self) -> list[str]:
+        return self.see(lambda session: sorted(session.scalars(select(Parent.name))))
+
+
+def nested(units: Units, work: Callable[[Session], Any]) -> Any:
+    """A unit of work of its own inside another one."""
+    return await_only(units.arun(work, new=True)) if units.is_async else units.run(work, new=True)
+
+
+def insert_and_commit(name: str) -> Callable[[Session], None]:
+    def work(session: Session) -> None:
+        insert(name)(session)
+        session.commit()
+
+    return work
+
+
+def test_what_the_app_commits_is_seen_and_then_gone(units: Units) -> None:
+    with Isolated(units) as isolated:
+        isolated.see(insert_and_commit("arranged"))
+        units.run(add("tea"))
+        units.run(lambda session: session.add(Parent(name=f"{session.get(Parent, 'tea').name} too")))  # type: ignore[union-attr]
+        assert isolated.names() == ["arranged", "tea", "tea too"]
+        assert units.store.names() == []
+    assert units.store.names() == []
+    units.run(add("afterwards"))
+    assert units.store.names() == ["afterwards"]
+
+
+def test_what_the_app_rolls_back_is_gone_at_once(units: Units) -> None:
+    """A failed statement too, which aborts a transaction of PostgreSQL; and an error that leaves the block."""
+
+    def fail(session: Session) -> None:
+        insert("half")(session)
+        insert("tea")(session)
+
+    with pytest.raises(ZeroDivisionError), Isolated(units) as isolated:
+        units.run(add("tea"))
+        with pytest.raises(IntegrityError):
+            units.run(fail)
+        assert isolated.names() == ["tea"]
+        raise ZeroDivisionError
+    assert units.store.names() == []
+
+
+def test_savepoints_of_the_app_still_work(units: Units) -> None:
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        with pytest.raises(IntegrityError), session.begin_nested():
+            insert("coffee")(session)
+            session.execute(text("INSERT INTO parent (name) VALUES ('tea')"))
+
+    with Isolated(units) as isolated:
+        units.run(work)
+        assert isolated.names() == ["tea"]
+
+
+@on(*POSTGRESQL, *SQLITE)
+def test_a_commit_that_would_have_failed_fails(units: Units) -> None:
+    """A deferred constraint is checked where the COMMIT would have been; the next unit of work knows nothing of it."""
+    with Isolated(units) as isolated:
+        with pytest.raises(IntegrityError):
+            units.run(add_orphan)
+        units.run(add("tea"))
+        units.run(lambda session: session.add_all([Child(name="child", parent="late"), Parent(name="late")]))
+        assert isolated.names() == ["late", "tea"]
+
+
+@on("sqlite+pysqlite")
+def test_sqlite_tells_old_violations_from_new_ones(units: Units) -> None:
+    with units.store.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+        connection.exec_driver_sql("INSERT INTO child VALUES ('old', 'nobody')")
+        connection.commit()
+    with Isolated(units):
+        units.run(add("tea"))
+        with pytest.raises(IntegrityError):
+            units.run(add_orphan)
+
+
+@on(*POSTGRESQL, "sqlite+pysqlite")
+def test_constraints_stay_as_deferred_as_they_were(units: Units) -> None:
+    with Isolated(units):
+        units.run(add("first"))
+
+        def late_parent(session: Session) -> None:
+            session.add(Child(name="child", parent="late"))
+            session.flush()
+            session.add(Parent(name="late"))
+
+        units.run(late_parent)
+
+
+@on(*SOME)
+def test_a_phantom_commit_and_a_doomed_one_are_refused(units: Units) -> None:
+    def swallow(session: Session) -> None:
+        insert("tea")(session)
+        with pytest.raises(DBAPIError):
+            session.execute(text("INSERT INTO parent (name) VALUES ('tea')"))
+
+    def commit_doomed(session: Session) -> None:
+        insert("doomed")(session)
+        units.db.doom("a test")
+        session.commit()
+
+    with Isolated(units) as isolated:
+        if units.driver.startswith("postgresql"):
+            with pytest.raises(TransactionAbortedError):
+                units.run(swallow)
+        with pytest.raises(TransactionAbortedError):
+            units.run(commit_doomed)
+        assert isolated.names() == []
+
+
+@on(*SOME)
+def test_hooks_run_after_the_commit(units: Units) -> None:
+    log: list[str] = []
+
+    def work(session: Session) -> None:
+        units.db.on_commit(lambda: log.append("committed"))
+        units.db.on_commit(lambda: (units.arun if units.is_async else units.run)(add("from a hook")))
+        units.db.on_rollback(lambda: log.append("rolled back"))
+        insert("tea")(session)
+
+    with Isolated(units) as isolated:
+        units.run(work)
+        with pytest.raises(IntegrityError):
+            units.run(work)
+        assert isolated.names() == ["from a hook", "tea"]
+    assert log == ["committed", "rolled back"]
+
+
+@on(*SOME)
+def test_the_tests_session_is_no_session_of_the_app(units: Units) -> None:
+    """Its objects are its own, and it reads anew what the app has changed."""
+    with Isolated(units) as isolated:
+        isolated.see(insert_and_commit("tea"))
+        mine = isolated.see(lambda session: session.get(Parent, "tea"))
+
+        def look(session: Session) -> None:
+            assert session.get(Parent, "tea") is not mine
+            session.execute(text("UPDATE parent SET name = 'coffee'"))
+
+        units.run(look)
+        assert isolated.see(lambda session: session.get(Parent, "tea")) is None
+        assert isolated.names() == ["coffee"]
+
+
+@on("sqlite+pysqlite", "postgresql+asyncpg")
+def test_the_tests_session_keeps_what_it_has_not_saved(units: Units) -> None:
+    def change(session: Session) -> None:
+        session.get(Child, "child").parent = "new"  # type: ignore[union-attr]
+        assert session.get(Child, "child").parent == "new"  # type: ignore[union-attr]
+        session.commit()
+        assert session.scalar(select(Child.parent)) == "new"
+
+    with Isolated(units) as isolated:
+        parents = [Parent(name="old"), Parent(name="new")]
+        isolated.see(lambda session: session.add_all(parents) or session.commit())  # type: ignore[func-returns-value]
+        isolated.see(lambda session: session.add(Child(name="child", parent="old")) or session.commit())  # type: ignore[func-returns-value]
+        isolated.see(change)
+
+
+@on(*SOME)
+def test_what_the_test_has_not_committed_is_told(units: Units) -> None:
+    with Isolated(units) as isolated:
+        isolated.see(insert("tea"))
+        with pytest.raises(IsolationError, match="not committed"):
+            units.run(insert("coffee"))
+        isolated.see(lambda session: session.commit())
+        units.run(insert("coffee"))
+        assert isolated.names() == ["coffee", "tea"]
+
+
+@on(*SOME)
+def test_work_committed_inside_work_that_only_read_stays(units: Units) -> None:
+    """The audit row of a request that fails."""
+
+    def refused(session: Session) -> None:
+        session.scalars(select(Parent)).all()
+        nested(units, add("audit"))
+        raise ZeroDivisionError
+
+    with Isolated(units) as isolated:
+        with pytest.raises(ZeroDivisionError):
+            units.run(refused)
+        assert isolated.names() == ["audit"]
+
+
+@on(*SOME)
+def test_work_committed_inside_work_that_is_undone_is_told(units: Units) -> None:
+    def refused(session: Session) -> None:
+        insert("tea")(session)
+        nested(units, add("audit"))
+        raise ZeroDivisionError
+
+    with pytest.warns(IsolationWarning, match="A real database would have kept that"), Isolated(units) as isolated:
+        with pytest.raises(ZeroDivisionError):
+            units.run(refused)
+        assert isolated.names() == []
+
+
+@on("postgresql+psycopg", "postgresql+asyncpg")
+def test_a_reader_that_failed_cannot_keep_what_was_committed_inside(units: Units) -> None:
+    def refused(session: Session) -> None:
+        session.scalars(select(Parent)).all()
+        nested(units, add("audit"))
+        session.execute(text("SELECT 1/0"))
+
+    with pytest.warns(IsolationWarning), Isolated(units):
+        with pytest.raises(DBAPIError):
+            units.run(refused)
+
+
+@on(*SOME)
+def test_inner_work_sees_and_outlives_the_outer(units: Units) -> None:
+    """Both commit; and the outer one, which goes on, reads what the inner one has written."""
+
+    def outer(session: Session) -> None:
+        insert("outer")(session)
+        nested(units, lambda inner: [insert("inner")(inner), nested(units, add("innermost"))])
+        assert len(session.scalars(select(Parent)).all()) == 3
+
+    with Isolated(units) as isolated:
+        units.run(outer)
+        assert isolated.names() == ["inner", "innermost", "outer"]
+
+
+@on("sqlite+pysqlite", "postgresql+asyncpg")
+def test_writing_outside_while_work_inside_is_open_is_told(units: Units) -> None:
+    def outer(session: Session) -> None:
+        session.scalars(select(Parent)).all()
+
+        def inner(other: Session) -> None:
+            insert("inner")(other)
+            session.scalars(select(Parent)).all()
+            insert("outer")(session)
+
+        nested(units, inner)
+
+    with Isolated(units) as isolated:
+        with pytest.raises(IsolationError, match="one connection that one decides about both"):
+            units.run(outer)
+        assert isolated.names() == []
+
+
+@on("sqlite+pysqlite", "postgresql+psycopg")
+def test_threads_take_turns(units: Units) -> None:
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(5):
+                units.run(insert(f"{number}-{turn}"))
+        except BaseException as error:
+            errors.append(error)
+
+    with Isolated(units) as isolated:
+        isolated.names()
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert len(isolated.names()) == 20
+    assert units.store.names() == []
+
+
+@on("sqlite+aiosqlite", "postgresql+asyncpg", "mariadb+asyncmy")
+def test_tasks_take_turns(units: Units) -> None:
+    """Branches of a unit of work too, each in one of its own."""
+
+    async def branches() -> None:
+        async with units.db.session_scope() as session:
+            await session.run_sync(insert("outer"))
+            await asyncio.gather(*(units.arun(insert(f"branch {number}"), new=True) for number in range(3)))
+
+    async def crowd() -> None:
+        await asyncio.gather(branches(), *(units.arun(insert(f"task {number}")) for number in range(3)))
+
+    with Isolated(units) as isolated:
+        units.runner.run(crowd())
+        assert len(isolated.names()) == 7
+
+
+@on("sqlite+aiosqlite")
+def test_work_waits_for_the_tasks_inside_it(units: Units) -> None:
+    """Its end, and its next statement, come after the transaction of a task that it has started."""
+
+    async def main() -> None:
+        goes_on = asyncio.Event()
+
+        async def inside() -> None:
+            async with units.db.session_scope(new=True) as session:
+                await session.run_sync(insert("inside"))
+                goes_on.set()
+                await asyncio.sleep(0.02)
+
+        async with units.db.session_scope() as session:
+            await session.run_sync(insert("outer"))
+            task = asyncio.create_task(inside())
+            await goes_on.wait()
+            await session.run_sync(insert("later"))
+        goes_on.clear()
+        async with units.db.session_scope() as session:
+            await session.run_sync(lambda session: session.execute(text("DELETE FROM parent WHERE name = 'inside'")))
+            task = asyncio.create_task(inside())
+            await goes_on.wait()
+        await task
+
+    with Isolated(units) as isolated:
+        units.runner.run(main())
+        assert isolated.names() == ["inside", "later", "outer"]
+
+
+@contextmanager
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr("session_plugin.testing.turns.LONGEST_WAIT", 0.05)
+        yield
+
+
+@on("sqlite+pysqlite")
+def test_who_waits_too_long_is_told_for_whom(units: Units, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def other() -> None:
+        with pytest.raises(IsolationError) as raised:
+            units.run(insert("coffee"))
+        told.append(str(raised.value))
+
+    with Isolated(units), short_waits(monkeypatch), units.db.session_scope() as session:
+        insert("tea")(session)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert f"before the transaction of session_scope() at {__file__}" in told[0]
+
+
+@on("sqlite+pysqlite")
+def test_sessions_that_cross_are_told(units: Units) -> None:
+    with Isolated(units), units.db.sessionmaker() as first, units.db.sessionmaker() as second:
+        first.scalars(select(Parent)).all()
+        second.scalars(select(Parent)).all()
+        with pytest.raises(IsolationError, match=r"a session of db.sessionmaker\(\) cannot go on"):
+            first.commit()
+        second.commit()
+
+
+@on("sqlite+pysqlite")
+def test_the_tests_session_stands_aside_for_whoever_is_around_it(units: Units) -> None:
+    with Isolated(units) as isolated:
+        with units.db.session_scope() as session:
+            insert("tea")(session)
+            assert isolated.names() == ["tea"]
+            insert("coffee")(session)
+            assert isolated.names() == ["coffee", "tea"]
+        assert isolated.names() == ["coffee", "tea"]
+
+
+@on("sqlite+pysqlite")
+def test_asking_for_the_bind_takes_no_turn(units: Units) -> None:
+    with Isolated(units) as isolated, units.db.sessionmaker() as asked:
+        assert asked.get_bind().dialect.name == "sqlite"
+        thread = threading.Thread(target=units.run, args=(insert("tea"),))
+        thread.start()
+        thread.join()
+        assert isolated.names() == ["tea"]
+
+
+@on(*SOME)
+def test_the_engine_itself_is_refused(units: Units) -> None:
+    """What takes a connection behind the plugin's back would see nothing, and stay."""
+
+    async def connect() -> None:
+        async with units.db.engine.connect():
+            raise AssertionError
+
+    with Isolated(units):
+        units.run(add("tea"))
+        with pytest.raises(IsolationError, match="taken from the engine itself"):
+            if units.is_async:
+                units.runner.run(connect())
+            else:
+                units.db.engine.connect()
+
+
+@on(*MARIADB)
+def test_ddl_that_commits_is_refused(units: Units) -> None:
+    with Isolated(units):
+        units.run(add("tea"))
+        with pytest.raises(IsolationError, match="commits or ends the transaction"):
+            units.run(lambda session: session.execute(text("CREATE TABLE other (id INT)")))
+        units.run(lambda session: session.execute(text("CREATE TEMPORARY TABLE other (id INT)")))
+    assert units.store.names() == []
+
+
+@on(*POSTGRESQL, *SQLITE)
+def test_ddl_is_undone(units: Units) -> None:
+    create = "CREATE TABLE other (id INT)"
+    for _ in range(2):
+        with Isolated(units):
+            units.run(lambda session: session.execute(text(create)))
+
+
+@on(*SOME)
+def test_a_commit_in_sql_is_refused(units: Units) -> None:
+    with Isolated(units), pytest.raises(IsolationError, match="commits or ends the transaction"):
+        units.run(lambda session: session.execute(text("COMMIT")))
+
+
+@on(*SOME)
+def test_read_only_work_writes_nothing(units: Units) -> None:
+    """Neither by the ORM nor by SQL; whoever comes next may write."""
+
+    def write(session: Session) -> None:
+        units.db.use(read_only)
+        session.execute(text("INSERT INTO parent (name) VALUES ('tea')"))
+
+    def add_one(session: Session) -> None:
+        units.db.use(read_only)
+        session.add(Parent(name="tea"))
+
+    with Isolated(units) as isolated:
+        with pytest.raises((DBAPIError, ReadOnlyError)):
+            units.run(write)
+        with pytest.raises(ReadOnlyError):
+            units.run(add_one)
+        units.run(add("coffee"))
+        assert isolated.names() == ["coffee"]
+
+
+@on("sqlite+pysqlite", "postgresql+asyncpg")
+def test_manual_work_commits_by_hand(units: Units) -> None:
+    def work(session: Session) -> None:
+        units.db.use(manual)
+        insert("saved")(session)
+        session.commit()
+        insert("not saved")(session)
+
+    with Isolated(units) as isolated:
+        units.run(work)
+        assert isolated.names() == ["saved"]
+
+
+@on("sqlite+pysqlite", "postgresql+asyncpg")
+def test_a_session_that_is_invalidated_ends_alone(units: Units) -> None:
+    with Isolated(units) as isolated:
+        units.run(add("tea"))
+        units.run(lambda session: [insert("coffee")(session), session.invalidate()])
+        assert isolated.names() == ["tea"]
+
+
+@on("postgresql+psycopg")
+def test_a_lost_connection_is_told(units: Units) -> None:
+    with Isolated(units) as isolated:
+        units.run(add("tea"))
+        with pytest.raises(DBAPIError):
+            units.run(lambda session: session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())")))
+        with pytest.raises(IsolationError, match="was lost"):
+            isolated.names()
+
+
+@on("sqlite+pysqlite", "sqlite+aiosqlite")
+def test_one_at_a_time(units: Units) -> None:
+    with Isolated(units) as isolated:
+        with pytest.raises(IsolationError, match="isolated already"), Isolated(units):
+            raise AssertionError
+        units.run(add("tea"))
+        assert isolated.names() == ["tea"]
+
+
+@on("sqlite+pysqlite")
+def test_a_session_from_the_block_refuses_afterwards(units: Units) -> None:
+    with Isolated(units) as isolated:
+        isolated.names()
+    with pytest.raises(IsolationError, match="has ended"):
+        isolated.names()
+
+
+def test_autocommit_is_refused() -> None:
+    db = Database(create_engine("sqlite://", isolation_level="AUTOCOMMIT"))
+    autocommit = Database(create_engine("sqlite://").execution_options(isolation_level="AUTOCOMMIT"))
+    with db.isolated(), autocommit.isolated() as session, pytest.raises(IsolationError, match="AUTOCOMMIT"):
+        session.execute(text("SELECT 1"))
+
+
+def test_several_engines_at_once(tmp_path: Any) -> None:
+    """With two-phase commit asked for, which savepoints need not."""
+    names = {name: f"sqlite:///{tmp_path}/{name}.db" for name in ("default", "other")}
+    db = Database(names, binds={Child: "other"}, metadata=Base.metadata, twophase=True)
+    with db.isolated() as session:
+        db.create_all()
+        with db.session_scope() as work:
+            work.add_all([Parent(name="tea"), Child(name="child", parent="tea")])
+        assert (session.scalar(select(Parent.name)), session.scalar(select(Child.name))) == ("tea", "child")
+    db.create_all()
+    with db.sessionmaker(twophase=False) as session:
+        assert (session.scalar(select(Parent.name)), session.scalar(select(Child.name))) == (None, None)
+    db.dispose()
+
+
+def test_a_database_in_memory_keeps_its_tables() -> None:
+    async def main() -> None:
+        db = AsyncDatabase("sqlite+aiosqlite://", metadata=Base.metadata)
+        await db.create_all()
+        for _ in range(2):
+            async with db.isolated() as session:
+                await db.create_all()
+                async with db.session_scope() as work:
+                    work.add(Parent(name="tea"))
+                assert (await session.get(Parent, "tea")).name == "tea"  # type: ignore[union-attr]
+                await db.drop_all()
+        await db.create_all()
+        await db.dispose()
+
+    asyncio.run(main())
+
+
+def test_nothing_else_changes(tmp_path: Any) -> None:
+    """The database after the block is the one before it."""
+    db = Database(f"sqlite:///{tmp_path}/test.db", metadata=Base.metadata)
+    db.create_all()
+    before = db.sessionmaker.class_, vars(db).keys()
+    with warnings.catch_warnings(), db.isolated():
+        assert db.sessionmaker.class_ is not before[0]
+    assert (db.sessionmaker.class_, vars(db).keys()) == before
+    with db.engine.connect() as connection:
+        assert connection.scalar(select(Parent.name)) is None
+    db.dispose()

@@ -18,6 +18,10 @@ class CapturedHooks(list[Callable[[], Any]]):
         super().__init__()
         self._database = database
 
+    def capture(self, calls: list[Callable[[], Any]]) -> None:
+        """Keep ``calls``."""
+        self += calls
+
     def run(self) -> Awaitable[None] | None:
         """Call them as the database would, each in a unit of work of its own; on an async database, to be awaited.
 
@@ -43,7 +47,7 @@ def captured_hooks(db: HasDatabase) -> Generator[CapturedHooks]:
     """
     database = db.database
     captured = CapturedHooks(database)
-    database._run_hooks = captured.extend  # type: ignore[method-assign]
+    database._run_hooks = captured.capture  # type: ignore[method-assign]
     try:
         yield captured
     finally:

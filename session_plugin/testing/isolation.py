@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +19,8 @@ from .. import _engines
 from .._watch import KEY, before_commit
 from ..exceptions import IsolationError
 from . import constraints, statements
-from .session import IsolatedSession, SessionOfTheTest, isolated_class
+from .session import IsolatedSession
+from .switch import session_of_the_test, switched
 from .turns import Turn, Turns
 
 if TYPE_CHECKING:
@@ -72,57 +72,40 @@ class Isolation:
         self.next_commits: list[Failure] = []
         self.next_statements: list[Failure] = []
         self.exhausted = False
-        self.session: Any = None
+        if database in _isolations:
+            raise IsolationError("This database is isolated already. Leave that block before you open another one.")
+        self.session: Any = session_of_the_test(database, self)
 
     # -- its course ----------------------------------------------------------------------------
 
     @contextmanager
     def entered(self) -> Generator[None]:
         """Isolate a sync database for the time of the block."""
-        restore = self._begin()
         try:
-            yield
+            with self._switched():
+                yield
         finally:
-            restore()
             self._end(self.session)
-        self._warn()
+        self._tell()
 
     @asynccontextmanager
     async def aentered(self) -> AsyncGenerator[None]:
         """Isolate an async database for the time of the block."""
-        restore = self._begin()
         try:
-            yield
+            with self._switched():
+                yield
         finally:
-            restore()
             await self.session.run_sync(self._end)
-        self._warn()
+        self._tell()
 
-    def _begin(self) -> Callable[[], None]:
-        database = self._database
-        if database in _isolations:
-            raise IsolationError("This database is isolated already. Leave that block before you open another one.")
-        maker = database._maker
-        switch = _switch_async if database.is_async else _switch
-        with switch(maker, self, SessionOfTheTest):
-            self.session = database._new_session()
-        switched = switch(maker, self, IsolatedSession)
-        switched.__enter__()
-        engines = list(database._known_engines)
-        database._begin_engine = lambda engine, scope: engine  # type: ignore[method-assign]
-        connect = _schema_connection_async if database.is_async else _schema_connection
-        database._schema_connection = partial(connect, maker)  # type: ignore[method-assign]
-        for engine in engines:
-            event.listen(engine, "checkout", self._refuse_checkout)
-        _isolations[database] = self
-
-        def restore() -> None:
-            del _isolations[database], database._begin_engine, database._schema_connection
-            for engine in engines:
-                event.remove(engine, "checkout", self._refuse_checkout)
-            switched.__exit__(None, None, None)
-
-        return restore
+    @contextmanager
+    def _switched(self) -> Generator[None]:
+        with switched(self._database, self):
+            _isolations[self._database] = self
+            try:
+                yield
+            finally:
+                del _isolations[self._database]
 
     def _end(self, session: Any) -> None:
         """Undo everything; ``session`` is the test's, or the sync one inside it."""
@@ -133,7 +116,7 @@ class Isolation:
             for connection in self._connections.values():
                 connection.close()
 
-    def _warn(self) -> None:
+    def _tell(self) -> None:
         """Tell, at the end of a test that would pass, what it has not shown."""
         if self.next_commits or self.next_statements:
             raise IsolationError(
@@ -162,8 +145,8 @@ class Isolation:
             raise turn.broken
         if connection.invalidated or not connection.in_transaction():
             raise IsolationError(
-                "The connection of this isolated() was lost, and with it what the test had written. Use kill_connection() "
-                "to try that."
+                "The connection of this isolated() was lost, and with it what the test had written. To try that, use "
+                "kill_connection()."
             )
         self._at_work = turn
         return connection
@@ -195,7 +178,8 @@ class Isolation:
         finally:
             self._opening = False
 
-    def _refuse_checkout(self, *checkout: Any) -> None:
+    def refuse_checkout(self, *checkout: Any) -> None:
+        """Refuse a connection that no session has asked for."""
         if not self._opening:
             raise IsolationError(
                 "A connection was taken from the engine itself, which cannot be isolated: it sees nothing of the test, "
@@ -305,41 +289,3 @@ class Isolation:
     def _after_cursor_execute(self, *statement: Any) -> None:
         if self._at_work is not None:
             self._at_work.under_way = False
-
-
-@contextmanager
-def _switch(maker: Any, isolation: Isolation, base: type[IsolatedSession]) -> Generator[None]:
-    """Let a sync session factory make isolated sessions."""
-    session_class = maker.class_
-    maker.class_ = isolated_class(session_class, isolation, base)
-    try:
-        yield
-    finally:
-        maker.class_ = session_class
-
-
-@contextmanager
-def _switch_async(maker: Any, isolation: Isolation, base: type[IsolatedSession]) -> Generator[None]:
-    """Let an async session factory make isolated sessions."""
-    session_class = maker.kw["sync_session_class"]
-    maker.configure(sync_session_class=isolated_class(session_class, isolation, base))
-    try:
-        yield
-    finally:
-        maker.configure(sync_session_class=session_class)
-
-
-@contextmanager
-def _schema_connection(maker: Any, engine: Engine) -> Generator[Connection]:
-    """A block in which tables are created or dropped for the time of the test."""
-    with maker() as session:
-        yield session.connection(bind_arguments={"bind": engine})
-        session.commit()
-
-
-@asynccontextmanager
-async def _schema_connection_async(maker: Any, engine: Any) -> AsyncGenerator[Any]:
-    """A block in which tables are created or dropped for the time of the test."""
-    async with maker() as session:
-        yield await session.connection(bind_arguments={"bind": engine.sync_engine})
-        await session.commit()

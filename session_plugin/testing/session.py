@@ -12,6 +12,7 @@ from ..exceptions import IsolationError
 
 if TYPE_CHECKING:
     from .isolation import Isolation
+    from .turns import Turn
 
 
 class IsolatedSession(ScopeSession):
@@ -30,12 +31,15 @@ class IsolatedSession(ScopeSession):
         bind = super().get_bind(*args, **kwargs)
         return self.isolation.connection_for(self, bind) if isinstance(bind, Engine) else bind
 
-    def connection(self, bind_arguments: Any = None, **options: Any) -> Connection:
+    def connection(self, bind_arguments: Any = None, execution_options: Any = None) -> Connection:
         """As SQLAlchemy's, which asks nobody for the connection to an engine that is named."""
         arguments = dict(bind_arguments or {})
         if isinstance(engine := arguments.get("bind"), Engine):
             arguments["bind"] = self.isolation.connection_for(self, engine)
-        return super().connection(arguments, **options)
+        return super().connection(arguments, execution_options)
+
+    def step_aside(self, turn: Turn) -> None:
+        """End the transaction for the sake of another session; only the test's own does."""
 
     def invalidate(self) -> None:
         """Close: the connection goes on with the test."""
@@ -57,13 +61,13 @@ class SessionOfTheTest(IsolatedSession):
     def _has_unsaved(self) -> bool:
         return bool(self.new or self.deleted or any(self.is_modified(row) for row in self.dirty))
 
-    def step_aside(self, *, wrote: bool) -> None:
+    def step_aside(self, turn: Turn) -> None:
         """End the transaction, which has only read.
 
         Raises:
             IsolationError: it has not.
         """
-        if wrote or self._has_unsaved:
+        if turn.wrote or self._has_unsaved:
             raise IsolationError(
                 "The test's session has work that is not committed, which the app could not see. Call commit() on it "
                 "before the app goes on."

@@ -1,0 +1,91 @@
+"""Fixtures for pytest, there wherever session_plugin is installed.
+
+An app's ``conftest.py`` overrides `session_plugin_database`, and its tests ask for the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncGenerator, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ..exceptions import IsolationError
+
+if TYPE_CHECKING:
+    from ..access import Access
+
+
+@pytest.fixture(scope="session")
+def session_plugin_database() -> Access[Any]:
+    """The database of the tests, or the plugin that has it: override this one."""
+    raise IsolationError(
+        "The fixture session_plugin_database is not defined. Return your db from one of that name in conftest.py, with "
+        'scope="session".'
+    )
+
+
+@pytest.fixture(scope="session")
+def session_plugin_schema(session_plugin_database: Access[Any]) -> None:
+    """Creates the missing tables, once per run: override it to run migrations, or to do nothing."""
+    database: Any = session_plugin_database.database
+    if not database.is_async:
+        database.create_all()
+        return
+
+    async def create() -> None:
+        await database.create_all()
+        await database.dispose()  # which leaves it to the event loop of the tests
+
+    with ThreadPoolExecutor(1) as thread:  # where no event loop runs
+        thread.submit(asyncio.run, create()).result()
+
+
+@pytest.fixture
+def isolated_database(request: pytest.FixtureRequest, session_plugin_database: Access[Any]) -> Access[Any]:
+    """The database, isolated: what the test commits is undone at its end."""
+    request.getfixturevalue("db_session")
+    return session_plugin_database
+
+
+@pytest.fixture
+def db_session(
+    request: pytest.FixtureRequest, session_plugin_database: Access[Any], session_plugin_schema: None
+) -> Any:
+    """A session of the test's own on the isolated database, to arrange and to assert with."""
+    if not session_plugin_database.database.is_async:
+        return request.getfixturevalue("_isolated_sync")
+    if not inspect.iscoroutinefunction(getattr(request.function, "__wrapped__", request.function)):
+        raise IsolationError(
+            "An async database is isolated on the event loop of its app, and a test that is a plain function has none. "
+            "With TestClient: client.portal.wrap_async_context_manager(db.isolated())."
+        )
+    return request.getfixturevalue(
+        "_isolated_anyio" if "anyio_backend" in request.fixturenames else "_isolated_asyncio"
+    )
+
+
+@pytest.fixture
+def _isolated_sync(session_plugin_database: Access[Any]) -> Generator[Any]:
+    database: Any = session_plugin_database
+    block: AbstractContextManager[Any] = database.isolated()
+    with block as session:
+        yield session
+
+
+async def _isolated(session_plugin_database: Access[Any]) -> AsyncGenerator[Any]:
+    database: Any = session_plugin_database
+    async with database.isolated() as session:
+        yield session
+
+
+_isolated_anyio = pytest.fixture(_isolated, name="_isolated_anyio")
+if find_spec("pytest_asyncio") is not None:
+    import pytest_asyncio
+
+    _isolated_asyncio = pytest_asyncio.fixture(_isolated, name="_isolated_asyncio")

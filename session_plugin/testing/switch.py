@@ -1,0 +1,75 @@
+"""What is different about a database while it is isolated."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, event
+
+from .session import IsolatedSession, SessionOfTheTest, isolated_class
+
+if TYPE_CHECKING:
+    from ..database import BaseDatabase
+    from .isolation import Isolation
+
+
+def session_of_the_test(database: BaseDatabase[Any], isolation: Isolation) -> Any:
+    """A session that belongs to no unit of work, for the test itself."""
+    with _session_class(database, isolation, SessionOfTheTest):
+        return database._new_session()
+
+
+@contextmanager
+def switched(database: BaseDatabase[Any], isolation: Isolation) -> Generator[None]:
+    """In the block its sessions are isolated, and its engines give no connection to anybody else."""
+    engines = list(database._known_engines)
+    connect = _schema_connection_async if database.is_async else _schema_connection
+    database._begin_engine = lambda engine, scope: engine  # type: ignore[method-assign]
+    database._schema_connection = partial(connect, database._maker)  # type: ignore[method-assign]
+    for engine in engines:
+        event.listen(engine, "checkout", isolation.refuse_checkout)
+    try:
+        with _session_class(database, isolation, IsolatedSession):
+            yield
+    finally:
+        del database._begin_engine, database._schema_connection
+        for engine in engines:
+            event.remove(engine, "checkout", isolation.refuse_checkout)
+
+
+@contextmanager
+def _session_class(database: BaseDatabase[Any], isolation: Isolation, base: type[IsolatedSession]) -> Generator[None]:
+    """In the block the session factory, which others may have kept, makes sessions of ``base``."""
+    maker = database._maker
+    if not database.is_async:
+        session_class = maker.class_
+        maker.class_ = isolated_class(session_class, isolation, base)
+    else:
+        session_class = maker.kw["sync_session_class"]
+        maker.configure(sync_session_class=isolated_class(session_class, isolation, base))
+    try:
+        yield
+    finally:
+        if not database.is_async:
+            maker.class_ = session_class
+        else:
+            maker.configure(sync_session_class=session_class)
+
+
+@contextmanager
+def _schema_connection(maker: Any, engine: Engine) -> Generator[Connection]:
+    """A block in which tables are created or dropped for the time of the test."""
+    with maker() as session:
+        yield session.connection(bind_arguments={"bind": engine})
+        session.commit()
+
+
+@asynccontextmanager
+async def _schema_connection_async(maker: Any, engine: Any) -> AsyncGenerator[Any]:
+    """A block in which tables are created or dropped for the time of the test."""
+    async with maker() as session:
+        yield await session.connection(bind_arguments={"bind": engine.sync_engine})
+        await session.commit()

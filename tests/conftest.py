@@ -27,6 +27,7 @@ NOT_CORE = (
     "tests/test_neighbours*",
     "tests/test_servers.py",
     "tests/test_soak.py",
+    "tests/test_testing_pytest.py",
     "docs/coming-from/*",
     "docs/fastapi.md",
     "docs/neighbours/*",

@@ -57,7 +57,7 @@ def leave_midstream(
     response: Iterable[bytes] = app(environ, start_response)
     read = b""
     try:
-        for chunk, _ in zip(response, range(chunks), strict=False):
+        for _, chunk in zip(range(chunks), response, strict=False):  # in this order, none is read in vain
             read += chunk
     finally:
         getattr(response, "close", lambda: None)()

@@ -37,7 +37,7 @@ def worker_database(url: str | URL, worker_id: str | None = None) -> Generator[U
     own = parsed.set(database=_name(parsed, worker))
     _drop(parsed, own)
     if parsed.get_backend_name() != "sqlite":
-        _execute(parsed, "CREATE DATABASE", own)
+        _execute(parsed, "CREATE DATABASE {}", own)
     try:
         yield own
     finally:
@@ -53,7 +53,8 @@ def _name(url: URL, worker: str) -> str:
 
 def _drop(url: URL, own: URL) -> None:
     if url.get_backend_name() != "sqlite":
-        _execute(url, "DROP DATABASE IF EXISTS", own)
+        force = " WITH (FORCE)" if url.get_backend_name() == "postgresql" else ""  # the app may still have connections
+        _execute(url, "DROP DATABASE IF EXISTS {}" + force, own)
         return
     for suffix in ("", "-wal", "-shm"):
         Path(f"{own.database}{suffix}").unlink(missing_ok=True)
@@ -66,7 +67,7 @@ def _execute(url: URL, statement: str, own: URL) -> None:
         engine = create_engine(url, **options)
         quoted = engine.dialect.identifier_preparer.quote(str(own.database))
         with engine.connect() as connection:
-            connection.execute(text(f"{statement} {quoted}"))
+            connection.execute(text(statement.format(quoted)))
 
     async def through_async_driver() -> None:
         from sqlalchemy.ext.asyncio import create_async_engine
@@ -74,7 +75,7 @@ def _execute(url: URL, statement: str, own: URL) -> None:
         engine = create_async_engine(url, **options)
         quoted = engine.dialect.identifier_preparer.quote(str(own.database))
         async with engine.connect() as connection:
-            await connection.execute(text(f"{statement} {quoted}"))
+            await connection.execute(text(statement.format(quoted)))
 
     if url.get_dialect().is_async:
         with ThreadPoolExecutor(1) as thread:  # where no event loop runs

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .. import _engines
-from .._watch import KEY, before_commit
+from .._watch import KEY, before_commit, watch_of
 from ..exceptions import IsolationError
 from . import constraints, statements
 from .session import IsolatedSession
@@ -225,6 +225,8 @@ class Isolation:
             if turn.wrote:
                 self._checks[connection](connection)
         except BaseException:
+            if (watch := watch_of(connection)) is not None:
+                watch.error = None
             connection.dialect.do_rollback_to_savepoint(connection, name)  # SQLAlchemy takes it for ended
             raise
         around = self._turns.around(turn)

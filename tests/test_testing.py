@@ -1,0 +1,359 @@
+"""What the test kit makes fail, counts and keeps back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, StreamingResponse
+from flask import Flask, Response, request
+from sqlalchemy import create_engine, make_url, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session
+
+from session_plugin import Database, IsolationError
+from session_plugin.fastapi import AsyncSessionPlugin
+from session_plugin.flask import SessionPlugin
+from session_plugin.testing import (
+    aleave_midstream,
+    assert_queries,
+    captured_hooks,
+    exhausted_pool,
+    fail_next_commit,
+    kill_connection,
+    leave_midstream,
+    worker_database,
+)
+
+from .drivers import ASYNC, MARIADB, POSTGRESQL, SYNC
+from .harness import Base, Parent, add, insert
+from .test_isolation import SOME, Isolated
+from .units import Units, on
+
+HERE = Path(__file__)
+
+
+# -- failures --------------------------------------------------------------------------------------
+
+
+def test_the_next_commit_breaks_a_constraint(units: Units) -> None:
+    """Once, by the driver's own error; and the test's session commits meanwhile."""
+    with Isolated(units) as isolated:
+        fail_next_commit(units.db)
+        isolated.see(lambda session: [insert("arranged")(session), session.commit()])
+        with pytest.raises(IntegrityError) as raised:
+            units.run(add("tea"))
+        assert isinstance(raised.value.orig, Exception)
+        units.run(add("coffee"))
+        assert isolated.names() == ["arranged", "coffee"]
+
+
+def test_the_next_commit_meets_a_serialization_failure(units: Units) -> None:
+    with Isolated(units) as isolated:
+        fail_next_commit(units.db, "serialization")
+        with pytest.raises(DBAPIError, match="locked" if "sqlite" in units.driver else "a test asked for this"):
+            units.run(add("tea"))
+        units.run(add("coffee"))
+        assert isolated.names() == ["coffee"]
+
+
+@on(*POSTGRESQL, *MARIADB)
+def test_the_next_commit_loses_its_connection(units: Units) -> None:
+    with Isolated(units) as isolated:
+        isolated.see(lambda session: [insert("arranged")(session), session.commit()])
+        fail_next_commit(units.db, "disconnect")
+        with pytest.raises(DBAPIError) as raised:
+            units.run(add("tea"))
+        assert raised.value.connection_invalidated
+        units.run(add("coffee"))
+        assert isolated.names() == ["arranged", "coffee"]
+
+
+@on(*POSTGRESQL, *MARIADB)
+def test_a_connection_dies_in_the_middle(units: Units) -> None:
+    """And stays dead for its unit of work, whoever catches the error."""
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        for _ in range(2):
+            with pytest.raises(DBAPIError) as raised:
+                session.execute(text("SELECT 1"))
+            assert raised.value.connection_invalidated
+
+    with Isolated(units) as isolated:
+        kill_connection(units.db, after=1)
+        with pytest.raises(DBAPIError):
+            units.run(work)
+        units.run(add("coffee"))
+        assert isolated.names() == ["coffee"]
+
+
+@on("sqlite+pysqlite", "sqlite+aiosqlite")
+def test_sqlite_has_no_connection_to_lose(units: Units) -> None:
+    with Isolated(units):
+        kill_connection(units.db)
+        with pytest.raises(IsolationError, match="How to fail so on sqlite"):
+            units.run(insert("tea"))
+
+
+@on(*SOME)
+def test_an_exhausted_pool_gives_nothing(units: Units) -> None:
+    with Isolated(units) as isolated:
+        with exhausted_pool(units.db):
+            with pytest.raises(PoolTimeoutError):
+                units.run(insert("tea"))
+            assert isolated.names() == []
+        units.run(insert("coffee"))
+        assert isolated.names() == ["coffee"]
+
+
+@on("sqlite+pysqlite", "sqlite+aiosqlite")
+def test_a_failure_that_never_came_is_told(units: Units) -> None:
+    """A test that asked for one and would pass without it has shown nothing."""
+    for ask in (fail_next_commit, kill_connection):
+        with pytest.raises(IsolationError, match="has not come"), Isolated(units):
+            ask(units.db)
+
+
+def test_failures_need_an_isolated_database() -> None:
+    db = Database("sqlite://")
+    with pytest.raises(IsolationError, match="works on an isolated database only"):
+        fail_next_commit(db)
+
+
+# -- hooks -----------------------------------------------------------------------------------------
+
+
+@on(*SOME)
+def test_hooks_are_kept_back(units: Units) -> None:
+    """Those whose commit came, to be looked at, and run as the database would."""
+
+    def work(session: Session) -> None:
+        units.db.on_commit(hook, "tea", loud=True)
+        insert("tea")(session)
+
+    def hook(name: str, loud: bool) -> Any:
+        if units.is_async:
+            return units.db.session.run_sync(insert(f"{name}{'!' * loud}"))
+        return insert(f"{name}{'!' * loud}")(units.db.session)
+
+    with Isolated(units) as isolated:
+        with captured_hooks(units.db) as hooks:
+            units.run(work)
+            with pytest.raises(IntegrityError):
+                units.run(work)
+        (kept,) = hooks
+        assert (kept.func, kept.args, kept.keywords) == (hook, ("tea",), {"loud": True})  # type: ignore[attr-defined]
+        assert isolated.names() == ["tea"]
+        running = hooks.run()
+        if running is not None:
+            units.runner.run(running)  # type: ignore[arg-type]
+        assert (isolated.names(), hooks) == (["tea", "tea!"], [])
+        units.run(lambda session: units.db.on_commit(hook, "coffee", loud=False))
+        assert isolated.names() == ["coffee", "tea", "tea!"]
+
+
+# -- queries ---------------------------------------------------------------------------------------
+
+
+@on(*SYNC, *ASYNC)
+def test_too_many_statements_are_named_with_their_origin(units: Units) -> None:
+    """Isolated or not; and what begins and ends transactions does not count."""
+
+    def work(session: Session) -> None:
+        session.execute(text("SELECT 1"))
+        with session.begin_nested():
+            session.scalars(select(Parent)).all()
+
+    def check() -> None:
+        with assert_queries(units.db, max=2) as queries:
+            units.run(work)
+        assert len(queries) == 2
+        with pytest.raises(AssertionError) as raised, assert_queries(units.db, max=1):
+            units.run(work)
+        told = str(raised.value).splitlines()
+        assert told[0] == "2 statements were sent, and 1 are allowed:"
+        first = work.__code__.co_firstlineno
+        assert [line.strip() for line in told[1:]] == [
+            "1. SELECT 1",
+            f"{HERE}:{first + 1} in work",
+            "2. SELECT parent.name FROM parent",
+            f"{HERE}:{first + 3} in work",
+        ]
+
+    check()
+    with Isolated(units):
+        check()
+
+
+@on("postgresql+asyncpg")
+def test_the_origin_of_a_statement_of_a_coroutine(units: Units) -> None:
+    async def work() -> None:
+        async with units.db.session_scope() as session:
+            await session.scalar(text("SELECT 1"))
+
+    with assert_queries(units.db, max=1) as queries:
+        units.runner.run(work())
+    assert queries[0].origin == f"{HERE}:{work.__code__.co_firstlineno + 2} in work"
+
+
+def test_a_statement_of_no_code_of_the_users() -> None:
+    db = Database("sqlite://")
+    with assert_queries(db, max=1) as queries:
+        exec(
+            compile("with db.session_scope() as s: s.execute(t)", "<string>", "exec"), {"db": db, "t": text("SELECT 1")}
+        )
+    assert queries[0].origin.startswith(f"{HERE}:")
+
+
+@on("sqlite+pysqlite")
+def test_an_error_of_the_block_is_not_hidden(units: Units) -> None:
+    with pytest.raises(ZeroDivisionError), assert_queries(units.db, max=0):
+        units.run(lambda session: [session.execute(text("SELECT 1")), 1 / 0])
+
+
+# -- apps ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flask_app(tmp_path: Path) -> Iterator[tuple[Flask, SessionPlugin[Any]]]:
+    db = SessionPlugin(f"sqlite:///{tmp_path}/test.db", metadata=Base.metadata)
+    app = Flask(__name__)
+    db.init_app(app)
+
+    @app.post("/parents")
+    def create() -> Any:
+        db.session.add(Parent(name=request.args["name"]))
+        return "created", 201
+
+    @app.post("/stream")
+    def stream() -> Any:
+        posted = request.json
+
+        def names() -> Iterator[str]:
+            for name in posted:
+                db.session.add(Parent(name=name))
+                yield name
+
+        return Response(names(), 201, headers={"X-Client": request.headers["X-Client"]})
+
+    @app.errorhandler(IntegrityError)
+    def refused(error: IntegrityError) -> Any:
+        return "refused", 409
+
+    db.create_all()
+    yield app, db
+    db.dispose()
+
+
+def test_a_failed_commit_reaches_the_error_handler_of_flask(flask_app: tuple[Flask, SessionPlugin[Any]]) -> None:
+    app, db = flask_app
+    client = app.test_client()
+    with db.isolated() as session:
+        fail_next_commit(db)
+        assert client.post("/parents?name=tea").status_code == 409
+        assert client.post("/parents?name=tea").status_code == 201
+        assert session.scalars(select(Parent.name)).all() == ["tea"]
+    with db.session_scope() as session:
+        assert session.scalars(select(Parent.name)).all() == []
+
+
+def test_who_leaves_flask_midstream_leaves_nothing(flask_app: tuple[Flask, SessionPlugin[Any]]) -> None:
+    app, db = flask_app
+    with db.isolated() as session:
+        left = leave_midstream(app, "POST", "/stream?x=1", json=["a", "b", "c"], headers={"X-Client": "x"}, chunks=2)
+        assert (left.status, left.body) == (201, b"ab")
+        assert session.scalars(select(Parent.name)).all() == []
+        left = leave_midstream(app, "POST", "/parents?name=tea")
+        assert (left.status, left.body) == (201, b"created")
+        leave_midstream(app, "POST", "/stream", json=["a", "b"], headers={"X-Client": "x"}, chunks=9)
+        assert session.scalars(select(Parent.name).order_by(Parent.name)).all() == ["a", "b", "tea"]
+
+
+def fastapi_app(location: Path) -> tuple[FastAPI, AsyncSessionPlugin[Any]]:
+    db = AsyncSessionPlugin(f"sqlite+aiosqlite:///{location}/test.db", metadata=Base.metadata)
+    app = FastAPI()
+    db.init_app(app)
+
+    @app.post("/parents", status_code=201)
+    async def create(name: str) -> None:
+        db.session.add(Parent(name=name))
+
+    @app.post("/stream", status_code=201)
+    async def stream(names: list[str]) -> StreamingResponse:
+        async def body() -> AsyncGenerator[str]:
+            for name in names:
+                db.session.add(Parent(name=name))
+                yield name
+                await asyncio.sleep(0)
+
+        return StreamingResponse(body(), 201)
+
+    @app.exception_handler(IntegrityError)
+    async def refused(request: Any, error: Any) -> JSONResponse:
+        return JSONResponse("refused", 409)
+
+    return app, db
+
+
+def test_an_asgi_app(tmp_path: Path) -> None:
+    """A failed commit reaches its handler, and who leaves it midstream leaves nothing."""
+    app, db = fastapi_app(tmp_path)
+
+    async def main() -> None:
+        await db.create_all()
+        async with db.isolated() as session:
+            fail_next_commit(db)
+            assert (await aleave_midstream(app, "POST", "/parents?name=tea")).status == 409
+            left = await aleave_midstream(app, "POST", "/stream", json=["a", "b", "c"], chunks=2)
+            assert (left.status, left.body) == (201, b"ab")
+            assert (await session.scalars(select(Parent.name))).all() == []
+            assert (await aleave_midstream(app, "POST", "/stream", json=["a"], chunks=9)).body == b"a"
+            assert (await session.scalars(select(Parent.name))).all() == ["a"]
+        await db.dispose()
+
+    asyncio.run(main())
+
+
+# -- a database per worker -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("driver", ["postgresql+psycopg", "postgresql+asyncpg", "mariadb+pymysql", "mariadb+aiomysql"])
+def test_each_worker_has_a_database(driver: str, request: pytest.FixtureRequest) -> None:
+    server = request.getfixturevalue(driver.partition("+")[0])
+    base = make_url(server.url(driver.partition("+")[2]))
+    if driver.startswith("mariadb"):  # its user may create databases of its own name only
+        base = base.set(username="root", password="")
+    with worker_database(base, "gw1") as url:
+        assert url.database == f"{base.database}_gw1"
+        left_open = create_engine(server.admin_url(url.database))
+        Base.metadata.create_all(left_open)
+    with worker_database(base.render_as_string(hide_password=False), "gw1") as url:
+        engine = create_engine(server.admin_url(url.database))
+        Base.metadata.create_all(engine, checkfirst=False)
+        engine.dispose()
+    with pytest.raises(OperationalError):
+        engine.connect()
+    left_open.dispose()
+
+
+def test_each_worker_has_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named by pytest-xdist; without it, or in memory, nothing changes."""
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw3")
+    with worker_database(f"sqlite:///{tmp_path}/test.db") as url:
+        assert url.database == f"{tmp_path}/test_gw3.db"
+        db = Database(url, metadata=Base.metadata)
+        db.create_all()
+        db.dispose()
+        assert os.listdir(tmp_path) == ["test_gw3.db"]
+    assert os.listdir(tmp_path) == []
+    with worker_database("sqlite://") as url:
+        assert url == make_url("sqlite://")
+    with worker_database("sqlite:///test.db", "master") as url:
+        assert url.database == "test.db"

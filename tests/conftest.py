@@ -31,6 +31,7 @@ NOT_CORE = (
     "docs/coming-from/*",
     "docs/fastapi.md",
     "docs/neighbours/*",
+    "docs/testing.md",
     "docs/your-own-adapter.md",
 )
 """What ``--core`` leaves out: it needs newer or other packages than the lowest that are supported."""

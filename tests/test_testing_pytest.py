@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from textwrap import dedent
 
+import fastapi  # noqa: F401  else each of the runs imports it anew
+import flask  # noqa: F401
+import httpx  # noqa: F401
 import pytest
 from sqlalchemy import create_engine, text
 
@@ -198,40 +201,11 @@ def test_fastapi_sync_with_test_client(project: Project) -> None:
     assert project.orders() == 0
 
 
-def test_fastapi_async_with_test_client(project: Project) -> None:
-    """The isolation lives where the app does, on the event loop of the client."""
-    project.fastapi()
-    project.write("conftest", CONFTEST)
-    project.write("test_app", PORTAL)
-    project.run(passed=2)
-    assert project.orders() == 0
+def test_fastapi_async(project: Project) -> None:
+    """On the loop of pytest-asyncio, by mark or in its mode "auto", of anyio, and of a `TestClient`.
 
-
-def test_an_async_database_in_a_plain_test_is_told(project: Project) -> None:
-    project.fastapi()
-    project.write("conftest", CONFTEST)
-    project.write("test_app", "def test_order(db_session): pass")
-    project.run(errors=1).stdout.fnmatch_lines(["*IsolationError*wrap_async_context_manager*"])
-
-
-def test_pytest_asyncio(project: Project) -> None:
-    project.fastapi()
-    project.write("conftest", CONFTEST)
-    project.write("test_app", TWICE_ASYNC.format(mark="@pytest.mark.asyncio"))
-    project.run(passed=2)
-    assert project.orders() == 0
-
-
-def test_pytest_asyncio_by_itself(project: Project) -> None:
-    """Without marks, in its mode "auto"."""
-    project.fastapi()
-    project.write("conftest", CONFTEST)
-    project.write("test_app", TWICE_ASYNC.format(mark=""))
-    project.run("--asyncio-mode=auto", passed=2)
-    assert project.orders() == 0
-
-
-def test_anyio(project: Project) -> None:
+    A plain test has no loop on which the app would run, and is told so.
+    """
     project.fastapi()
     backend = """
     @pytest.fixture
@@ -239,8 +213,20 @@ def test_anyio(project: Project) -> None:
         return "asyncio"
     """
     project.write("conftest", CONFTEST, backend)
-    project.write("test_app", TWICE_ASYNC.format(mark="@pytest.mark.anyio"))
-    project.run(passed=2)
+    project.write("test_portal", PORTAL)
+    project.write("test_anyio", TWICE_ASYNC.format(mark="@pytest.mark.anyio"))
+    project.write("test_asyncio", TWICE_ASYNC.format(mark="@pytest.mark.asyncio"))
+    project.write("test_plain", "def test_order(db_session): pass")
+    result = project.run(passed=6, errors=1)
+    result.stdout.fnmatch_lines(["*IsolationError*wrap_async_context_manager*"])
+    assert project.orders() == 0
+
+
+def test_pytest_asyncio_by_itself(project: Project) -> None:
+    project.fastapi()
+    project.write("conftest", CONFTEST)
+    project.write("test_app", TWICE_ASYNC.format(mark=""))
+    project.run("--asyncio-mode=auto", passed=2)
     assert project.orders() == 0
 
 
@@ -280,11 +266,6 @@ def test_xdist_gives_each_worker_a_database(project: Project) -> None:
     )
     project.run("-n", "2", passed=6)
     assert sorted(path.name for path in project.location.iterdir()) == []
-
-
-def test_the_plugin_is_registered(pytester: pytest.Pytester) -> None:
-    """By its entry point, so that there is nothing to import."""
-    pytester.runpytest_inprocess("--fixtures").stdout.fnmatch_lines(["*isolated_database -- *pytest_plugin.py*"])
 
 
 def test_the_core_does_not_load_the_kit() -> None:

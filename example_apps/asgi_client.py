@@ -11,8 +11,9 @@ from .ledger_promises import Answer, Client
 class ASGIClient(Client):
     """Entered, it has started the app; left, it has stopped it."""
 
-    def __init__(self, app, run):
+    def __init__(self, app, run, session):
         self.app = app
+        self.session = session
         self.run = run
         self._to_app = asyncio.Queue()
         self._from_app = asyncio.Queue()

@@ -1,7 +1,8 @@
-"""The tests never touch the database that ``LEDGER_DATABASE`` names: each drops its tables at the end."""
+"""The tests never touch the database that ``LEDGER_DATABASE`` names, and leave nothing in the one that they use."""
 
 import asyncio
 import os
+from contextlib import contextmanager
 
 import pytest
 
@@ -15,3 +16,18 @@ def run():
     """Run a coroutine on the event loop that the tests of one app share, as its requests would."""
     with asyncio.Runner() as runner:
         yield runner.run
+
+
+@pytest.fixture
+def entered(run):
+    """A block of an async context manager, on that loop."""
+
+    @contextmanager
+    def entered(block):
+        answer = run(block.__aenter__())
+        try:
+            yield answer
+        finally:
+            run(block.__aexit__(None, None, None))
+
+    return entered

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Executable, func, select
+from sqlalchemy.exc import IntegrityError
 
 from .ledger_models import Entry, Notice, balances, journal
 
@@ -27,11 +28,15 @@ class Client(ABC):
 
     @abstractmethod
     def rows(self, statement: Executable) -> list[Any]:
-        """What the database holds, read on a connection of its own."""
+        """What the database holds, read by the session of the test."""
 
     @abstractmethod
     def checked_out(self) -> int:
         """How many connections the app holds."""
+
+    @abstractmethod
+    def fail_next_commit(self, failure: Any) -> None:
+        """Let the next commit of the app fail."""
 
 
 class LedgerPromises:
@@ -74,6 +79,14 @@ class LedgerPromises:
         answer = self.transfer(target="nobody")
         assert (answer.status, json.loads(answer.text)) == (409, {"error": "the database refused it"})
         assert self.balances() == {"alice": 100, "bob": 1, "equity": -101}
+
+    @pytest.mark.parametrize(("failure", "status"), [(IntegrityError, 409), ("serialization", 500)])
+    def test_commit_that_fails_for_another_reason(self, failure, status):
+        """Whatever makes COMMIT fail, the client is told, and a second attempt is a first one."""
+        self.client.fail_next_commit(failure)
+        assert self.transfer().status == status
+        assert self.balances() == {"alice": 100, "bob": 1, "equity": -101}
+        assert self.transfer().status == 201
 
     def test_failed_flush_reaches_the_error_handler(self):
         """An account that is there already is answered by the same handler."""

@@ -1,5 +1,7 @@
 import pytest
 
+from session_plugin.testing import fail_next_commit
+
 from .asgi_client import ASGIClient
 from .ledger_fastapi_async import app, db
 from .ledger_promises import LedgerPromises
@@ -7,21 +9,19 @@ from .ledger_promises import LedgerPromises
 
 class AsyncClient(ASGIClient):
     def rows(self, statement):
-        async def read():
-            async with db.engine.connect() as connection:
-                return list(await connection.execute(statement))
-
-        return self.run(read())
+        return list(self.run(self.session.execute(statement)))
 
     def checked_out(self):
-        return db.engine.pool.checkedout()
+        return db.engine.pool.checkedout() - 1  # the test's own
+
+    def fail_next_commit(self, failure):
+        fail_next_commit(db, failure)
 
 
 @pytest.fixture
-def client(run):
-    with AsyncClient(app, run) as client:
+def client(run, entered):
+    with entered(db.isolated()) as session, AsyncClient(app, run, session) as client:
         yield client
-        run(db.drop_all())
 
 
 class TestLedgerFastAPIAsync(LedgerPromises):

@@ -1,5 +1,7 @@
 import pytest
 
+from session_plugin.testing import fail_next_commit
+
 from .asgi_client import ASGIClient
 from .ledger_fastapi_sync import app, db
 from .ledger_promises import LedgerPromises
@@ -7,18 +9,19 @@ from .ledger_promises import LedgerPromises
 
 class SyncClient(ASGIClient):
     def rows(self, statement):
-        with db.engine.connect() as connection:
-            return list(connection.execute(statement))
+        return list(self.session.execute(statement))
 
     def checked_out(self):
-        return db.engine.pool.checkedout()
+        return db.engine.pool.checkedout() - 1  # the test's own
+
+    def fail_next_commit(self, failure):
+        fail_next_commit(db, failure)
 
 
 @pytest.fixture
 def client(run):
-    with SyncClient(app, run) as client:
+    with db.isolated() as session, SyncClient(app, run, session) as client:
         yield client
-        db.drop_all()
 
 
 class TestLedgerFastAPISync(LedgerPromises):

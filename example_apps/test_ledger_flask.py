@@ -1,42 +1,47 @@
 import pytest
 
+from session_plugin.testing import fail_next_commit, leave_midstream
+
 from .ledger_flask import app, db
-from .ledger_models import open_books
 from .ledger_promises import Answer, Client, LedgerPromises
 
 
 class FlaskClient(Client):
+    def __init__(self, session):
+        self.session = session
+
     def send(self, method, path, body=None, *, leave=False):
+        if leave:
+            left = leave_midstream(app, method, path, json=body)
+            return Answer(left.status, left.body.decode(), complete=False)
         response = app.test_client().open(path, method=method, json=body)
         chunks, complete = [], False
         try:
-            for chunk in response.response:
-                chunks.append(chunk)
-                if leave:
-                    break
-            else:
-                complete = True
+            chunks.extend(response.response)
+            complete = True
         except Exception:
             complete = False  # a server closes the connection, which is all that its client sees
         response.close()
         return Answer(response.status_code, b"".join(chunks).decode(), complete)
 
     def rows(self, statement):
-        with db.engine.connect() as connection:
-            return list(connection.execute(statement))
+        return list(self.session.execute(statement))
 
     def checked_out(self):
-        return db.engine.pool.checkedout()
+        return db.engine.pool.checkedout() - 1  # the test's own
+
+    def fail_next_commit(self, failure):
+        fail_next_commit(db, failure)
+
+
+@pytest.fixture(scope="session")
+def session_plugin_database():
+    return db
 
 
 @pytest.fixture
-def client():
-    db.create_all()
-    with db.session_scope() as session:
-        open_books(session)
-    yield FlaskClient()
-    db.drop_all()
-    db.dispose()
+def client(db_session):
+    return FlaskClient(db_session)
 
 
 class TestLedgerFlask(LedgerPromises):

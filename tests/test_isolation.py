@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, select, text
+from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
@@ -122,6 +122,9 @@ def test_a_commit_that_would_have_failed_fails(units: Units) -> None:
     with Isolated(units) as isolated:
         with pytest.raises(IntegrityError):
             units.run(add_orphan)
+        with pytest.raises(IntegrityError):
+            isolated.see(lambda session: [add_orphan(session), session.commit()])
+        isolated.see(lambda session: session.rollback())
         units.run(add("tea"))
         units.run(lambda session: session.add_all([Child(name="child", parent="late"), Parent(name="late")]))
         assert isolated.names() == ["late", "tea"]
@@ -545,6 +548,34 @@ def test_autocommit_is_refused() -> None:
     autocommit = Database(create_engine("sqlite://").execution_options(isolation_level="AUTOCOMMIT"))
     with db.isolated(), autocommit.isolated() as session, pytest.raises(IsolationError, match="AUTOCOMMIT"):
         session.execute(text("SELECT 1"))
+
+
+def test_a_connection_that_cannot_begin_is_given_back(tmp_path: Any) -> None:
+    """The first, and another one while the first is in use."""
+    names = {name: f"sqlite:///{tmp_path}/{name}.db" for name in ("default", "other")}
+    db = Database(names, binds={Child: "other"}, metadata=Base.metadata)
+    db.create_all()
+
+    def refuse(connection: Any) -> None:
+        raise ZeroDivisionError
+
+    with db.isolated() as session:
+        for engine, model in ((db.engines["default"], Parent), (db.engines["other"], Child)):
+            event.listen(engine, "begin", refuse)
+            with pytest.raises(ZeroDivisionError):
+                session.scalars(select(model))
+            event.remove(engine, "begin", refuse)
+            assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+            assert session.scalars(select(model)).all() == []
+    db.dispose()
+
+
+@on("sqlite+pysqlite")
+def test_a_session_on_the_connection_of_another_one(units: Units) -> None:
+    with Isolated(units) as isolated, units.db.sessionmaker(bind=isolated.session.connection()) as other:
+        insert("tea")(other)
+        other.commit()
+        assert isolated.names() == ["tea"]
 
 
 def test_several_engines_at_once(tmp_path: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ def test_hooks_are_kept_back(units: Units) -> None:
 
     with Isolated(units) as isolated:
         with captured_hooks(units.db) as hooks:
+            run_one_inside(units)
             units.run(work)
             with pytest.raises(IntegrityError):
                 units.run(work)
@@ -157,6 +159,17 @@ def test_hooks_are_kept_back(units: Units) -> None:
         assert (isolated.names(), hooks) == (["tea", "tea!"], [])
         units.run(lambda session: units.db.on_commit(hook, "coffee", loud=False))
         assert isolated.names() == ["coffee", "tea", "tea!"]
+
+
+def run_one_inside(units: Units) -> None:
+    """A block of its own in the block: what it runs is not kept back again."""
+    log: list[int] = []
+    with captured_hooks(units.db) as hooks:
+        units.run(lambda session: units.db.on_commit(log.append, 1) or session.execute(text("SELECT 1")))  # type: ignore[func-returns-value]
+        running = hooks.run()
+        if running is not None:
+            units.runner.run(running)  # type: ignore[arg-type]
+    assert (log, hooks) == ([1], [])
 
 
 # -- queries ---------------------------------------------------------------------------------------
@@ -203,13 +216,14 @@ def test_the_origin_of_a_statement_of_a_coroutine(units: Units) -> None:
     assert queries[0].origin == f"{HERE}:{work.__code__.co_firstlineno + 2} in work"
 
 
-def test_a_statement_of_no_code_of_the_users() -> None:
-    db = Database("sqlite://")
-    with assert_queries(db, max=1) as queries:
-        exec(
-            compile("with db.session_scope() as s: s.execute(t)", "<string>", "exec"), {"db": db, "t": text("SELECT 1")}
-        )
-    assert queries[0].origin.startswith(f"{HERE}:")
+@on("sqlite+pysqlite")
+def test_a_statement_of_nobodys_code(units: Units) -> None:
+    with assert_queries(units.db, max=99) as queries:
+        with units.db.sessionmaker() as session:
+            thread = threading.Thread(target=session.execute, args=(text("SELECT 1"),))
+            thread.start()
+            thread.join()
+    assert {query.origin for query in queries} == {"no code of yours is on the stack"}
 
 
 @on("sqlite+pysqlite")
@@ -319,6 +333,17 @@ def test_an_asgi_app(tmp_path: Path) -> None:
         await db.dispose()
 
     asyncio.run(main())
+
+
+def test_an_asgi_app_that_does_not_look() -> None:
+    """What it sends to a client that has gone is not read."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for chunk in (b"a", b"b", b"c"):
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    assert asyncio.run(aleave_midstream(app, "GET", "/", chunks=2)).body == b"ab"
 
 
 # -- a database per worker -------------------------------------------------------------------------

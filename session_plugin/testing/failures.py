@@ -95,12 +95,7 @@ def _disconnect(isolation: Isolation, connection: Connection) -> None:
     """Raise what the driver does when its connection is lost: it is done to another one, as this one is the test's."""
     statement = _for_dialect(connection, _DISCONNECT)
     with isolation.connect_beside(connection.engine) as beside:
-        try:
-            beside.exec_driver_sql(statement)
-        except DBAPIError as error:
-            if error.connection_invalidated:
-                raise
-        beside.exec_driver_sql("SELECT 1")
+        beside.exec_driver_sql(statement)
 
 
 def _for_dialect(connection: Connection, by_dialect: Mapping[str, T]) -> T:

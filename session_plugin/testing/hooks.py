@@ -30,7 +30,10 @@ class CapturedHooks(list[Callable[[], Any]]):
         calls = [*self]
         self.clear()
         database: Any = self._database
-        answer: Awaitable[None] | None = (database._arun_hooks if database.is_async else database._run_hooks)(calls)
+        class_ = type(database)  # the database itself keeps them back
+        answer: Awaitable[None] | None = (class_._arun_hooks if database.is_async else class_._run_hooks)(
+            database, calls
+        )
         return answer
 
 
@@ -47,8 +50,11 @@ def captured_hooks(db: HasDatabase) -> Generator[CapturedHooks]:
     """
     database = db.database
     captured = CapturedHooks(database)
+    around = vars(database).get("_run_hooks")
     database._run_hooks = captured.capture  # type: ignore[method-assign]
     try:
         yield captured
     finally:
         del database._run_hooks
+        if around is not None:
+            database._run_hooks = around  # type: ignore[method-assign]

@@ -58,6 +58,8 @@ class Isolation:
         exhausted: True while the app gets no connection.
     """
 
+    _at_work: Turn
+
     def __init__(self, database: BaseDatabase[Any]) -> None:
         self._database = database
         self._turns = Turns(is_async=database.is_async)
@@ -66,7 +68,6 @@ class Isolation:
         self._warnings: list[str] = []
         self._opening = False
         self._over = False
-        self._at_work: Turn | None = None
         self._last_savepoint = ""
         self._to_release = ""
         self.next_commits: list[Failure] = []
@@ -226,7 +227,7 @@ class Isolation:
                 self._checks[connection](connection)
         except BaseException:
             if (watch := watch_of(connection)) is not None:
-                watch.error = None
+                watch.error, watch.commit_sent = None, False
             connection.dialect.do_rollback_to_savepoint(connection, name)  # SQLAlchemy takes it for ended
             raise
         around = self._turns.around(turn)
@@ -257,9 +258,8 @@ class Isolation:
         if self._to_release and statements.rolls_back_to(statement, self._to_release):
             self._to_release = ""
             return statements.as_release(statement), parameters
-        turn = self._at_work
-        if turn is not None and self._turns.find(turn.session) is turn:
-            self._note(turn, connection, statement)
+        if self._turns.find(self._at_work.session) is self._at_work:
+            self._note(self._at_work, connection, statement)
         return statement, parameters
 
     def _note(self, turn: Turn, connection: Connection, statement: str) -> None:
@@ -289,5 +289,4 @@ class Isolation:
             self._check_last(self._turns.take(session))
 
     def _after_cursor_execute(self, *statement: Any) -> None:
-        if self._at_work is not None:
-            self._at_work.under_way = False
+        self._at_work.under_way = False

@@ -10,8 +10,10 @@ import inspect
 from collections.abc import AsyncGenerator, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import pytest
 
@@ -19,6 +21,10 @@ from ..exceptions import IsolationError
 
 if TYPE_CHECKING:
     from ..access import Access
+
+
+_created: WeakSet[Any] = WeakSet()
+"""The databases whose tables were created: modules may have different ones."""
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +36,13 @@ def session_plugin_database() -> Access[Any]:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def session_plugin_schema(session_plugin_database: Access[Any]) -> None:
     """Creates the missing tables, once per run: override it to run migrations, or to do nothing."""
     database: Any = session_plugin_database.database
+    if database in _created:
+        return
+    _created.add(database)
     if not database.is_async:
         database.create_all()
         return
@@ -85,7 +94,5 @@ async def _isolated(session_plugin_database: Access[Any]) -> AsyncGenerator[Any]
 
 
 _isolated_anyio = pytest.fixture(_isolated, name="_isolated_anyio")
-if find_spec("pytest_asyncio") is not None:
-    import pytest_asyncio
-
-    _isolated_asyncio = pytest_asyncio.fixture(_isolated, name="_isolated_asyncio")
+_asyncio: Any = import_module("pytest_asyncio") if find_spec("pytest_asyncio") else pytest
+_isolated_asyncio = _asyncio.fixture(_isolated, name="_isolated_asyncio")

@@ -378,6 +378,45 @@ def test_work_waits_for_the_tasks_inside_it(units: Units) -> None:
         assert isolated.names() == ["inside", "later", "outer"]
 
 
+SLEEP = {
+    "sqlite+aiosqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000) "
+    "SELECT max(i) FROM n",
+    "postgresql+asyncpg": "SELECT pg_sleep(5)",
+    "postgresql+psycopg_async": "SELECT pg_sleep(5)",
+    "mariadb+asyncmy": "SELECT SLEEP(5)",
+}
+
+
+@on(*SLEEP)
+def test_a_task_that_is_cancelled_in_a_statement_is_undone_alone(units: Units) -> None:
+    """As by a client that goes away; MariaDB's drivers close the connection, and the test is told."""
+
+    async def work(begun: asyncio.Event) -> None:
+        async with units.db.session_scope() as session:
+            await session.run_sync(insert("half"))
+            begun.set()
+            await session.execute(text(SLEEP[units.driver]))
+
+    async def main() -> None:
+        begun = asyncio.Event()
+        task = asyncio.create_task(work(begun))
+        await begun.wait()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with Isolated(units) as isolated:
+        units.run(add("tea"))
+        units.runner.run(main())
+        if units.driver.startswith("mariadb"):
+            with pytest.raises(IsolationError, match="was lost"):
+                isolated.names()
+        else:
+            assert isolated.names() == ["tea"]
+
+
 @contextmanager
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .. import _engines
+from .._mysql import NAMES
 from .._watch import KEY, before_commit, watch_of
 from ..exceptions import IsolationError
 from . import constraints, statements
+from .savepoints import Savepoints
 from .session import IsolatedSession
 from .switch import session_of_the_test, switched
 from .turns import Turn, Turns
@@ -68,8 +71,7 @@ class Isolation:
         self._warnings: list[str] = []
         self._opening = False
         self._over = False
-        self._last_savepoint = ""
-        self._to_release = ""
+        self._savepoints = Savepoints()
         self.next_commits: list[Failure] = []
         self.next_statements: list[Failure] = []
         self.exhausted = False
@@ -150,6 +152,7 @@ class Isolation:
                 "kill_connection()."
             )
         self._at_work = turn
+        self._savepoints.finish(connection)
         return connection
 
     def _open(self, engine: Engine) -> Connection:
@@ -187,13 +190,21 @@ class Isolation:
                 "and what it writes stays. Use a session, or session.connection()."
             )
 
+    def spare_cancelled(self, context: ExceptionContext) -> None:
+        """Keep a connection whose statement was cancelled, which SQLAlchemy would discard: going back is enough.
+
+        A driver of MySQL closes it by itself.
+        """
+        if context.connection in self._checks and not isinstance(context.original_exception, Exception):
+            context.is_disconnect = context.dialect.name in NAMES
+
     # -- transactions --------------------------------------------------------------------------
 
     def begun(self, session: IsolatedSession, connection: Connection) -> None:
         """The transaction of ``session`` is a savepoint of ``connection`` now."""
         turn = self._turns.find(session)
         if turn is not None:
-            turn.savepoints[connection] = self._last_savepoint
+            turn.savepoints[connection] = self._savepoints.last
             turn.watches[connection] = connection.info.get(KEY)
             scope = session._session_scope
             if scope is not None and scope.policy.read_only:
@@ -217,6 +228,7 @@ class Isolation:
         if turn is None:
             return
         self._turns.wait_for_those_inside(turn)
+        self._savepoints.finish(connection)
         try:
             if turn.broken is not None:
                 raise turn.broken
@@ -240,27 +252,23 @@ class Isolation:
         if turn is None:
             return
         self._turns.wait_for_those_inside(turn)
+        self._savepoints.rolls_back(connection, name)
         if turn.kept and (turn.wrote or turn.failed or turn.under_way):
             self._warnings.append(
                 f"{turn!r} rolled back, and with it went what was committed inside it in a transaction of its own. A "
                 "real database would have kept that; one connection cannot."
             )
         elif turn.kept:
-            self._to_release = name
+            self._savepoints.release_instead(name)
 
     # -- statements ----------------------------------------------------------------------------
 
     def _before_cursor_execute(
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> tuple[str, Any]:
-        if name := statements.savepoint(statement):
-            self._last_savepoint = name
-        if self._to_release and statements.rolls_back_to(statement, self._to_release):
-            self._to_release = ""
-            return statements.as_release(statement), parameters
         if self._turns.find(self._at_work.session) is self._at_work:
             self._note(self._at_work, connection, statement)
-        return statement, parameters
+        return self._savepoints.before(statement), parameters
 
     def _note(self, turn: Turn, connection: Connection, statement: str) -> None:
         writes = statements.check(connection, statement, turn.session._session_scope)
@@ -288,5 +296,6 @@ class Isolation:
         if self._turns.find(session) is not None:
             self._check_last(self._turns.take(session))
 
-    def _after_cursor_execute(self, *statement: Any) -> None:
+    def _after_cursor_execute(self, connection: Connection, cursor: Any, statement: str, *more: Any) -> None:
+        self._savepoints.after(connection, statement)
         self._at_work.under_way = False

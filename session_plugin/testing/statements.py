@@ -14,8 +14,6 @@ from ..exceptions import IsolationError, ReadOnlyError
 if TYPE_CHECKING:
     from ..scope import SessionScope
 
-_SAVEPOINT = re.compile(r"SAVEPOINT (\S+)")
-_ROLLBACK_TO = re.compile(r"ROLLBACK TO SAVEPOINT (\S+)")
 _CONTROL = re.compile(
     r"\s*(?:BEGIN|START\s+TRANSACTION|SAVEPOINT|RELEASE|ROLLBACK|COMMIT|PRAGMA|SET\s+(?:CONSTRAINTS|TRANSACTION))\b",
     re.IGNORECASE,
@@ -26,23 +24,6 @@ _ENDS = re.compile(
 _COMMITS_ON_MYSQL = re.compile(
     r"\s*(?:(?:CREATE|DROP)(?!\s+TEMPORARY)|ALTER|TRUNCATE|RENAME|LOCK\s+TABLES|GRANT|REVOKE)\b", re.IGNORECASE
 )
-
-
-def savepoint(statement: str) -> str | None:
-    """The name of the savepoint that ``statement`` begins, or None."""
-    found = _SAVEPOINT.match(statement)
-    return found[1] if found else None
-
-
-def rolls_back_to(statement: str, name: str) -> bool:
-    """True if ``statement`` rolls back to the savepoint ``name``."""
-    found = _ROLLBACK_TO.match(statement)
-    return found is not None and found[1] == name
-
-
-def as_release(statement: str) -> str:
-    """The statement that keeps what ``statement`` would have rolled back."""
-    return _ROLLBACK_TO.sub(r"RELEASE SAVEPOINT \1", statement)
 
 
 def controls(statement: str) -> bool:

@@ -31,6 +31,7 @@ def switched(database: BaseDatabase[Any], isolation: Isolation) -> Generator[Non
     database._schema_connection = partial(connect, database._maker)  # type: ignore[method-assign]
     for engine in engines:
         event.listen(engine, "checkout", isolation.refuse_checkout)
+        event.listen(engine, "handle_error", isolation.spare_cancelled)
     try:
         with _session_class(database, isolation, IsolatedSession):
             yield
@@ -38,6 +39,7 @@ def switched(database: BaseDatabase[Any], isolation: Isolation) -> Generator[Non
         del database._begin_engine, database._schema_connection
         for engine in engines:
             event.remove(engine, "checkout", isolation.refuse_checkout)
+            event.remove(engine, "handle_error", isolation.spare_cancelled)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import isolation
 from bench.contenders import CONTENDERS, FLOOR, Contender
 from bench.drive import Running
 from bench.goals import Goal, judged
@@ -59,6 +60,12 @@ def test_the_command_measures_every_part(postgresql: PostgreSQL, tmp_path: Path)
     assert "| session_plugin |" in page
     assert "## Goals" in page
     assert (tmp_path / "smoke.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore:transaction already deassociated")  # the end of Flask-SQLAlchemy-Lite's
+def test_isolation_is_measured_beside_other_ways(postgresql: PostgreSQL, tmp_path: Path) -> None:
+    for url in (f"sqlite:///{tmp_path}/test.db", postgresql.url("psycopg")):
+        assert len(isolation.measured(url, rounds=2)) == 7
 
 
 def test_the_proxy_counts_round_trips(postgresql: PostgreSQL, database: str) -> None:

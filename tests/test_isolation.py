@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import anyio
 import pytest
 from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -415,6 +416,36 @@ def test_a_task_that_is_cancelled_in_a_statement_is_undone_alone(units: Units) -
                 isolated.names()
         else:
             assert isolated.names() == ["tea"]
+
+
+SLOW = {
+    "sqlite+aiosqlite": f"({SLEEP['sqlite+aiosqlite']})",
+    "postgresql+asyncpg": "(SELECT 'slow' FROM pg_sleep(5))",
+}
+
+
+@on(*SLOW)
+def test_a_flush_that_anyio_cancels_is_undone_alone(units: Units) -> None:
+    """Its scope cancels the ROLLBACK too, which is made up for before the work around it goes on or commits."""
+
+    async def cancelled() -> None:
+        with anyio.CancelScope() as scope:
+            async with units.db.session_scope(new=True) as session:
+                await session.run_sync(insert("half"))
+                session.add(Parent(name=text(SLOW[units.driver])))
+                asyncio.get_running_loop().call_later(0.01, scope.cancel)
+                await session.flush()
+        assert scope.cancelled_caught
+
+    async def main() -> None:
+        async with units.db.session_scope() as session:
+            await session.run_sync(insert("outer"))
+            await cancelled()
+        await cancelled()
+
+    with Isolated(units) as isolated:
+        units.runner.run(main())
+        assert isolated.names() == ["outer"]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from sqlmodel import Field, SQLModel, select
 from sqlmodel import Session as SQLModelSession
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelAsyncSession
 
-from session_plugin import AsyncDatabase, Database, fastapi, flask, manual, starlette
+from session_plugin import AsyncDatabase, Database, fastapi, flask, manual, starlette, testing
 
 
 class Order:
@@ -39,6 +39,16 @@ async def async_databases() -> None:
     assert_type(plain.session, AsyncSession)
     async with plain.session_scope() as session:
         assert_type(session, AsyncSession)
+
+
+async def isolated() -> None:
+    """The test's session is typed as the app's."""
+    with Database("sqlite://", class_=SQLModelSession).isolated() as session:
+        assert_type(session, SQLModelSession)
+    async with fastapi.AsyncSessionPlugin().isolated() as async_session:
+        assert_type(async_session, AsyncSession)
+    with testing.assert_queries(flask.SessionPlugin(), max=3) as queries:
+        assert_type(queries, list[testing.Query])
 
 
 async def plugins() -> None:

@@ -191,10 +191,7 @@ class Isolation:
             )
 
     def spare_cancelled(self, context: ExceptionContext) -> None:
-        """Keep a connection whose statement was cancelled, which SQLAlchemy would discard: going back is enough.
-
-        A driver of MySQL closes it by itself.
-        """
+        """Keep a connection whose statement was cancelled; only drivers of MySQL close it."""
         if context.connection in self._checks and not isinstance(context.original_exception, Exception):
             context.is_disconnect = context.dialect.name in NAMES
 
@@ -240,7 +237,8 @@ class Isolation:
         except BaseException:
             if (watch := watch_of(connection)) is not None:
                 watch.error, watch.commit_sent = None, False
-            connection.dialect.do_rollback_to_savepoint(connection, name)  # SQLAlchemy takes it for ended
+            self._savepoints.rolls_back(connection, name)
+            self._savepoints.finish(connection)  # SQLAlchemy takes it for ended
             raise
         around = self._turns.around(turn)
         if around is not None:

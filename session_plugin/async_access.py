@@ -71,7 +71,7 @@ class AsyncAccess(Access[AsyncS]):
         Raises:
             IsolationError: it is isolated already, or something was done that cannot be undone.
         """
-        from .testing.isolation import Isolation
+        from .testing._isolation import Isolation
 
         isolation = Isolation(self.database)
         async with isolation.aentered():

@@ -68,7 +68,7 @@ class SyncAccess(Access[SyncS]):
         Raises:
             IsolationError: it is isolated already, or something was done that cannot be undone.
         """
-        from .testing.isolation import Isolation
+        from .testing._isolation import Isolation
 
         isolation = Isolation(self.database)
         with isolation.entered():

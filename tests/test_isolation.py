@@ -451,7 +451,7 @@ def test_a_flush_that_anyio_cancels_is_undone_alone(units: Units) -> None:
 @contextmanager
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr("session_plugin.testing.turns.LONGEST_WAIT", 0.05)
+        patch.setattr("session_plugin.testing._turns.LONGEST_WAIT", 0.05)
         yield
 
 

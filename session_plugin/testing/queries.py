@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event
 
 from .._engines import sync_engine
-from .statements import controls
+from ._statements import controls
 
 if TYPE_CHECKING:
     from ..access import HasDatabase

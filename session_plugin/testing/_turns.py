@@ -19,7 +19,7 @@ from ..current import open_scope
 from ..exceptions import IsolationError
 
 if TYPE_CHECKING:
-    from .session import IsolatedSession
+    from ._session import IsolatedSession
 
 LONGEST_WAIT = 5.0
 """Seconds that a session waits for another one's transaction to end."""

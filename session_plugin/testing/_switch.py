@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, event
 
-from .session import IsolatedSession, SessionOfTheTest, isolated_class
+from ._session import IsolatedSession, SessionOfTheTest, isolated_class
 
 if TYPE_CHECKING:
     from ..database import BaseDatabase
-    from .isolation import Isolation
+    from ._isolation import Isolation
 
 
 def session_of_the_test(database: BaseDatabase[Any], isolation: Isolation) -> Any:

@@ -11,8 +11,8 @@ from .._session import ScopeSession
 from ..exceptions import IsolationError
 
 if TYPE_CHECKING:
-    from .isolation import Isolation
-    from .turns import Turn
+    from ._isolation import Isolation
+    from ._turns import Turn
 
 
 class IsolatedSession(ScopeSession):

@@ -20,11 +20,11 @@ from .. import _engines
 from .._mysql import NAMES
 from .._watch import KEY, before_commit, watch_of
 from ..exceptions import IsolationError
-from . import constraints, statements
-from .savepoints import Savepoints
-from .session import IsolatedSession
-from .switch import session_of_the_test, switched
-from .turns import Turn, Turns
+from . import _constraints, _statements
+from ._savepoints import Savepoints
+from ._session import IsolatedSession
+from ._switch import session_of_the_test, switched
+from ._turns import Turn, Turns
 
 if TYPE_CHECKING:
     from ..access import HasDatabase
@@ -67,7 +67,7 @@ class Isolation:
         self._database = database
         self._turns = Turns(is_async=database.is_async)
         self._connections: dict[Engine, Connection] = {}
-        self._checks: dict[Connection, constraints.Check] = {}
+        self._checks: dict[Connection, _constraints.Check] = {}
         self._warnings: list[str] = []
         self._opening = False
         self._over = False
@@ -162,7 +162,7 @@ class Isolation:
         try:
             options = _engines.begin_options(engine.dialect.name, read_only=False, isolation_level=None, safe=False)
             connection.execution_options(**options).begin()
-            self._checks[connection] = constraints.check_of(connection)
+            self._checks[connection] = _constraints.check_of(connection)
         except BaseException:
             connection.close()
             raise
@@ -205,7 +205,7 @@ class Isolation:
             turn.watches[connection] = connection.info.get(KEY)
             scope = session._session_scope
             if scope is not None and scope.policy.read_only:
-                statements.begin_read_only(connection)
+                _statements.begin_read_only(connection)
 
     def ended(self, session: IsolatedSession) -> None:
         """The transaction of ``session`` is over."""
@@ -217,7 +217,7 @@ class Isolation:
             if watch is not None:
                 connection.info[KEY] = watch
             if scope is not None and scope.policy.read_only:
-                statements.end_read_only(connection)
+                _statements.end_read_only(connection)
 
     def _before_release(self, connection: Connection, name: str, context: Any) -> None:
         """Before a RELEASE that stands for a COMMIT: fail where that one would."""
@@ -269,13 +269,13 @@ class Isolation:
         return self._savepoints.before(statement), parameters
 
     def _note(self, turn: Turn, connection: Connection, statement: str) -> None:
-        writes = statements.check(connection, statement, turn.session._session_scope)
+        writes = _statements.check(connection, statement, turn.session._session_scope)
         if writes:
             self._check_last(turn)
         turn.wrote = turn.wrote or writes
         turn.failed = turn.failed or turn.under_way
         turn.under_way = True
-        if self.next_statements and not turn.session.is_the_tests and not statements.controls(statement):
+        if self.next_statements and not turn.session.is_the_tests and not _statements.controls(statement):
             try:
                 self.next_statements.pop(0)(connection)
             except Exception as error:

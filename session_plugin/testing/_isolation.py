@@ -18,7 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .. import _engines
 from .._mysql import NAMES
-from .._watch import KEY, before_commit, watch_of
+from .._watch import KEY, watch_of
 from ..exceptions import IsolationError
 from . import _constraints, _statements
 from ._savepoints import Savepoints
@@ -226,23 +226,23 @@ class Isolation:
             return
         self._turns.wait_for_those_inside(turn)
         self._savepoints.finish(connection)
+        watch = watch_of(connection)
         try:
             if turn.broken is not None:
                 raise turn.broken
-            before_commit(connection)
+            if watch is not None:
+                watch.check_can_commit(connection.connection)
             if self.next_commits and not turn.session.is_the_tests:
                 self.next_commits.pop(0)(connection)
             if turn.wrote:
                 self._checks[connection](connection)
         except BaseException:
-            if (watch := watch_of(connection)) is not None:
+            if watch is not None:
                 watch.error, watch.commit_sent = None, False
             self._savepoints.rolls_back(connection, name)
             self._savepoints.finish(connection)  # SQLAlchemy takes it for ended
             raise
-        around = self._turns.around(turn)
-        if around is not None:
-            around.kept = around.kept or turn.wrote or turn.kept
+        self._turns.note_committed(turn)
 
     def _before_rollback(self, connection: Connection, name: str, context: Any) -> None:
         """Before a ROLLBACK TO: what was committed inside must stay, if this one has itself written nothing."""

@@ -98,10 +98,11 @@ class Turns:
         """The turn whose transaction ``savepoint`` stands for; None if it is one of the app's own."""
         return next((turn for turn in self._stack if turn.savepoints.get(connection) == savepoint), None)
 
-    def around(self, turn: Turn) -> Turn | None:
-        """The turn in which ``turn`` is nested, or None."""
-        index = self._stack.index(turn)
-        return self._stack[index - 1] if index else None
+    def note_committed(self, turn: Turn) -> None:
+        """Note on the turn in which ``turn`` is nested what that one has committed."""
+        if index := self._stack.index(turn):
+            around = self._stack[index - 1]
+            around.kept = around.kept or turn.wrote or turn.kept
 
     def is_last(self, turn: Turn) -> bool:
         """True unless another turn is nested in ``turn``."""

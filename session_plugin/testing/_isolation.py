@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import Pool
 
 from .. import _engines
 from .._mysql import NAMES
@@ -23,7 +24,7 @@ from ..exceptions import IsolationError
 from . import _constraints, _statements
 from ._savepoints import Savepoints
 from ._session import IsolatedSession
-from ._switch import session_of_the_test, switched
+from ._switch import give_back, session_of_the_test, switched
 from ._turns import Turn, Turns
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Isolation:
         self._database = database
         self._turns = Turns(is_async=database.is_async)
         self._connections: dict[Engine, Connection] = {}
-        self._checks: dict[Connection, _constraints.Check] = {}
+        self._opened: dict[Connection, tuple[_constraints.Check, Pool]] = {}
         self._warnings: list[str] = []
         self._opening = False
         self._over = False
@@ -116,8 +117,8 @@ class Isolation:
             session.close()
         finally:
             self._over = True
-            for connection in self._connections.values():
-                connection.close()
+            for engine, connection in self._connections.items():
+                give_back(connection, self._opened[connection][1], engine)
 
     def _tell(self) -> None:
         """Tell, at the end of a test that would pass, what it has not shown."""
@@ -162,7 +163,7 @@ class Isolation:
         try:
             options = _engines.begin_options(engine.dialect.name, read_only=False, isolation_level=None, safe=False)
             connection.execution_options(**options).begin()
-            self._checks[connection] = _constraints.check_of(connection)
+            self._opened[connection] = _constraints.check_of(connection), engine.pool
         except BaseException:
             connection.close()
             raise
@@ -192,7 +193,7 @@ class Isolation:
 
     def spare_cancelled(self, context: ExceptionContext) -> None:
         """Keep a connection whose statement was cancelled; only drivers of MySQL close it."""
-        if context.connection in self._checks and not isinstance(context.original_exception, Exception):
+        if context.connection in self._opened and not isinstance(context.original_exception, Exception):
             context.is_disconnect = context.dialect.name in NAMES
 
     # -- transactions --------------------------------------------------------------------------
@@ -235,7 +236,7 @@ class Isolation:
             if self.next_commits and not turn.session.is_the_tests:
                 self.next_commits.pop(0)(connection)
             if turn.wrote:
-                self._checks[connection](connection)
+                self._opened[connection][0](connection)
         except BaseException:
             if watch is not None:
                 watch.error, watch.commit_sent = None, False

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.pool import Pool
 
 from ._session import IsolatedSession, SessionOfTheTest, isolated_class
 
@@ -20,6 +21,13 @@ def session_of_the_test(database: BaseDatabase[Any], isolation: Isolation) -> An
     """A session that belongs to no unit of work, for the test itself."""
     with _session_class(database, isolation, SessionOfTheTest):
         return database._new_session()
+
+
+def give_back(connection: Connection, pool: Pool, engine: Engine) -> None:
+    """End what was done on ``connection``; if ``pool`` was disposed of meanwhile, nobody would close it later."""
+    if engine.pool is not pool and not connection.invalidated:
+        connection.detach()
+    connection.close()
 
 
 @contextmanager

@@ -212,6 +212,29 @@ def test_the_tests_session_is_no_session_of_the_app(units: Units) -> None:
 
 
 @on("sqlite+pysqlite", "postgresql+asyncpg")
+def test_the_tests_session_reads_anew_what_it_holds(units: Units) -> None:
+    """By a query and by a key, where a commit expires nothing too."""
+
+    def arrange(session: Session) -> Child:
+        session.add_all([Parent(name="old"), Parent(name="new")])
+        session.flush()
+        session.add(child := Child(name="child", parent="old"))
+        session.commit()
+        return child
+
+    def move(parent: str) -> None:
+        units.run(lambda session: session.execute(text(f"UPDATE child SET parent = '{parent}'")))
+
+    with Isolated(units) as isolated:
+        held = isolated.see(arrange)
+        move("new")
+        assert isolated.see(lambda session: session.scalars(select(Child)).one().parent) == "new"
+        move("old")
+        assert isolated.see(lambda session: session.get(Child, "child").parent) == "old"  # type: ignore[union-attr]
+        assert held.name == "child"
+
+
+@on("sqlite+pysqlite", "postgresql+asyncpg")
 def test_the_tests_session_keeps_what_it_has_not_saved(units: Units) -> None:
     def change(session: Session) -> None:
         session.get(Child, "child").parent = "new"  # type: ignore[union-attr]

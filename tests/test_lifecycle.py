@@ -418,11 +418,8 @@ def test_a_doomed_scope_does_not_commit_over_an_open_savepoint(units: Units) -> 
 
 
 @on(*POSTGRESQL)
-def test_a_listener_that_replaces_the_error_hides_no_aborted_transaction(
-    units: Units, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SQLAlchemy asks no other listener then; a statement that never ended is suspicious enough."""
-    monkeypatch.setattr(_watch, "LONGEST_WAIT", 0.05)  # the statement looks like a sibling's, whose end never comes
+def test_a_listener_that_replaces_the_error_hides_no_aborted_transaction(units: Units) -> None:
+    """SQLAlchemy asks no other listener then."""
 
     @event.listens_for(units.sync_engine.__class__, "handle_error")
     def replace_error(context: Any) -> None:
@@ -434,8 +431,8 @@ def test_a_listener_that_replaces_the_error_hides_no_aborted_transaction(
         with pytest.raises(BoomError):
             session.execute(text("SELECT 1/0"))
 
-    try:  # in async the end of the scope is a task of its own, to which the statement seems under way
-        with pytest.raises((TransactionAbortedError, ConcurrentUseError)):
+    try:
+        with pytest.raises(TransactionAbortedError):
             units.run(work)
     finally:
         event.remove(units.sync_engine.__class__, "handle_error", replace_error)
@@ -511,6 +508,33 @@ def test_a_rollback_beside_a_statement_without_end_breaks_no_pool(
         for _ in range(3):
             async with db.session_scope() as session:
                 assert await session.scalar(text("SELECT 1")) == 1
+        await db.dispose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("driver", ["psycopg_async", "asyncpg"])
+def test_the_end_beside_a_statement_without_end_keeps_no_connection(
+    postgresql: Any, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is committed, and the connection is discarded."""
+    monkeypatch.setattr(_watch, "LONGEST_WAIT", 0.05)
+
+    async def main() -> None:
+        db = AsyncDatabase(postgresql.url(driver), pool_size=1, max_overflow=0, pool_timeout=5)
+        discarded: list[Any] = []
+        event.listen(db.engine.sync_engine, "invalidate", lambda *more: discarded.append(more))
+        with pytest.raises(ConcurrentUseError):
+            async with db.session_scope() as session:
+                await session.execute(text("CREATE TABLE half_done (id INTEGER)"))
+                sleeping = asyncio.create_task(session.execute(text("SELECT pg_sleep(5)")))
+                while not db.scope.work.busy:
+                    await asyncio.sleep(0.01)
+        with pytest.raises(Exception):  # noqa: B017  each driver has its own word for it
+            await sleeping
+        assert discarded
+        async with db.session_scope() as session:
+            assert await session.scalar(text("SELECT to_regclass('half_done')")) is None
         await db.dispose()
 
     asyncio.run(main())

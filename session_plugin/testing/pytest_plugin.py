@@ -91,6 +91,7 @@ async def _isolated(session_plugin_database: Access[Any]) -> AsyncGenerator[Any]
     database: Any = session_plugin_database
     async with database.isolated() as session:
         yield session
+    await database.dispose()  # the next test may have an event loop of its own
 
 
 _isolated_anyio = pytest.fixture(_isolated, name="_isolated_anyio")

@@ -26,6 +26,7 @@ from session_plugin import (
     read_only,
 )
 from session_plugin.testing import IsolationWarning
+from session_plugin.testing._turns import Turn, Turns
 
 from .drivers import MARIADB, POSTGRESQL, SQLITE
 from .harness import SQLALCHEMY_2_0, Base, Child, Parent, add, add_orphan, insert
@@ -731,3 +732,19 @@ def test_nothing_else_changes(tmp_path: Any) -> None:
     with db.engine.connect() as connection:
         assert connection.scalar(select(Parent.name)) is None
     db.dispose()
+
+
+def test_one_of_those_who_wait_lets_the_tests_session_step_aside() -> None:
+    """Another one comes while it does."""
+    turns, asked = Turns(is_async=False), []
+
+    class OfTheTest:
+        _session_scope = None
+
+        def step_aside(self, turn: Turn) -> None:
+            asked.append(turn)
+            turns._let_step_aside(turn)
+
+    turn = Turn(OfTheTest())  # type: ignore[arg-type]
+    turns._let_step_aside(turn)
+    assert asked == [turn]

@@ -188,6 +188,8 @@ def test_too_many_statements_are_named_with_their_origin(units: Units) -> None:
         with assert_queries(units.db, max=2) as queries:
             units.run(work)
         assert len(queries) == 2
+        with assert_queries(units.db, max=1):
+            units.run(lambda session: session.execute(text("DELETE FROM parent")))
         with pytest.raises(AssertionError) as raised, assert_queries(units.db, max=1):
             units.run(work)
         told = str(raised.value).splitlines()

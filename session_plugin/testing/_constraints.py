@@ -10,7 +10,14 @@ from sqlalchemy.exc import IntegrityError
 
 Check = Callable[[Connection], None]
 
-CHECKED = "session_plugin_check"
+CHECK_CONSTRAINTS = """DO $$ BEGIN
+    BEGIN
+        SET CONSTRAINTS ALL IMMEDIATE;
+        RAISE 'checked' USING ERRCODE = 'SP000';
+    EXCEPTION WHEN SQLSTATE 'SP000' THEN
+        NULL;
+    END;
+END $$"""
 
 
 def check_of(connection: Connection) -> Check:
@@ -30,10 +37,8 @@ def check_of(connection: Connection) -> Check:
 
 
 def _check_postgresql(connection: Connection) -> None:
-    """Check all, and leave them as they are: going back restores which ones are deferred."""
-    connection.exec_driver_sql(f"SAVEPOINT {CHECKED}")
-    connection.exec_driver_sql("SET CONSTRAINTS ALL IMMEDIATE")
-    connection.exec_driver_sql(f"ROLLBACK TO SAVEPOINT {CHECKED}")
+    """Check all, and leave them as they are: the error that ends the inner block restores which ones are deferred."""
+    connection.exec_driver_sql(CHECK_CONSTRAINTS)
 
 
 def _violations(connection: Connection) -> set[tuple[Any, ...]]:

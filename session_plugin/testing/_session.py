@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class IsolatedSession(ScopeSession):
     """Stands in front of the database's session class: its transaction is a savepoint of the test's."""
 
-    isolation: ClassVar[Isolation]
     is_the_tests: ClassVar[bool] = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, isolation: Isolation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.isolation = isolation
         self.join_transaction_mode = "create_savepoint"
         self.twophase = False
 
@@ -99,6 +99,6 @@ def _ended(session: IsolatedSession, transaction: SessionTransaction) -> None:
         session.isolation.ended(session)
 
 
-def isolated_class(session_class: type[Session], isolation: Isolation, base: type[IsolatedSession]) -> type[Session]:
-    """A subclass of ``session_class`` whose sessions belong to ``isolation``."""
-    return type(session_class.__name__, (base, session_class), {"isolation": isolation})
+def isolated_class(session_class: type[Session], base: type[IsolatedSession]) -> type[Session]:
+    """A subclass of ``session_class`` whose sessions belong to the ``isolation`` that they are made with."""
+    return type(session_class.__name__, (base, session_class), {})

@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 from .. import _mysql
 from .._watch import WRITING
 from ..exceptions import IsolationError, ReadOnlyError
+from ._constraints import CHECK_CONSTRAINTS
 
 if TYPE_CHECKING:
     from ..scope import SessionScope
@@ -27,8 +28,8 @@ _COMMITS_ON_MYSQL = re.compile(
 
 
 def controls(statement: str) -> bool:
-    """True if ``statement`` begins or ends a transaction or a savepoint, or sets it up."""
-    return _CONTROL.match(statement) is not None
+    """True if ``statement`` begins or ends a transaction or a savepoint, or sets or checks it."""
+    return statement == CHECK_CONSTRAINTS or _CONTROL.match(statement) is not None
 
 
 def check(connection: Connection, statement: str, scope: SessionScope[Any] | None) -> bool:

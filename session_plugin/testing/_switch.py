@@ -6,8 +6,10 @@ from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
 from ._session import IsolatedSession, SessionOfTheTest, isolated_class
@@ -15,6 +17,10 @@ from ._session import IsolatedSession, SessionOfTheTest, isolated_class
 if TYPE_CHECKING:
     from ..database import BaseDatabase
     from ._isolation import Isolation
+
+
+_classes: WeakKeyDictionary[BaseDatabase[Any], dict[tuple[type[Session], type[IsolatedSession]], type[Session]]]
+_classes = WeakKeyDictionary()
 
 
 def session_of_the_test(database: BaseDatabase[Any], isolation: Isolation) -> Any:
@@ -50,19 +56,29 @@ def switched(database: BaseDatabase[Any], isolation: Isolation) -> Generator[Non
             event.remove(engine, "handle_error", isolation.spare_cancelled)
 
 
+def _class_of(database: BaseDatabase[Any], session_class: type[Session], base: type[IsolatedSession]) -> type[Session]:
+    """The class of isolated sessions: making one costs more than all else that an isolation does."""
+    classes = _classes.setdefault(database, {})
+    if (session_class, base) not in classes:
+        classes[session_class, base] = isolated_class(session_class, base)
+    return classes[session_class, base]
+
+
 @contextmanager
 def _session_class(database: BaseDatabase[Any], isolation: Isolation, base: type[IsolatedSession]) -> Generator[None]:
     """In the block the session factory, which others may have kept, makes sessions of ``base``."""
     maker = database._maker
+    session_class = maker.kw["sync_session_class"] if database.is_async else maker.class_
+    isolated = _class_of(database, session_class, base)
     if not database.is_async:
-        session_class = maker.class_
-        maker.class_ = isolated_class(session_class, isolation, base)
+        maker.class_ = isolated
     else:
-        session_class = maker.kw["sync_session_class"]
-        maker.configure(sync_session_class=isolated_class(session_class, isolation, base))
+        maker.configure(sync_session_class=isolated)
+    maker.configure(isolation=isolation)
     try:
         yield
     finally:
+        del maker.kw["isolation"]
         if not database.is_async:
             maker.class_ = session_class
         else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -732,6 +734,28 @@ def test_nothing_else_changes(tmp_path: Any) -> None:
     with db.engine.connect() as connection:
         assert connection.scalar(select(Parent.name)) is None
     db.dispose()
+
+
+@on("postgresql+psycopg", "sqlite+pysqlite")
+def test_a_forked_process_is_refused(units: Units) -> None:
+    """Also when it leaves the block in good order; and its parent goes on with the connection."""
+    with Isolated(units) as isolated:
+        isolated.see(lambda session: [insert("before")(session), session.commit()])
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                with pytest.raises(IsolationError, match="forked inside"):
+                    units.run(add("child"))
+                isolated.__exit__(None, None, None)
+                gc.collect()
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        units.run(add("after"))
+        assert isolated.names() == ["after", "before"]
+    assert units.store.names() == []
 
 
 def test_one_of_those_who_wait_lets_the_tests_session_step_aside() -> None:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
@@ -22,34 +21,20 @@ from .._mysql import NAMES
 from .._watch import KEY, watch_of
 from ..exceptions import IsolationError
 from . import _constraints, _statements
+from ._open import open_isolations
 from ._savepoints import Savepoints
 from ._session import IsolatedSession
 from ._switch import give_back, session_of_the_test, switched
 from ._turns import Turn, Turns
 
 if TYPE_CHECKING:
-    from ..access import HasDatabase
     from ..database import BaseDatabase
 
 Failure = Callable[[Connection], None]
 
-_isolations: WeakKeyDictionary[BaseDatabase[Any], Isolation] = WeakKeyDictionary()
-
 
 class IsolationWarning(UserWarning):
     """What a test saw is not what a real database would have kept."""
-
-
-def isolation_of(db: HasDatabase) -> Isolation:
-    """The isolation of a database, or of the one that a plugin has.
-
-    Raises:
-        IsolationError: there is none.
-    """
-    isolation = _isolations.get(db.database)
-    if isolation is None:
-        raise IsolationError("This works on an isolated database only. Open `with db.isolated():` around it.")
-    return isolation
 
 
 class Isolation:
@@ -72,11 +57,12 @@ class Isolation:
         self._warnings: list[str] = []
         self._opening = False
         self._over = False
+        self._is_the_parents = False
         self._savepoints = Savepoints()
         self.next_commits: list[Failure] = []
         self.next_statements: list[Failure] = []
         self.exhausted = False
-        if database in _isolations:
+        if database in open_isolations:
             raise IsolationError("This database is isolated already. Leave that block before you open another one.")
         self.session: Any = session_of_the_test(database, self)
 
@@ -105,20 +91,26 @@ class Isolation:
     @contextmanager
     def _switched(self) -> Generator[None]:
         with switched(self._database, self):
-            _isolations[self._database] = self
+            open_isolations[self._database] = self
             try:
                 yield
             finally:
-                del _isolations[self._database]
+                del open_isolations[self._database]
 
     def _end(self, session: Any) -> None:
         """Undo everything; ``session`` is the test's, or the sync one inside it."""
+        if self._is_the_parents:
+            return
         try:
             session.close()
         finally:
             self._over = True
             for engine, connection in self._connections.items():
                 give_back(connection, self._opened[connection][1], engine)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: not a word to the database."""
+        self._is_the_parents = True
 
     def _tell(self) -> None:
         """Tell, at the end of a test that would pass, what it has not shown."""
@@ -133,6 +125,11 @@ class Isolation:
 
     def connection_for(self, session: IsolatedSession, engine: Engine) -> Connection:
         """The connection to ``engine``, once it is the turn of ``session``."""
+        if self._is_the_parents:
+            raise IsolationError(
+                "This process was forked inside isolated(), and the connection is its parent's. Start it before the "
+                "block, or test what it does without one."
+            )
         if self._over:
             raise IsolationError("This session belongs to an isolated() that has ended. Take a new one.")
         if self.exhausted and not session.is_the_tests and self._turns.find(session) is None:

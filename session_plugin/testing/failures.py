@@ -12,7 +12,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from .._mysql import NAMES
 from ..exceptions import IsolationError
-from ._isolation import Isolation, isolation_of
+from ._isolation import Isolation
+from ._open import isolation_of
 
 if TYPE_CHECKING:
     from ..access import HasDatabase

@@ -206,7 +206,8 @@ class Running:
     def __init__(self, contender: Contender, url: str, name: str | None = None) -> None:
         self.contender = contender
         self.name = name or contender.name
-        self.app, self._engine = contender.make_app(url)
+        self.app, self._owner = contender.make_app(url)
+        self._engine = self._owner.engine
         self.engine = getattr(self._engine, "sync_engine", self._engine)
         self.driver: Any = WsgiDriver(self.app) if contender.kind == "flask" else AsgiDriver(self.app)
         self.run = self.driver.run
@@ -235,7 +236,7 @@ class Running:
 
     def close(self) -> None:
         """Close the pool's connections and end the event loop."""
-        disposed = self._engine.dispose()
+        disposed = self._owner.dispose()
         if disposed is not None:
             self.driver.runner.run(disposed)
         self.driver.close()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from .contenders import FLOOR, OURS, of_kind
+from .contenders import AUTOCOMMIT, FLOOR, OURS, of_kind
 
 RATIO_LIMITS = {"flask": 1.05, "fastapi-async": 1.05, "fastapi-sync": 1.10}
 """CPU of a read or a write over that of the floor; a sync one under FastAPI commits in its own thread hop."""
@@ -109,6 +109,19 @@ def _requests(kind: str, place: str, rows: dict[str, Any]) -> Iterator[Goal]:
         ", ".join(f"{endpoint} {found:.0f} to {of_floor:.0f}" for endpoint, (found, of_floor) in trips.items()),
         all(found <= of_floor for found, of_floor in trips.values()),
     )
+    if AUTOCOMMIT in rows:
+        read = rows[AUTOCOMMIT]["endpoints"]["read"]
+        yield Goal(
+            f"{place}: one round trip for a read without a transaction",
+            f"{read['near']['trips']:.0f}",
+            read["near"]["trips"] == 1,
+        )
+        wall, of_floor = read["far"]["wall"], floor["read"]["far"]["wall"]
+        yield Goal(
+            f"{place}: a read without a transaction takes less wall time than the floor's, 1 ms away",
+            f"{wall * 1000:.1f} to {of_floor * 1000:.1f} ms",
+            wall < of_floor,
+        )
 
 
 def _server(kind: str, place: str, rows: dict[str, Any]) -> Iterator[Goal]:

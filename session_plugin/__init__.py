@@ -16,7 +16,7 @@ from .exceptions import (
     SessionPluginError,
     TransactionAbortedError,
 )
-from .policy import Decision, Outcome, Policy, commit_on_success, manual, read_only
+from .policy import Decision, Outcome, Policy, commit_on_success, manual, read_only, read_only_autocommit
 from .scope import SessionScope
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "commit_on_success",
     "manual",
     "read_only",
+    "read_only_autocommit",
 ]

@@ -161,25 +161,6 @@ def _needs_async_driver(url: URL) -> ConfigurationError:
     )
 
 
-def begin_options(dialect: str, *, read_only: bool, isolation_level: str | None, safe: bool) -> dict[str, Any]:
-    """The execution options by which a transaction begins; none where the engine's own will do.
-
-    ``safe`` is true for a request method that is not meant to write.
-    """
-    options: dict[str, Any] = {}
-    if isolation_level is not None:
-        options["isolation_level"] = isolation_level
-    if dialect == "postgresql" and read_only:
-        options["postgresql_readonly"] = True
-    if dialect in _mysql.NAMES and read_only:
-        options[_mysql.READ_ONLY_OPTION] = True
-    if dialect == "sqlite" and read_only:
-        options[_sqlite.BEGIN_OPTION] = _sqlite.READ_ONLY
-    elif dialect == "sqlite" and not safe:
-        options[_sqlite.BEGIN_OPTION] = _sqlite.IMMEDIATE
-    return options
-
-
 def capacity(engine: Engine, options: Mapping[str, Any] | None) -> int | None:
     """How many connections the pool hands out at once, or None if nothing limits them.
 

@@ -16,6 +16,7 @@ from weakref import finalize
 
 from sqlalchemy import URL, Connection, Engine, event
 
+from ._autocommit import is_autocommit
 from .exceptions import ConfigurationError
 
 BEGIN_OPTION = "session_plugin_sqlite_begin"
@@ -55,7 +56,7 @@ def prepare(engine: Engine) -> None:
 
 def _begin(connection: Connection) -> None:
     pooled = connection.connection
-    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+    if is_autocommit(connection):
         return
     dbapi_connection: Any = pooled.dbapi_connection
     if dbapi_connection.isolation_level is not None:

@@ -25,6 +25,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
 from . import _mysql
+from ._autocommit import is_autocommit
 from .exceptions import ConcurrentUseError, SessionPluginError, TransactionAbortedError
 
 KEY = "session_plugin.watch"
@@ -65,7 +66,7 @@ class Watch:
         self.wrote = False
         self._info = connection.info
         self._dialect = connection.dialect
-        self._saves_each = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+        self._saves_each = is_autocommit(connection)
         self._lock = threading.Lock()
         self._owner: object = None
         self._current_owner: Callable[[], object] = (

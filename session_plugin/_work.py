@@ -24,7 +24,7 @@ class Work:
         flushing: the thread and the task that flush, or None.
         streams: the results that still read from the connection: those opened with ``yield_per`` or
             ``stream``, and on SQLite, whose cursors are lazy, those of Core.
-        begin_engines: the twins of engines that only this transaction knows; see `BaseDatabase._begin_engine`.
+        begin_engines: the twins of engines that only this transaction knows; see `_begin`.
     """
 
     __slots__ = ("_doomed", "_first", "_watches", "begin_engines", "committed", "flushing", "streams")

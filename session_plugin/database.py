@@ -12,6 +12,7 @@ from sqlalchemy import Engine, MetaData, Table
 from sqlalchemy.orm import Mapper, Session, sessionmaker
 
 from . import _engines
+from ._begin import Twins
 from ._hooks import log_failed
 from ._permits import Permits
 from ._processes import databases
@@ -20,7 +21,7 @@ from .access import Access
 from .async_access import AsyncAccess
 from .configuration import DEFAULT, Configuration
 from .exceptions import ConfigurationError
-from .policy import SAFE_METHODS, Policy, as_policy
+from .policy import Policy, as_policy
 from .scope import SessionScope
 from .sync_access import SyncAccess
 from .typevars import AsyncS, S, SyncS
@@ -58,7 +59,7 @@ class BaseDatabase(Access[S]):
         }
         self._named_engines = {name: engine for name, (engine, _) in resolved.items()}
         self._engine_options = {name: made_with for name, (_, made_with) in resolved.items()}
-        self._begin_engines: dict[tuple[Any, ...], Engine] = {}
+        self._twins = Twins(self)
         self.binds: Mapping[Any, AnyEngine] = {
             key: self._bind(bind) for key, bind in (configuration.binds or {}).items()
         }
@@ -117,7 +118,8 @@ class BaseDatabase(Access[S]):
     @property
     def _own_engines(self) -> list[Any]:
         """The engines that were made here, and that ``dispose()`` ends."""
-        return [engine for name, engine in self._named_engines.items() if self._engine_options[name] is not None]
+        named = [engine for name, engine in self._named_engines.items() if self._engine_options[name] is not None]
+        return [*named, *self._twins.readers.values()]
 
     def _make_permits(self) -> Permits:
         """One permit per connection of the smallest pool, for sync sessions under an event loop."""
@@ -141,16 +143,13 @@ class BaseDatabase(Access[S]):
         return self._named_engines[name]
 
     def _begin_engine(self, engine: Engine, scope: SessionScope[Any]) -> Engine:
-        """``engine``, or its twin on the same pool that begins as the scope's policy says."""
-        policy = scope.policy
-        key = (engine, policy.read_only, policy.isolation_level, scope.method in SAFE_METHODS)
-        known = self._begin_engines if engine in self._known_engines else scope.work.begin_engines
-        begin_engine = known.get(key)
-        if begin_engine is None:
-            options = _engines.begin_options(engine.dialect.name, read_only=key[1], isolation_level=key[2], safe=key[3])
-            _engines.prepare(engine)  # a get_bind() of the user's may name one that is new here
-            begin_engine = known[key] = engine.execution_options(**options) if options else engine
-        return begin_engine
+        """``engine``, or its twin that begins as the scope's policy says."""
+        return self._twins.engine_for(engine, scope)
+
+    def _options_of(self, engine: Engine) -> Mapping[str, Any] | None:
+        """What ``engine`` was made with, or None if it was made elsewhere."""
+        names = {_engines.sync_engine(named): name for name, named in self._named_engines.items()}
+        return self._engine_options[names[engine]] if engine in names else None
 
     def _tables_by_engine(self, metadata: MetaData) -> Iterator[tuple[Any, list[Table]]]:
         """Each engine with the tables of ``metadata`` that live on it."""
@@ -256,8 +255,8 @@ class AsyncDatabase(AsyncAccess[AsyncS], BaseDatabase[AsyncS]):
                 "two. Make one AsyncDatabase per loop, or `await db.dispose()` on the first one."
             )
         if self._loop is not None:
-            for engine in self._named_engines.values():
-                engine.sync_engine.dispose(close=False)
+            for engine in self._known_engines:
+                engine.dispose(close=False)
         self._loop = loop
 
     async def _dispose_engines(self) -> None:

@@ -163,6 +163,13 @@ manual: Policy = Policy(_never_commit, "manual")
 read_only: Policy = Policy(_commit_unless_failed, "read_only", read_only=True)
 """A READ ONLY transaction, which the database enforces where it can."""
 
+read_only_autocommit: Policy = Policy(_commit_unless_failed, "read_only_autocommit", True, "AUTOCOMMIT")
+"""Reads without a transaction: no BEGIN and no COMMIT are sent, and the database refuses every write.
+
+Each statement sees a snapshot of its own; server-side cursors and transaction-local settings do not work.
+Its connections are those of a second pool, as large as the first one.
+"""
+
 
 def as_policy(value: object) -> Policy:
     """``value`` as a `Policy`: itself, or a function from `Outcome` to `Decision` turned into one.

@@ -4,6 +4,7 @@ import http.client
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import getsource
@@ -19,7 +20,7 @@ from example_apps.ledger_models import EQUITY, Account, Base, Entry, Transfer, b
 from session_plugin import AsyncDatabase, Database
 
 from .apps import ASGIHarness, WSGIHarness
-from .harness import POOL, Reply
+from .harness import POOL, Reply, wait_for
 
 ASGI = ["litestar", "quart", "falcon_asgi"]
 WSGI = ["pyramid", "bottle", "falcon_wsgi"]
@@ -46,6 +47,7 @@ class Elsewhere:
     def __init__(self, name: str, folder: Path, *, adapter: bool) -> None:
         self.name, self.adapter = name, adapter
         self.seen: list[Seen] = []
+        self.under_way: list[Any] = []
         self.engine = create_engine(f"sqlite:///{folder / 'ledger.db'}")
         create_app = import_module(f"example_apps.elsewhere.{name}_app").create_app
         kind, driver = (AsyncDatabase, "sqlite+aiosqlite") if name in ASGI else (Database, "sqlite")
@@ -65,7 +67,8 @@ class Elsewhere:
             return dict(connection.execute(balances()).all())
 
     def reopen(self) -> None:
-        """Alice has 100 and Bob nothing."""
+        """Alice has 100 and Bob nothing, once the last request is over: its client may have gone on before."""
+        assert wait_for(lambda: not self.under_way)
         with self.engine.begin() as connection:
             for model in (Entry, Transfer, Account):
                 connection.execute(model.__table__.delete())
@@ -97,6 +100,13 @@ class OnASGI(Elsewhere, ASGIHarness):
 
     def watched(self, app: Any) -> Any:
         async def watch(scope: Any, receive: Any, send: Any) -> None:
+            self.under_way += [scope] if scope["type"] == "http" else []
+            try:
+                await see(scope, receive, send)
+            finally:
+                self.under_way[:] = [each for each in self.under_way if each is not scope]
+
+        async def see(scope: Any, receive: Any, send: Any) -> None:
             async def see_and_send(message: Any) -> None:
                 if message["type"] == "http.response.start":
                     self.see(message["status"])
@@ -118,12 +128,13 @@ class OnWSGI(Elsewhere, WSGIHarness):
                 self.see(int(status[:3]))
                 return start_response(status, *more)
 
-            body = app(environ, see_and_start)
+            self.under_way.append(environ)
             try:
-                yield from body
-                self.see("end")
+                with closing(app(environ, see_and_start)) as body:
+                    yield from body
+                    self.see("end")
             finally:
-                body.close()
+                self.under_way[:] = [each for each in self.under_way if each is not environ]
 
         return watch
 

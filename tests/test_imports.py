@@ -44,10 +44,11 @@ def test_an_adapter_imports_its_own_framework_only() -> None:
 LAYERS = [
     {"exceptions", "typevars"},
     {"current"},
-    {"policy", "_drive", "_permits", "_threads", "_hooks", "_mysql"},
+    {"policy", "_drive", "_permits", "_threads", "_hooks", "_mysql", "_autocommit"},
     {"_watch", "_lifecycle", "_sqlite", "configuration", "_processes"},
     {"_work"},
     {"_session", "_engines"},
+    {"_begin"},
     {"scope"},
     {"access"},
     {"sync_access", "async_access"},

@@ -1,4 +1,4 @@
-"""The contenders: each module has a `make_app` that answers the app and its engine.
+"""The contenders: each module has a `make_app` that answers the app and its engine, or what has and disposes of it.
 
 All serve the endpoints of `bench.shop`, each in the idiom of its own documentation.  To add one, write
 its module and name it below.
@@ -43,13 +43,13 @@ class Contender:
         return f"{self.kind}/{self.name}"
 
     def make_app(self, url: str, **options: Any) -> tuple[Any, Any]:
-        """The app on the database ``url``, and its engine."""
+        """The app on the database ``url``, and its engine or what has it as ``engine``."""
         module = import_module(f"bench.contenders.{self.module}")
         made: tuple[Any, Any] = module.make_app(url, engine_options(url, **options), **self.options)
         return made
 
 
-QUICK_READ = "session_plugin, quick read"
+AUTOCOMMIT = "session_plugin, read_only_autocommit"
 
 CONTENDERS = [
     Contender("flask", FLOOR, "flask_hand_written"),
@@ -57,7 +57,7 @@ CONTENDERS = [
     Contender("flask", "Flask-SQLAlchemy-Lite", "flask_sqlalchemy_lite"),
     Contender("flask", "advanced-alchemy", "flask_advanced_alchemy", commits=True),
     Contender("flask", "session_plugin", "flask_session_plugin", commits=True),
-    Contender("flask", QUICK_READ, "flask_session_plugin", True, {"quick_read": True}, ("read",)),
+    Contender("flask", AUTOCOMMIT, "flask_session_plugin", True, {"autocommit": True}, ("read",)),
     Contender("fastapi-async", FLOOR, "fastapi_async_hand_written"),
     Contender("fastapi-async", "hand-written, try/finally", "fastapi_async_try_finally", served=False),
     Contender("fastapi-async", "yield dependency", "fastapi_async_yield", True, {"scope": "request"}),
@@ -65,13 +65,13 @@ CONTENDERS = [
     Contender("fastapi-async", "advanced-alchemy", "fastapi_async_advanced_alchemy", commits=True),
     Contender("fastapi-async", "fastapi-async-sqlalchemy", "fastapi_async_sqlalchemy", commits=True),
     Contender("fastapi-async", "session_plugin", "fastapi_async_session_plugin", commits=True),
-    Contender("fastapi-async", QUICK_READ, "fastapi_async_session_plugin", True, {"quick_read": True}, ("read",)),
+    Contender("fastapi-async", AUTOCOMMIT, "fastapi_async_session_plugin", True, {"autocommit": True}, ("read",)),
     Contender("fastapi-sync", FLOOR, "fastapi_sync_hand_written"),
     Contender("fastapi-sync", "yield dependency", "fastapi_sync_yield", True, {"scope": "request"}),
     Contender("fastapi-sync", 'yield, scope="function"', "fastapi_sync_yield", True, {"scope": "function"}),
     Contender("fastapi-sync", "advanced-alchemy", "fastapi_sync_advanced_alchemy", commits=True),
     Contender("fastapi-sync", "session_plugin", "fastapi_sync_session_plugin", commits=True),
-    Contender("fastapi-sync", QUICK_READ, "fastapi_sync_session_plugin", True, {"quick_read": True}, ("read",)),
+    Contender("fastapi-sync", AUTOCOMMIT, "fastapi_sync_session_plugin", True, {"autocommit": True}, ("read",)),
 ]
 
 KINDS = list(dict.fromkeys(each.kind for each in CONTENDERS))

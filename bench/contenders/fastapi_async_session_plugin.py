@@ -1,6 +1,5 @@
 """This project."""
 
-from dataclasses import replace
 from typing import Annotated
 
 from fastapi import Depends, FastAPI
@@ -8,17 +7,15 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from bench.shop import HELLO, Item, async_chunks
-from session_plugin import read_only
+from session_plugin import read_only_autocommit
 from session_plugin.fastapi import AsyncSessionPlugin
 
-QUICK_READ = replace(read_only, name="quick_read", isolation_level="AUTOCOMMIT")
 
-
-def make_app(url, engine_options, quick_read=False):
+def make_app(url, engine_options, autocommit=False):
     db = AsyncSessionPlugin(url, **engine_options)
     app = FastAPI()
     db.init_app(app)
-    under_policy = db.policy(QUICK_READ) if quick_read else lambda endpoint: endpoint
+    under_policy = db.policy(read_only_autocommit) if autocommit else lambda endpoint: endpoint
     SessionDep = Annotated[AsyncSession, Depends(db.get_session)]  # noqa: N806
 
     @app.get("/bare")
@@ -47,4 +44,4 @@ def make_app(url, engine_options, quick_read=False):
         await session.get(Item, item_id)
         return StreamingResponse(async_chunks())
 
-    return app, db.engine
+    return app, db

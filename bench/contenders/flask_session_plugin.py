@@ -1,21 +1,17 @@
 """This project."""
 
-from dataclasses import replace
-
 from flask import Flask, Response
 
 from bench.shop import HELLO, Item, chunks
-from session_plugin import read_only
+from session_plugin import read_only_autocommit
 from session_plugin.flask import SessionPlugin
 
-QUICK_READ = replace(read_only, name="quick_read", isolation_level="AUTOCOMMIT")
 
-
-def make_app(url, engine_options, quick_read=False):
+def make_app(url, engine_options, autocommit=False):
     db = SessionPlugin(url, **engine_options)
     app = Flask(__name__)
     db.init_app(app)
-    under_policy = db.policy(QUICK_READ) if quick_read else lambda endpoint: endpoint
+    under_policy = db.policy(read_only_autocommit) if autocommit else lambda endpoint: endpoint
 
     @app.get("/bare")
     def bare():
@@ -44,5 +40,4 @@ def make_app(url, engine_options, quick_read=False):
         db.session.get(Item, item_id)
         return Response(chunks())
 
-    with app.app_context():
-        return app, db.engine
+    return app, db

@@ -16,7 +16,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import Pool
 
-from .. import _engines
+from .. import _begin, _engines
 from .._mysql import NAMES
 from .._watch import KEY, watch_of
 from ..exceptions import IsolationError
@@ -158,7 +158,7 @@ class Isolation:
             raise IsolationError("An engine in AUTOCOMMIT mode cannot be isolated. Make the test's engine without it.")
         connection = self.connect_beside(engine)
         try:
-            options = _engines.begin_options(engine.dialect.name, read_only=False, isolation_level=None, safe=False)
+            options = _begin.begin_options(engine.dialect.name, read_only=False, isolation_level=None, safe=False)
             connection.execution_options(**options).begin()
             self._opened[connection] = _constraints.check_of(connection), engine.pool
         except BaseException:

@@ -15,10 +15,18 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from bench.proxy import Proxy
-from session_plugin import ConfigurationError, Database, ReadOnlyError, read_only, read_only_autocommit
+from session_plugin import (
+    ConfigurationError,
+    Database,
+    Outcome,
+    ReadOnlyError,
+    SessionScope,
+    read_only,
+    read_only_autocommit,
+)
 from session_plugin._autocommit import forbid_writing
 
-from .drivers import POSTGRESQL
+from .drivers import POSTGRESQL, SYNC
 from .harness import Parent, add, insert
 from .units import Units, on
 
@@ -145,6 +153,17 @@ def test_it_ends_with_its_database(units: Units) -> None:
     dispose(units)
     assert [pool.checkedin() for pool in pools(units)] == [0, 0]
     assert reading(units, names) == []
+
+
+@on(*SYNC)
+def test_requests_and_jobs_share_the_connections(units: Units) -> None:
+    reading(units, names)
+    scope: SessionScope[Any] = SessionScope(units.db, origin="GET /", method="GET")
+    scope.use(read_only_autocommit)
+    assert names(scope.session) == []
+    scope.settle(Outcome(200))
+    scope.close()
+    assert [pool.checkedin() for pool in pools(units)].count(1) == 1
 
 
 @on("sqlite+aiosqlite", "postgresql+asyncpg")

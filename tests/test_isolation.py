@@ -28,6 +28,7 @@ from session_plugin import (
     read_only,
 )
 from session_plugin.testing import IsolationWarning
+from session_plugin.testing._open import _inherited, leave_to_parent
 from session_plugin.testing._turns import Turn, Turns
 
 from .drivers import MARIADB, POSTGRESQL, SQLITE
@@ -756,6 +757,23 @@ def test_a_forked_process_is_refused(units: Units) -> None:
         units.run(add("after"))
         assert isolated.names() == ["after", "before"]
     assert units.store.names() == []
+
+
+@on("sqlite+pysqlite")
+def test_what_a_forked_process_leaves_to_its_parent(units: Units) -> None:
+    """The connection, with the test's transaction: not a word is said on it."""
+    block = units.db.isolated()
+    session = block.__enter__()
+    session.execute(text("SELECT 1"))
+    leave_to_parent()
+    with pytest.raises(IsolationError, match="forked inside"):
+        units.run(add("child"))
+    block.__exit__(None, None, None)
+    assert units.sync_engine.pool.checkedout() == 1
+    session.close()
+    for connection in _inherited.pop()._connections.values():
+        assert connection.in_transaction()
+        connection.close()
 
 
 def test_one_of_those_who_wait_lets_the_tests_session_step_aside() -> None:

@@ -364,7 +364,7 @@ def test_a_policy_that_fails_commits_nothing(units: Units, policy: Any) -> None:
 
 @pytest.mark.parametrize(("status", "is_error"), [(303, False), (399, False), (400, True), (500, True)])
 def test_an_exception_that_is_a_response_is_an_error_from_400_on(status: int, is_error: bool) -> None:
-    error = HTTPException(status)
+    error = HTTPException(status, "told")
     assert Outcome.raised(error) == Outcome(status=status, error=error if is_error else None)
 
 

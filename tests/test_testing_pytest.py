@@ -61,7 +61,10 @@ CONFTEST = """
 
     @pytest.fixture(scope="session")
     def session_plugin_database():
-        return db
+        yield db
+        disposing = db.dispose()
+        if disposing is not None:
+            disposing.close()  # the fixtures have disposed of an async one
 """
 TWICE = """
     import pytest

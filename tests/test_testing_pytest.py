@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+from collections.abc import Iterator
 from textwrap import dedent
 
 import fastapi  # noqa: F401  else each of the runs imports it anew
@@ -166,7 +169,15 @@ class Project:
 
 
 @pytest.fixture
-def project(pytester: pytest.Pytester) -> Project:
+def collected() -> Iterator[None]:
+    """What a run inside leaves to the collector is collected by the end, and no other test is blamed for it."""
+    yield
+    with warnings.catch_warnings(action="ignore"):
+        gc.collect()
+
+
+@pytest.fixture
+def project(collected: None, pytester: pytest.Pytester) -> Project:
     return Project(pytester)
 
 

@@ -84,14 +84,14 @@ class Response:
     _status: int | None = None
     _headers: Sequence[tuple[str, str]] = ()
     _sent_bytes = 0
-    _complete = False
+    _ended = False
     _failure: BaseException | None = None
     _body: Iterable[bytes] = ()
     _chunks: Iterator[bytes] = iter(())
 
     def __init__(self, scope: SessionScope[Any], start_response: StartResponse) -> None:
         self._scope = scope
-        self._start_response = start_response
+        self._start_response: Callable[..., Callable[[bytes], object] | None] = start_response
 
     def answer(self, app: WSGIApplication, environ: WSGIEnvironment) -> Iterable[bytes]:
         """Call the app and settle, if it has named a status by then."""
@@ -165,12 +165,13 @@ class Response:
         scope = self._scope
         try:
             try:
-                if not self._complete and not scope.settle_idle():
+                if not (scope.settle_idle() or self._complete):
                     scope.settle(Outcome(self._status, scope.error, scope.method, interrupted=True))
             finally:
                 self._close_body()
         finally:
-            scope.close()
+            if not scope.close_unused():
+                scope.close()
             self._started = self._failure = scope.error = None  # PEP 3333: no cycle through a traceback
 
     def _close_body(self) -> None:
@@ -190,8 +191,9 @@ class Response:
 
     def _settle_late(self, error: BaseException | None = None) -> None:
         scope = self._scope
-        if not scope.settle_idle():
-            scope.settle(Outcome(None, error, scope.method, interrupted=not self._complete, background=self._complete))
+        if scope.has_session and not scope.settle_idle():
+            complete = self._complete
+            scope.settle(Outcome(None, error, scope.method, interrupted=not complete, background=complete))
 
     def _pass_on_start(self) -> Callable[[bytes], object]:
         """Settle, and only then tell the server what the app has told."""
@@ -200,22 +202,25 @@ class Response:
         status, self._headers = self._started[:2]
         self._status = int(status.split(" ", 1)[0])
         self._settle()
-        self._server_write = self._tell(self._started)
+        self._server_write = self._start_response(*self._started) or no_write
         return self._server_write
 
-    def _tell(self, started: tuple[Any, ...]) -> Callable[[bytes], object]:
-        """Call the server's ``start_response``, of which PEP 3333 asks a ``write``; Granian's returns None."""
-        write = self._start_response(*started)
-        return no_write if write is None else write
-
     def _about_to_send(self, chunk: bytes | None) -> None:
-        """Settle what the body did so far if ``chunk`` ends it; None is the end itself."""
+        """Settle what the body did so far if ``chunk`` completes it; None is its end."""
+        if self._failure is not None:
+            raise self._failure
+        scope = self._scope
+        settles = scope.has_session and scope.active and not self._complete
         if chunk:
             self._sent_bytes += len(chunk)
-        is_last = chunk is None or (self._scope.has_session and self._sent_bytes >= self._content_length)
-        if is_last and not self._complete:
+        if settles and (chunk is None or self._complete):
             self._settle()
-            self._complete = True
+        self._ended = self._ended or chunk is None
+
+    @property
+    def _complete(self) -> bool:
+        """True once the server has all bytes; some never ask for what follows those that were announced."""
+        return self._failure is None and (self._ended or self._sent_bytes >= self._content_length)
 
     @cached_property
     def _content_length(self) -> float:
@@ -244,11 +249,11 @@ class Response:
             scope.settle(Outcome.raised(error, method=scope.method))
         finally:
             if scope.saved and self._started is not None and not self._sent_bytes:
-                server_write = self._server_write or self._tell(self._started)
+                server_write = self._server_write or self._start_response(*self._started) or no_write
                 server_write(b"")
 
 
 def no_write(data: bytes) -> None:
-    """Stands for the ``write`` of a server that has none."""
+    """Stands for the ``write`` that PEP 3333 asks of ``start_response``; Granian's returns None."""
     if data:
         raise TypeError("This server offers no write(): its start_response() returned None. Return the body instead.")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ._asgi import Exchange, HttpExchange, Layer, WebSocketExchange
 from ._client import ASGIApp, Client, Message, Receive, Scope, Send
 from .access import HasDatabase, check_middleware
+from .current import innermost
 from .exceptions import ConfigurationError
 from .policy import Policy
 from .scope import SessionScope
@@ -75,9 +76,12 @@ class SessionScopeMiddleware:
         client = Client(receive, send)
         exchange = exchanges[database] = self._open(database, scope, client)
         self._open_exchanges += 1
+        outside = innermost.set(exchange.scope)
         try:
-            with exchange.scope.entered():
+            try:
                 await Layer(exchange, client.send).run(self.app, scope, client.receive)
+            finally:
+                innermost.reset(outside)
         finally:
             del exchanges[database]
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from .access import Access
 from .configuration import Configuration, is_late
@@ -27,6 +27,7 @@ class Plugin(Access[S]):
         self.configuration: Configuration = configuration
         self._databases: WeakKeyDictionary[Any, AppDatabase] = WeakKeyDictionary()
         self._apps_served = 0
+        self._the_only: Callable[[], AppDatabase | None] = _unknown
 
     def register(self, app: Any, configuration: Configuration) -> AppDatabase:
         """Note that ``app`` uses ``configuration``.
@@ -41,6 +42,7 @@ class Plugin(Access[S]):
             database.database  # noqa: B018  what cannot work is told now
         self._databases[app] = database
         self._apps_served += 1
+        self._the_only = ref(database) if self._apps_served == 1 else _unknown
         return database
 
     def database_for(self, app: Any) -> Any:
@@ -55,11 +57,11 @@ class Plugin(Access[S]):
         return database.database
 
     def _the_database(self) -> Any:
+        if (only := self._the_only()) is not None:
+            return only.database
         if not self._apps_served:
             raise NoScopeError("No app is known here, so there is no database: call db.init_app(app) first.")
         databases = {each.database for each in self._databases.values()}
-        if self._apps_served == 1 and databases:
-            return databases.pop()
         for entered in entered_databases():
             if entered in databases:
                 return entered
@@ -67,6 +69,10 @@ class Plugin(Access[S]):
             f"This plugin was initialised with {self._apps_served} apps, and which one is meant cannot be told here: "
             "say db.database_for(app).session_scope(), or in Flask enter app.app_context()."
         )
+
+
+def _unknown() -> None:
+    """The only app, where there is none or more than one."""
 
 
 class AppDatabase:

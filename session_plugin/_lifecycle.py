@@ -41,9 +41,8 @@ def settle(scope: SessionScope[Any], outcome: Outcome) -> Steps[None]:
         if scope.work.streams:
             yield partial(_run_sync, scope, scope.work.close_streams)
         if decision.commit:
-            wrote = scope.wrote
             yield from _commit(scope)
-            scope.saved = scope.saved or wrote
+            scope.saved = scope.saved or scope.work.saved
     except BaseException as error:
         yield from _roll_back(scope)
         if outcome.background:
@@ -57,7 +56,7 @@ def close(scope: SessionScope[Any]) -> Steps[None]:
     """The end: nothing open, nothing held, and the session refuses further use."""
     scope.closed = True
     try:
-        if scope.sync_session.in_transaction():
+        if scope.in_transaction:
             yield from _roll_back(scope)
     finally:
         yield scope.session.close
@@ -128,7 +127,7 @@ def _roll_back(scope: SessionScope[Any]) -> Steps[None]:
 def _begun_session(scope: SessionScope[Any]) -> ScopeSession:
     """The sync session with a transaction begun, which takes no connection yet."""
     session = scope.sync_session
-    if not session.in_transaction():
+    if not scope.in_transaction:
         session.begin()
     return session
 
@@ -142,10 +141,9 @@ def _run_sync(scope: SessionScope[Any], call: Callable[[], None]) -> Any:
 
 
 def _log(scope: SessionScope[Any], decision: Decision, outcome: Outcome) -> None:
-    if decision.commit:
-        logger.debug("%s: COMMIT (%s)", str(scope), decision.reason)
-    elif not scope.wrote:
-        logger.debug("%s: ROLLBACK (%s)", str(scope), decision.reason)
+    if decision.commit or not scope.wrote:
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s: %s (%s)", str(scope), "COMMIT" if decision.commit else "ROLLBACK", decision.reason)
     else:
         level = logging.ERROR if outcome.background else logging.INFO if outcome.failed else logging.WARNING
         logger.log(level, "%s: ROLLBACK, its work is discarded (%s)", str(scope), decision.reason)

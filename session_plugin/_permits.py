@@ -130,14 +130,13 @@ async def wait_for_permit(scope: SessionScope[Any]) -> None:
         scope.permit_held = permit
 
 
-def take_permit(scope: SessionScope[Any]) -> None:
+def take_permit(scope: SessionScope[Any], loop: asyncio.AbstractEventLoop) -> None:
     """Before ``scope`` takes a connection without having waited for it: wait in this thread.
 
     A ``session_scope(new=True)`` inside a request waits like the request would, unless that one has a
     permit already: then it takes the connection that it gets from the pool, beside the request's.
     """
-    loop = _loop_to_wait_on(scope)
-    if loop is None:
+    if _has_permit_around(scope):
         return
     scope.permit_held = scope.database._permits.acquire_in_thread(loop)
     if scope.closed:  # in the meantime: this thread outlives its request
@@ -145,16 +144,14 @@ def take_permit(scope: SessionScope[Any]) -> None:
         raise ScopeClosedError(scope.closed_message)
 
 
-def _loop_to_wait_on(scope: SessionScope[Any]) -> asyncio.AbstractEventLoop | None:
-    """The event loop that serves the request around ``scope``; None outside one, and if it has a permit."""
-    around: SessionScope[Any] | None = scope
-    loop = None
+def _has_permit_around(scope: SessionScope[Any]) -> bool:
+    """True if a scope around ``scope`` has a permit of the same database."""
+    around = scope.outer
     while around is not None:
         if around.database is scope.database and around.permit_held is not None:
-            return None
-        loop = loop or around.loop
+            return True
         around = around.outer
-    return loop
+    return False
 
 
 def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:

@@ -25,6 +25,11 @@ class ScopeSession(Session):
 
     _session_scope: SessionScope[Any] | None = None
 
+    @property
+    def has_changes(self) -> bool:
+        """True if a flush may have something to write."""
+        return bool(self.new or self.dirty or self.deleted)
+
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """The bind that SQLAlchemy chooses, with the options by which the policy begins."""
         bind = super().get_bind(*args, **kwargs)
@@ -33,8 +38,8 @@ class ScopeSession(Session):
             return bind
         if scope.database.is_async:
             scope.work.check_first()
-        elif scope.permit_held is None and not scope.work.connected:
-            take_permit(scope)
+        elif scope.loop is not None and scope.permit_held is None and not scope.work.connected:
+            take_permit(scope, scope.loop)
         return scope.database._begin_engine(bind, scope)
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
@@ -43,7 +48,7 @@ class ScopeSession(Session):
             super().flush(objects)
             return
         work = self._session_scope.work
-        if self._session_scope.database.is_async and (self.new or self.dirty or self.deleted):
+        if self._session_scope.database.is_async and self.has_changes:
             work.check_first()  # before the flush, whose failure would cut into the other task's connecting
         outer = work.begin_flush()
         try:
@@ -66,6 +71,7 @@ def _note_begin(session: ScopeSession, transaction: SessionTransaction) -> None:
         transaction.close()
         raise ScopeClosedError(scope.closed_message)
     if transaction.parent is None:
+        scope.in_transaction = scope.has_begun = True
         scope.begun_at = depth.get()
 
 
@@ -126,5 +132,6 @@ def _run_hooks(session: ScopeSession, transaction: SessionTransaction) -> None:
     if transaction.nested:
         scope.hooks.savepoint_ended(transaction, committed=committed)
     else:
-        scope.work.ended()
+        scope.in_transaction = False
+        scope.work.ended(committed=committed)
         scope.database._run_hooks(scope.hooks.take("commit" if committed else "rollback"))

@@ -151,8 +151,9 @@ class Watch:
         """True if psycopg or psycopg2 remembers so: then the error of a raw cursor is known too."""
         if self._dialect.name != "postgresql":
             return False
-        info = getattr(pooled.driver_connection, "info", None)
-        return getattr(info, "transaction_status", None) == IN_ERROR
+        driver_connection = pooled.driver_connection
+        told_by = getattr(driver_connection, "pgconn", None) or getattr(driver_connection, "info", None)
+        return getattr(told_by, "transaction_status", None) == IN_ERROR
 
     def _is_aborted(self, pooled: PoolProxiedConnection, error: BaseException) -> bool:
         if self._saves_each:

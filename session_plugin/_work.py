@@ -21,19 +21,21 @@ class Work:
 
     Attributes:
         committed: the transaction or savepoint that ended last by a commit.
+        saved: True if the transaction that ended last has committed what it wrote.
         flushing: the thread and the task that flush, or None.
         streams: the results that still read from the connection: those opened with ``yield_per`` or
             ``stream``, and on SQLite, whose cursors are lazy, those of Core.
         begin_engines: the twins of engines that only this transaction knows; see `_begin`.
     """
 
-    __slots__ = ("_doomed", "_first", "_watches", "begin_engines", "committed", "flushing", "streams")
+    __slots__ = ("_doomed", "_first", "_watches", "begin_engines", "committed", "flushing", "saved", "streams")
 
     def __init__(self, doomed: str | None = None) -> None:
         self._watches: dict[Connection, Watch] = {}
         self._doomed = doomed
         self._first: asyncio.Task[Any] | None = None
         self.committed: SessionTransaction | None = None
+        self.saved: bool = False
         self.flushing: tuple[int, asyncio.Task[Any] | None] | None = None
         self.streams: list[Result[Any]] = []
         self.begin_engines: dict[tuple[Any, ...], Engine] = {}
@@ -41,7 +43,10 @@ class Work:
     @property
     def wrote(self) -> bool:
         """True if a statement of this transaction was an INSERT, UPDATE, DELETE or the like."""
-        return any(watch.wrote for watch in self._watches.values())
+        for watch in self._watches.values():  # noqa: SIM110  a generator costs as much as all else here
+            if watch.wrote:
+                return True
+        return False
 
     @property
     def connected(self) -> bool:
@@ -123,9 +128,11 @@ class Work:
                 "together need twophase=True."
             )
 
-    def ended(self) -> None:
+    def ended(self, *, committed: bool) -> None:
         """The transaction is over and its connections are back in their pools."""
-        watches, self._watches, self._first = self._watches, {}, None
+        self.saved = committed and self.wrote
+        watches, self._watches = self._watches, {}
+        self._first = self.committed = None
         self.streams.clear()
         self.begin_engines.clear()
         for watch in watches.values():

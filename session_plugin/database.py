@@ -73,6 +73,8 @@ class BaseDatabase(Access[S]):
         if self.binds:
             session_options["binds"] = self.binds
         self._maker = self._make_maker(session_class, self._named_engines.get(DEFAULT), session_options)
+        classes = (session_class, self._maker.kw.get("sync_session_class", session_class))
+        self._has_own_close: bool = any(not each.close.__module__.startswith("sqlalchemy.") for each in classes)
         self._permits = self._make_permits()
         databases.add(self)
 

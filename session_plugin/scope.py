@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, Generic
 from . import _lifecycle
 from ._drive import Steps, arun, run, uncancelled
 from ._hooks import Event, Hook, Hooks
-from ._permits import wait_for_permit
 from ._processes import scopes_with_session
 from ._session import ScopeSession
 from ._threads import in_thread
 from ._work import Work
-from .current import Entered, open_scope
+from .current import Entered, innermost, open_scope
 from .exceptions import PolicyError, ScopeClosedError
 from .policy import Decision, Outcome, Policy, as_policy
 from .typevars import S
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 
 _making_session = threading.Lock()
-A_SCOPE_OF_ITS_OWN = "Work that outlives it needs a session_scope() of its own."
 
 
 class SessionScope(Generic[S]):
@@ -37,6 +35,8 @@ class SessionScope(Generic[S]):
     Attributes:
         database: whose session it has.
         has_session: True once the session was asked for.
+        in_transaction: True while its session has a transaction.
+        has_begun: True once its session had one.
         outer: the scope, of any database, in which it was opened, or None.
         method: the HTTP method, or None outside HTTP.
         settled: True once its transaction was settled; what follows is late work.
@@ -44,17 +44,21 @@ class SessionScope(Generic[S]):
         error: what the response answers; an adapter notes it.
         find_policy: answers the policy of the endpoint.
         begun_at: the `depth` at which its transaction began.
-        loop: the event loop that serves its request with threads, or None.
+        loop: the event loop that serves its request, or one around it, with threads, or None.
         permit_held: gives back its permit to hold a connection; see `_permits`.
         closed: True once it is over; its session refuses further use.
         closed_message: what a later use is told.
         doomed: why it will roll back, whatever happens, or None.
+        sync_session: the `Session`, also where ``session`` is an `AsyncSession`; there while it has one.
         hooks, work: what waits for its transaction to end, and what was done in it; there once it has a session.
     """
 
+    sync_session: ScopeSession
     hooks: Hooks
     work: Work
     has_session: bool = False
+    in_transaction: bool = False
+    has_begun: bool = False
     error: BaseException | None = None
     settled: bool = False
     saved: bool = False
@@ -63,7 +67,6 @@ class SessionScope(Generic[S]):
     _policy: Policy | None = None
     doomed: str | None = None
     _session: S | None = None
-    _sync_session: ScopeSession
     loop: asyncio.AbstractEventLoop | None = None
     permit_held: Callable[[], None] | None = None
 
@@ -86,13 +89,16 @@ class SessionScope(Generic[S]):
         self.database = database
         self.method = method
         self.find_policy = find_policy
-        self.outer: SessionScope[Any] | None = open_scope()
+        self.outer: SessionScope[Any] | None = innermost.get() and open_scope()
+        if self.outer is not None:
+            self.loop = self.outer.loop
         self._origin = origin
 
     @cached_property
     def closed_message(self) -> str:
         """What a later use is told."""
-        return f"The unit of work of this session ({self!r}) has ended. {A_SCOPE_OF_ITS_OWN}"
+        ended = f"The unit of work of this session ({self!r}) has ended."
+        return f"{ended} Work that outlives it needs a session_scope() of its own."
 
     @cached_property
     def joining(self) -> list[Any]:
@@ -122,20 +128,13 @@ class SessionScope(Generic[S]):
             with _making_session:
                 if self._session is None:
                     session: Any = self.database._new_session()
-                    self._sync_session = session.sync_session if self.database.is_async else session
-                    self._sync_session._session_scope = self
+                    self.sync_session = session.sync_session if self.database.is_async else session
+                    self.sync_session._session_scope = self
                     self.hooks, self.work = Hooks(), Work(self.doomed)
                     self._session = session
                     self.has_session = True
                     scopes_with_session.add(self)
         return self._session
-
-    @property
-    def sync_session(self) -> ScopeSession:
-        """The `sqlalchemy.orm.Session`, also where ``session`` is an `AsyncSession`."""
-        if self._session is None:
-            self.session  # noqa: B018  makes both
-        return self._sync_session
 
     @property
     def connected(self) -> bool:
@@ -150,13 +149,12 @@ class SessionScope(Generic[S]):
     @property
     def active(self) -> bool:
         """True if there is something to settle: a transaction, or a hook that waits for one."""
-        return self.has_session and (self._sync_session.in_transaction() or bool(self.hooks.waiting))
+        return self.in_transaction or (self.has_session and bool(self.hooks.waiting))
 
     @property
     def wrote(self) -> bool:
         """True if rolling back now would discard work."""
-        session = self.sync_session
-        return self.work.wrote or bool(session.new or session.dirty or session.deleted)
+        return self.has_session and (self.work.wrote or self.sync_session.has_changes)
 
     # -- its fate ------------------------------------------------------------------------------
 
@@ -192,7 +190,8 @@ class SessionScope(Generic[S]):
 
     def add_hook(self, event: Event, call: Callable[[], Any]) -> None:
         """Call ``call`` once this transaction has ended by ``event``."""
-        savepoint = self.sync_session.get_nested_transaction()  # and with the session come the hooks
+        self.session  # noqa: B018  with the session come the hooks
+        savepoint = self.sync_session.get_nested_transaction()
         self.hooks.add(Hook(call, event, savepoint))
 
     # -- its course ----------------------------------------------------------------------------
@@ -205,8 +204,9 @@ class SessionScope(Generic[S]):
     def joined(self) -> Generator[S]:
         """Work inside this scope; an error that leaves the block dooms it."""
         try:
-            yield self.session
-            if self.closed and self.has_session and self.wrote:
+            session, sync_session = self.session, self.sync_session
+            yield session
+            if self.closed and sync_session.has_changes:
                 raise ScopeClosedError(self.closed_message)
         except BaseException as error:
             if not isinstance(error, GeneratorExit) and Outcome.raised(error).error is not None:  # or left unread
@@ -216,14 +216,14 @@ class SessionScope(Generic[S]):
     def abandon(self) -> S | None:
         """End the scope and answer its session, untouched: another process goes on with it."""
         session, self._session = self._session, None
-        self.has_session = False
+        self.has_session = self.in_transaction = False
         self.settled = self.closed = True
         self.work = Work()
         return session
 
     def settle_idle(self) -> bool:
         """Settle, if there is nothing to end: then neither an `Outcome` nor anything else is to be made."""
-        if self.has_session and (self._sync_session.in_transaction() or self.hooks.waiting):
+        if self.in_transaction or (self.has_session and self.hooks.waiting):
             return False
         self.settled = True
         if self.permit_held is not None:
@@ -236,9 +236,11 @@ class SessionScope(Generic[S]):
             run(_lifecycle.settle(self, outcome))
 
     def close_unused(self) -> bool:
-        """Close, if nobody has asked for the session."""
-        if self.has_session:
-            return False
+        """Close, if there is nothing to end: no session, or one that never began and whose class adds nothing to it."""
+        if self._session is not None:
+            if self.has_begun or self.database._has_own_close:
+                return False
+            self._let_go()
         self.closed = True
         if self.permit_held is not None:
             self.return_permit()
@@ -251,15 +253,16 @@ class SessionScope(Generic[S]):
         try:
             run(_lifecycle.close(self))
         finally:
-            self.return_permit()
+            self._let_go()
 
     async def asettle(self, outcome: Outcome) -> None:
         """End the transaction; a sync session's in one thread hop, and none if there is nothing to end."""
         if self.settle_idle():
             return
         self.settled = True
+        talks = self.work.connected or self.wrote or bool(self.hooks.waiting)
         try:
-            await self._drive(_lifecycle.settle(self, outcome), talks=self._will_talk)
+            await self._drive(_lifecycle.settle(self, outcome), talks=talks)
         finally:
             self.return_permit()
 
@@ -270,11 +273,13 @@ class SessionScope(Generic[S]):
         try:
             await self._drive(_lifecycle.close(self), talks=self.work.connected)
         finally:
-            self.return_permit()
+            self._let_go()
 
-    async def permit(self) -> None:
-        """Wait, without a thread, until the pool has a connection for this scope's sync session."""
-        await wait_for_permit(self)
+    def _let_go(self) -> None:
+        """Forget the session, which knows this scope: a cycle would wait for the garbage collector."""
+        self.return_permit()
+        self._session = None
+        vars(self).pop("sync_session", None)
 
     def return_permit(self) -> None:
         """Once the connection is back, let the next in line have one."""
@@ -282,10 +287,6 @@ class SessionScope(Generic[S]):
         if permit is not None and not self.connected:
             self.permit_held = None
             permit()
-
-    @property
-    def _will_talk(self) -> bool:
-        return self.work.connected or self.wrote or bool(self.hooks.waiting)
 
     async def _drive(self, steps: Steps[None], *, talks: bool) -> None:
         """Drive ``steps`` to their end; ``talks`` says whether they talk to the database."""

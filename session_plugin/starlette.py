@@ -14,6 +14,7 @@ from starlette.routing import Router
 
 from ._asgi import Layer
 from ._client import ASGIApp, Receive, Scope, Send
+from ._permits import wait_for_permit
 from .access import HasDatabase
 from .asgi import SessionScopeMiddleware, find_exchange
 from .async_access import AsyncAccess
@@ -101,7 +102,7 @@ class SessionPlugin(StarlettePlugin[SyncS], SyncAccess[SyncS]):
     async def get_session(self) -> SyncS:
         """A dependency: the session of this request, as soon as the pool has a connection for it."""
         scope = self.scope
-        await scope.permit()
+        await wait_for_permit(scope)
         return scope.session
 
 

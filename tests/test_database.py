@@ -108,6 +108,37 @@ def test_an_async_sessionmaker(dispose: Any) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("work", ["SELECT 1", None])
+def test_a_session_is_closed_by_its_own_close(work: str | None, dispose: Any) -> None:
+    """Also one that was asked for and not used."""
+    closed: list[str] = []
+
+    class Closing(Session):
+        def close(self) -> None:
+            super().close()
+            closed.append("sync")
+
+    class AsyncClosing(AsyncSession):
+        async def close(self) -> None:
+            await super().close()
+            closed.append("async")
+
+    async def main(db: Any) -> None:
+        async with db.session_scope() as session:
+            if work:
+                await session.execute(text(work))
+        await db.dispose()
+
+    with dispose(Database("sqlite://", class_=Closing)).session_scope() as session:
+        if work:
+            session.execute(text(work))
+    assert closed == ["sync"]
+    asyncio.run(main(AsyncDatabase("sqlite+aiosqlite://", class_=AsyncClosing)))
+    assert closed == ["sync", "async"]
+    asyncio.run(main(AsyncDatabase("sqlite+aiosqlite://", sync_session_class=Closing)))
+    assert closed == ["sync", "async", "sync"]
+
+
 @pytest.mark.parametrize("by", ["keyword", "factory"])
 def test_a_sessionmaker_as_sync_session_class(by: str, dispose: Any) -> None:
     """SQLAlchemy's way to events on async sessions: they fire, and its own options hold."""

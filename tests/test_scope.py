@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import sqlalchemy
@@ -42,6 +43,7 @@ from session_plugin import (
     manual,
     read_only,
 )
+from session_plugin._permits import wait_for_permit
 from session_plugin._watch import Watch, watch_of
 from session_plugin._work import Work
 
@@ -83,6 +85,28 @@ def test_a_failed_commit_leaves_the_block(units: Units) -> None:
     for _ in range(6):
         units.run(lambda session: session.merge(Parent(name="nobody")))
     assert units.store.names() == ["nobody"]
+
+
+@pytest.mark.parametrize("does", ["write", "read", "nothing"])
+def test_a_unit_of_work_leaves_nothing_to_the_garbage_collector(units: Units, does: str) -> None:
+    """Its session is freed where it ends: a cycle would keep all its rows until the next pass."""
+    made: list[ref[Session]] = []
+
+    def noted(session: Session) -> None:
+        made.append(ref(session))
+        if does == "read":
+            session.get(Parent, "tea")
+        elif does == "write":
+            session.add(Parent(name=f"tea {len(made)}"))
+
+    units.run(noted)  # drivers and SQLAlchemy have some to leave at first
+    gc.collect()
+    gc.disable()
+    try:
+        units.run(noted)
+        assert [found() for found in made] == [None, None]
+    finally:
+        gc.enable()
 
 
 @on("sqlite+pysqlite")
@@ -1169,17 +1193,17 @@ def test_permits_are_one_per_scope_and_all_come_back() -> None:
 
     async def main() -> None:
         first, second, asked_twice, ends_early, last = (SessionScope(db, origin="test") for _ in range(5))
-        await first.permit()
-        await second.permit()
-        waiting = [asyncio.create_task(scope.permit()) for scope in (asked_twice, asked_twice, ends_early)]
+        await wait_for_permit(first)
+        await wait_for_permit(second)
+        waiting = [asyncio.create_task(wait_for_permit(scope)) for scope in (asked_twice, asked_twice, ends_early)]
         await asyncio.sleep(0)
         await ends_early.aclose()
         await first.aclose()
         await second.aclose()
         await asyncio.wait_for(asyncio.gather(*waiting), 5)
-        await asked_twice.permit()
-        await ends_early.permit()
-        await asyncio.wait_for(last.permit(), 5)
+        await wait_for_permit(asked_twice)
+        await wait_for_permit(ends_early)
+        await asyncio.wait_for(wait_for_permit(last), 5)
         await asked_twice.aclose()
         await last.aclose()
 

@@ -18,7 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from session_plugin import Database, Outcome
-from session_plugin._permits import Permits
+from session_plugin._permits import Permits, wait_for_permit
 from session_plugin._threads import WORKERS, in_thread
 from session_plugin.exceptions import ScopeClosedError
 from session_plugin.scope import SessionScope
@@ -161,7 +161,7 @@ def test_permits_asked_for_twice_at_once(store: Store) -> None:
         permits = database._permits
         scope = SessionScope(database, origin="test")
         first, second = await permits.acquire(), await permits.acquire()
-        waiting = [asyncio.create_task(scope.permit()) for _ in range(2)]
+        waiting = [asyncio.create_task(wait_for_permit(scope)) for _ in range(2)]
         await asyncio.sleep(0)
         assert first is not None and second is not None
         first()
@@ -170,7 +170,7 @@ def test_permits_asked_for_twice_at_once(store: Store) -> None:
         await scope.aclose()
         all_back = [await asyncio.wait_for(permits.acquire(), 5) for _ in range(2)]
         late = SessionScope(database, origin="test")
-        beyond_the_end = asyncio.create_task(late.permit())
+        beyond_the_end = asyncio.create_task(wait_for_permit(late))
         await asyncio.sleep(0)
         await late.aclose()
         for release in all_back:
@@ -267,7 +267,7 @@ def test_a_thread_that_outlives_its_request_keeps_no_permit(store: Store) -> Non
     async def scenario() -> None:
         holding, ended = (SessionScope(database, origin="test") for _ in range(2))
         holding.loop = ended.loop = asyncio.get_running_loop()
-        await holding.permit()
+        await wait_for_permit(holding)
         late = asyncio.create_task(asyncio.to_thread(count, ended.session))
         while not database._permits._waiting:
             await asyncio.sleep(0.01)
@@ -323,7 +323,7 @@ def test_an_ending_that_holds_a_connection_does_not_queue_behind_those_who_wait_
         gate = threading.Event()
         scope = SessionScope(db, origin="test")
         if permit:
-            await scope.permit()
+            await wait_for_permit(scope)
         (insert if connected else add)(name)(scope.session)
         blocked = [in_thread(lambda: gate.wait(10), can_wait=beside) for _ in range(WORKERS)]
         try:
@@ -353,7 +353,7 @@ def test_a_permit_is_back_once_its_scope_is_settled(tmp_path: Path, work: Any) -
 
     async def main() -> None:
         scope = SessionScope(db, origin="test")
-        await scope.permit()
+        await wait_for_permit(scope)
         assert scope.permit_held is not None
         if work is not None:
             work("tea")(scope.session)

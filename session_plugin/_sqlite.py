@@ -9,7 +9,6 @@ instead of failing with "database is locked".
 from __future__ import annotations
 
 import logging
-import sqlite3
 from typing import Any
 from uuid import uuid4
 from weakref import finalize
@@ -36,6 +35,8 @@ def shared_memory_url(url: URL, owner: object) -> URL:
     """
     if url.get_backend_name() != "sqlite" or url.host or url.database not in (None, "", ":memory:"):
         return url
+    import sqlite3  # not every app has a SQLite database, nor every Python its driver
+
     if sqlite3.sqlite_version_info < _SHARED_MEMORY_SINCE:
         raise ConfigurationError(
             f"SQLite {sqlite3.sqlite_version} cannot share an in-memory database between threads. "

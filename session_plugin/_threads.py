@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 
 WORKERS = 32
-_executors: dict[bool, ThreadPoolExecutor] = {}
+_executors: dict[bool, concurrent.futures.ThreadPoolExecutor] = {}
 
 
 def after_fork_in_child(call: Callable[[], None]) -> None:
@@ -34,6 +34,7 @@ def in_thread(call: Callable[[], T], *, can_wait: bool) -> asyncio.Future[T]:
     """
     executor = _executors.get(can_wait)
     if executor is None:
-        executor = _executors[can_wait] = ThreadPoolExecutor(WORKERS, "session_plugin")
+        executor = concurrent.futures.ThreadPoolExecutor(WORKERS, "session_plugin")  # loaded when it is named
+        _executors[can_wait] = executor
     context = contextvars.copy_context()
     return asyncio.get_running_loop().run_in_executor(executor, context.run, call)

@@ -35,6 +35,13 @@ def test_a_sync_import_loads_nothing_async(module: str) -> None:
     assert ours.isdisjoint({"greenlet", "sqlalchemy.ext.asyncio"})
 
 
+@pytest.mark.parametrize("module", CORE)
+def test_an_import_loads_no_driver_and_no_pool_of_threads(module: str) -> None:
+    """Only apps on SQLite need the one, and sync sessions under an event loop the other."""
+    ours = loaded_by(module) - loaded_by("sqlalchemy.orm")
+    assert ours.isdisjoint({"sqlite3", "concurrent.futures.thread"})
+
+
 def test_an_adapter_imports_its_own_framework_only() -> None:
     assert loaded_by("session_plugin.flask").isdisjoint({"starlette", "fastapi"})
     assert loaded_by("session_plugin.starlette").isdisjoint({"flask", "fastapi"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def test_two_in_memory_urls_are_two_databases() -> None:
 
 
 def test_an_old_sqlite_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sqlite.sqlite3, "sqlite_version_info", (3, 35, 5))
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 35, 5))
     with pytest.raises(ConfigurationError, match=r"3\.36 or newer"):
         Database("sqlite://")
 

@@ -1,9 +1,16 @@
-"""CPU time of importing a package, beyond SQLAlchemy and its framework, in a fresh interpreter each."""
+"""CPU time of importing a package, beyond SQLAlchemy and its framework, in a fresh interpreter each.
+
+The garbage collector stands still meanwhile: else its pass over everything that was imported before would be
+counted for the package in which it happens to fall.  All bytecode is there, as it is after an installation: where
+``PYTHONDONTWRITEBYTECODE`` is set, a source tree has none, and would be compiled at each import.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection
 from typing import Any
 
@@ -25,15 +32,31 @@ PACKAGES = {
 }
 """What is imported before, by package."""
 
-CODE = "import time, {before}; start = time.process_time(); import {package}; print(time.process_time() - start)"
+CODE = """
+import gc, time
+import {before}
+gc.collect()
+gc.disable()
+start = time.process_time()
+import {package}
+print(time.process_time() - start)
+"""
 
 
 def measure(rounds: int, only: Collection[str] = ()) -> dict[str, Any]:
     """Milliseconds by package."""
     samples: dict[str, list[float]] = {package: [] for package in PACKAGES if package in (only or PACKAGES)}
-    for _ in range(rounds):
+    with tempfile.TemporaryDirectory() as folder:
         for package in samples:
-            code = CODE.format(package=package, before=PACKAGES[package])
-            run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-            samples[package].append(float(run.stdout) * 1000)
+            _milliseconds(package, folder)  # writes the bytecode
+        for _ in range(rounds):
+            for package in samples:
+                samples[package].append(_milliseconds(package, folder))
     return {"rows": [{"package": package, "cpu": summary(taken)} for package, taken in samples.items()]}
+
+
+def _milliseconds(package: str, bytecode: str) -> float:
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": bytecode}
+    code = CODE.format(package=package, before=PACKAGES[package])
+    run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return float(run.stdout) * 1000

@@ -164,7 +164,7 @@ def _slow_row(row: Part) -> list[str]:
 
 def _imports(part: Part) -> Iterator[str]:
     yield "## Import"
-    yield "CPU milliseconds, beyond SQLAlchemy with its ORM and asyncio, and beyond the framework."
+    yield "CPU milliseconds from bytecode, beyond SQLAlchemy with its ORM and asyncio, and beyond the framework."
     yield _table(["package", "ms"], ([row["package"], spread(row["cpu"], 1)] for row in part["rows"]))
 
 

@@ -53,8 +53,7 @@ def settle(scope: SessionScope[Any], outcome: Outcome) -> Steps[None]:
 
 
 def close(scope: SessionScope[Any]) -> Steps[None]:
-    """The end: nothing open, nothing held, and the session refuses further use."""
-    scope.closed = True
+    """The end: nothing open, nothing held; the scope is closed, and its session refuses further use."""
     try:
         if scope.in_transaction:
             yield from _roll_back(scope)

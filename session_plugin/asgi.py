@@ -85,7 +85,7 @@ class SessionScopeMiddleware:
         finally:
             del exchanges[database]
             try:
-                if not exchange.scope.close_unused():
+                if not exchange.scope.close_idle():
                     await exchange.scope.aclose()
             finally:
                 client.leave()

@@ -36,7 +36,7 @@ class SessionScope(Generic[S]):
         database: whose session it has.
         has_session: True once the session was asked for.
         in_transaction: True while its session has a transaction.
-        has_begun: True once its session had one.
+        has_begun: True once its session had one; before, there is nothing in it.
         outer: the scope, of any database, in which it was opened, or None.
         method: the HTTP method, or None outside HTTP.
         settled: True once its transaction was settled; what follows is late work.
@@ -191,8 +191,7 @@ class SessionScope(Generic[S]):
     def add_hook(self, event: Event, call: Callable[[], Any]) -> None:
         """Call ``call`` once this transaction has ended by ``event``."""
         self.session  # noqa: B018  with the session come the hooks
-        savepoint = self.sync_session.get_nested_transaction()
-        self.hooks.add(Hook(call, event, savepoint))
+        self.hooks.add(Hook(call, event, self.sync_session.get_nested_transaction()))
 
     # -- its course ----------------------------------------------------------------------------
 
@@ -235,20 +234,22 @@ class SessionScope(Generic[S]):
         if not self.settle_idle():
             run(_lifecycle.settle(self, outcome))
 
-    def close_unused(self) -> bool:
-        """Close, if there is nothing to end: no session, or one that never began and whose class adds nothing to it."""
-        if self._session is not None:
-            if self.has_begun or self.database._has_own_close:
-                return False
-            self._let_go()
+    def close_idle(self) -> bool:
+        """Close, if there is nothing to end: then the session, if any, talks to nobody, and needs no driver."""
         self.closed = True
-        if self.permit_held is not None:
+        if self._session is not None:
+            if self.in_transaction or self.database._has_own_close:
+                return False
+            if self.has_begun:
+                self.sync_session.close()
+            self._let_go()
+        elif self.permit_held is not None:
             self.return_permit()
         return True
 
     def close(self) -> None:
         """End the scope of a sync session; see `_lifecycle.close`."""
-        if self.close_unused():
+        if self.close_idle():
             return
         try:
             run(_lifecycle.close(self))
@@ -268,7 +269,7 @@ class SessionScope(Generic[S]):
 
     async def aclose(self) -> None:
         """End the scope; a sync session's in one thread hop, and none if it holds no connection."""
-        if self.close_unused():
+        if self.close_idle():
             return
         try:
             await self._drive(_lifecycle.close(self), talks=self.work.connected)

@@ -170,7 +170,7 @@ class Response:
             finally:
                 self._close_body()
         finally:
-            if not scope.close_unused():
+            if not scope.close_idle():
                 scope.close()
             self._started = self._failure = scope.error = None  # PEP 3333: no cycle through a traceback
 

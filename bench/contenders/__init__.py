@@ -50,15 +50,24 @@ class Contender:
 
 
 AUTOCOMMIT = "session_plugin, read_only_autocommit"
+COMMITTING = f"{FLOOR}, COMMIT after a read"
+COMMIT = {"commit_reads": True}
+EMPTY = "FastAPI, an empty dependency"
+UNUSED = ("bare", "declared")
 
 CONTENDERS = [
     Contender("flask", FLOOR, "flask_hand_written"),
+    Contender("flask", COMMITTING, "flask_hand_written", False, COMMIT, ("read",), False),
     Contender("flask", "Flask-SQLAlchemy", "flask_sqlalchemy"),
     Contender("flask", "Flask-SQLAlchemy-Lite", "flask_sqlalchemy_lite"),
     Contender("flask", "advanced-alchemy", "flask_advanced_alchemy", commits=True),
     Contender("flask", "session_plugin", "flask_session_plugin", commits=True),
     Contender("flask", AUTOCOMMIT, "flask_session_plugin", True, {"autocommit": True}, ("read",)),
     Contender("fastapi-async", FLOOR, "fastapi_async_hand_written"),
+    Contender(
+        "fastapi-async", COMMITTING, "fastapi_async_hand_written", options=COMMIT, endpoints=("read",), served=False
+    ),
+    Contender("fastapi-async", EMPTY, "fastapi_empty_dependency", endpoints=UNUSED, served=False),
     Contender("fastapi-async", "hand-written, try/finally", "fastapi_async_try_finally", served=False),
     Contender("fastapi-async", "yield dependency", "fastapi_async_yield", True, {"scope": "request"}),
     Contender("fastapi-async", 'yield, scope="function"', "fastapi_async_yield", True, {"scope": "function"}),
@@ -67,6 +76,10 @@ CONTENDERS = [
     Contender("fastapi-async", "session_plugin", "fastapi_async_session_plugin", commits=True),
     Contender("fastapi-async", AUTOCOMMIT, "fastapi_async_session_plugin", True, {"autocommit": True}, ("read",)),
     Contender("fastapi-sync", FLOOR, "fastapi_sync_hand_written"),
+    Contender(
+        "fastapi-sync", COMMITTING, "fastapi_sync_hand_written", options=COMMIT, endpoints=("read",), served=False
+    ),
+    Contender("fastapi-sync", EMPTY, "fastapi_empty_dependency", False, {"is_async": False}, UNUSED, served=False),
     Contender("fastapi-sync", "yield dependency", "fastapi_sync_yield", True, {"scope": "request"}),
     Contender("fastapi-sync", 'yield, scope="function"', "fastapi_sync_yield", True, {"scope": "function"}),
     Contender("fastapi-sync", "advanced-alchemy", "fastapi_sync_advanced_alchemy", commits=True),

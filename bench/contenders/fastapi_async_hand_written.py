@@ -7,9 +7,10 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from bench.shop import HELLO, Item, async_chunks
 
 
-def make_app(url, engine_options):
+def make_app(url, engine_options, commit_reads=False):
     engine = create_async_engine(url, **engine_options)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
+    reading = sessions.begin if commit_reads else sessions
     app = FastAPI()
 
     @app.get("/bare")
@@ -23,7 +24,7 @@ def make_app(url, engine_options):
 
     @app.get("/items/{item_id}")
     async def read(item_id: int):
-        async with sessions() as session:
+        async with reading() as session:
             item = await session.get(Item, item_id)
             return {"id": item.id, "name": item.name}
 

@@ -8,9 +8,10 @@ from sqlalchemy.orm import sessionmaker
 from bench.shop import HELLO, Item, async_chunks
 
 
-def make_app(url, engine_options):
+def make_app(url, engine_options, commit_reads=False):
     engine = create_engine(url, **engine_options)
     sessions = sessionmaker(engine)
+    reading = sessions.begin if commit_reads else sessions
     app = FastAPI()
 
     @app.get("/bare")
@@ -24,7 +25,7 @@ def make_app(url, engine_options):
 
     @app.get("/items/{item_id}")
     def read(item_id: int):
-        with sessions() as session:
+        with reading() as session:
             item = session.get(Item, item_id)
             return {"id": item.id, "name": item.name}
 

@@ -7,9 +7,10 @@ from sqlalchemy.orm import sessionmaker
 from bench.shop import HELLO, Item, chunks
 
 
-def make_app(url, engine_options):
+def make_app(url, engine_options, commit_reads=False):
     engine = create_engine(url, **engine_options)
     sessions = sessionmaker(engine)
+    reading = sessions.begin if commit_reads else sessions
     app = Flask(__name__)
 
     @app.get("/bare")
@@ -23,7 +24,7 @@ def make_app(url, engine_options):
 
     @app.get("/items/<int:item_id>")
     def read(item_id):
-        with sessions() as session:
+        with reading() as session:
             item = session.get(Item, item_id)
             return {"id": item.id, "name": item.name}
 

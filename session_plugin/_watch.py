@@ -194,7 +194,7 @@ def watch_engine(engine: Engine) -> None:
     event.listen(engine, "handle_error", _handle_error)
     methods: Any = dialect
     methods.do_commit = _checked(dialect.do_commit)
-    methods.do_prepare_twophase = _checked_two_phase(dialect.do_prepare_twophase)
+    methods.do_prepare_twophase = _checked(dialect.do_prepare_twophase)
     methods.do_rollback = _alone(dialect.do_rollback)
 
 
@@ -235,28 +235,15 @@ def _handle_error(context: ExceptionContext) -> None:
         watch.error = context.sqlalchemy_exception or context.original_exception
 
 
-def _checked(commit: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolProxiedConnection], None]:
-    """``commit``, once nothing forbids it."""
+def _checked(save: Callable[..., None]) -> Callable[..., None]:
+    """``save``, which commits or prepares a connection, once nothing forbids it."""
 
-    @wraps(commit)
-    def checked(pooled: PoolProxiedConnection) -> None:
-        watch = watch_of(pooled)
+    @wraps(save)
+    def checked(held: PoolProxiedConnection | Connection, *xid: Any) -> None:
+        watch = watch_of(held)
         if watch is not None:
-            watch.check_can_commit(pooled)
-        commit(pooled)
-
-    return checked
-
-
-def _checked_two_phase(prepare: Callable[[Connection, Any], None]) -> Callable[[Connection, Any], None]:
-    """``prepare``, once nothing forbids it."""
-
-    @wraps(prepare)
-    def checked(connection: Connection, xid: Any) -> None:
-        watch = watch_of(connection)
-        if watch is not None:
-            watch.check_can_commit(connection.connection)
-        prepare(connection, xid)
+            watch.check_can_commit(held.connection if isinstance(held, Connection) else held)
+        save(held, *xid)
 
     return checked
 

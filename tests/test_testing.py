@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
-from session_plugin import Database, IsolationError
+from session_plugin import Database, IsolationError, read_only_autocommit
 from session_plugin.fastapi import AsyncSessionPlugin
 from session_plugin.flask import SessionPlugin
 from session_plugin.testing import (
@@ -226,6 +226,18 @@ def test_a_statement_of_nobodys_code(units: Units) -> None:
             thread.start()
             thread.join()
     assert {query.origin for query in queries} == {"no code of yours is on the stack"}
+
+
+@on("postgresql+psycopg")
+def test_statements_of_an_engine_that_is_made_in_the_block(units: Units) -> None:
+    """The first read without a transaction makes one; other databases of the process do not count."""
+    with assert_queries(units.db, max=1) as queries:
+        with units.db.session_scope() as session:
+            units.db.use(read_only_autocommit)
+            session.execute(text("SELECT 1"))
+        with units.store.engine.connect() as elsewhere:
+            elsewhere.execute(text("SELECT 2"))
+    assert [query.statement for query in queries] == ["SELECT 1"]
 
 
 @on("sqlite+pysqlite")

@@ -11,9 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event
+from sqlalchemy import Connection, Engine, event
 
-from .._engines import sync_engine
 from ._statements import controls
 
 if TYPE_CHECKING:
@@ -53,21 +52,19 @@ def assert_queries(db: HasDatabase, *, max: int) -> Generator[list[Query]]:  # n
     Raises:
         AssertionError: there were more.
     """
+    database = db.database
     queries: list[Query] = []
 
-    def note(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
-        if not controls(statement):
+    def note(connection: Connection, cursor: Any, statement: str, *more: Any) -> None:
+        is_ours = any(engine.pool is connection.engine.pool for engine in database._known_engines)
+        if is_ours and not controls(statement):
             queries.append(Query(statement, _origin()))
 
-    database = db.database
-    engines = [sync_engine(engine) for engine in database._known_engines]
-    for engine in engines:
-        event.listen(engine, "before_cursor_execute", note)
+    event.listen(Engine, "before_cursor_execute", note)  # of one that is made in the block, too
     try:
         yield queries
     finally:
-        for engine in engines:
-            event.remove(engine, "before_cursor_execute", note)
+        event.remove(Engine, "before_cursor_execute", note)
     if len(queries) > max:
         lines = "".join(f"\n  {number}. {query}" for number, query in enumerate(queries, 1))
         raise AssertionError(f"{len(queries)} statements were sent, and {max} are allowed:{lines}")

@@ -64,25 +64,28 @@ MODULES = (
     "_lifecycle", "scope", "_work", "_watch", "_session", "_permits", "policy", "wsgi", "_asgi", "asgi",
     "flask/_settle", "flask/_plugin", "flask/_configuration", "starlette", "_hooks", "_drive", "database", "access",
     "_engines", "_sqlite", "_mysql", "_client", "current", "sync_access", "async_access", "plugin", "configuration",
-    "_threads", "_processes",
+    "_threads", "_processes", "_begin", "_autocommit",
 )  # fmt: skip
 TESTS = [
     f"tests/test_{name}.py"
     for name in (
-        "access", "asgi", "cancellation", "careless", "crowds", "database", "databases", "disorder", "drive",
-        "failing_parts", "fastapi", "fastapi_newer", "flask", "lifecycle", "mysql", "scope", "secrets", "sqlite",
-        "starlette", "threads", "wsgi",
+        "access", "asgi", "autocommit", "cancellation", "careless", "crowds", "database", "databases", "disorder",
+        "drive", "failing_parts", "fastapi", "fastapi_newer", "flask", "lifecycle", "mysql", "scope", "secrets",
+        "sqlite", "starlette", "threads", "wsgi",
     )
 ]  # fmt: skip
 DRIVERS = (  # SQLite's, and one of PostgreSQL where SQLite cannot show it
     "(not mariadb or test_mysql) and not mysqldb and not psycopg2 and not psycopg_async and not asyncpg"
-    " and (not postgresql or test_threads or test_crowds or test_cancellation or test_disorder or test_databases)"
+    " and (not postgresql or test_threads or test_crowds or test_cancellation or test_disorder or test_databases"
+    " or test_autocommit)"
 )
 NEAR = {
     "core": ("tests/test_scope.py", "tests/test_lifecycle.py"),
     "database": ("tests/test_database.py",),
     "engines": ("tests/test_database.py", "tests/test_secrets.py"),
     "access": ("tests/test_access.py",),
+    "begin": ("tests/test_autocommit.py", "tests/test_scope.py"),
+    "autocommit": ("tests/test_autocommit.py",),
     "drive": ("tests/test_drive.py",),
     "permits": ("tests/test_threads.py",),
     "wsgi": ("tests/test_wsgi.py",),

@@ -206,6 +206,8 @@ def test_who_waits_too_long_for_a_permit_is_told() -> None:
         assert permits.acquire_in_thread(loop) is None  # the loop's own thread may not wait
         last = await asyncio.to_thread(permits.acquire_in_thread, loop)
         assert last is not None
+        with pytest.raises(PoolTimeoutError):  # there is one, whoever had it
+            await permits.acquire()
 
     asyncio.run(scenario())
 
@@ -260,7 +262,8 @@ def test_a_thread_that_waits_where_there_is_no_anyio(monkeypatch: pytest.MonkeyP
     asyncio.run(scenario())
 
 
-def test_a_thread_that_outlives_its_request_keeps_no_permit(store: Store) -> None:
+@pytest.mark.parametrize("use", [count, lambda session: session.get_bind()])
+def test_a_thread_that_outlives_its_request_keeps_no_permit(store: Store, use: Any) -> None:
     """It waited for a connection, and the request ended meanwhile: it is refused, and the next is served."""
     database = Database(store.url, pool_size=1, max_overflow=0)
 
@@ -268,7 +271,7 @@ def test_a_thread_that_outlives_its_request_keeps_no_permit(store: Store) -> Non
         holding, ended = (SessionScope(database, origin="test") for _ in range(2))
         holding.loop = ended.loop = asyncio.get_running_loop()
         await wait_for_permit(holding)
-        late = asyncio.create_task(asyncio.to_thread(count, ended.session))
+        late = asyncio.create_task(asyncio.to_thread(use, ended.session))
         while not database._permits._waiting:
             await asyncio.sleep(0.01)
         await ended.aclose()
@@ -347,12 +350,15 @@ def test_an_ending_that_holds_a_connection_does_not_queue_behind_those_who_wait_
 
 @pytest.mark.parametrize("work", [None, add, insert])
 def test_a_permit_is_back_once_its_scope_is_settled(tmp_path: Path, work: Any) -> None:
-    """Before the body is sent, whether it was used or not."""
-    db = Database(f"sqlite:///{tmp_path / 'shop.db'}", metadata=Base.metadata)
+    """Before the body is sent, whether it was used or not; a scope that has one asks for no other."""
+    db = Database(
+        f"sqlite:///{tmp_path / 'shop.db'}", metadata=Base.metadata, pool_size=1, max_overflow=0, pool_timeout=0.1
+    )
     db.create_all()
 
     async def main() -> None:
         scope = SessionScope(db, origin="test")
+        await wait_for_permit(scope)
         await wait_for_permit(scope)
         assert scope.permit_held is not None
         if work is not None:

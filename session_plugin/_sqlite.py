@@ -56,12 +56,9 @@ def prepare(engine: Engine) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    pooled = connection.connection
     if is_autocommit(connection):
         return
-    dbapi_connection: Any = pooled.dbapi_connection
-    if dbapi_connection.isolation_level is not None:
-        dbapi_connection.isolation_level = None
+    pooled = connection.connection
     if pooled.driver_connection.in_transaction:  # type: ignore[union-attr]
         return  # the engine's owner listens too, or has chosen autocommit=False
     mode = connection.get_execution_options().get(BEGIN_OPTION)

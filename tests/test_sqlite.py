@@ -59,6 +59,15 @@ def test_the_drivers_default_keeps_it(tmp_path: Path) -> None:
     engine.dispose()
 
 
+def test_a_raw_connection_still_has_transactions(db: Any) -> None:
+    """As the driver begins them, whatever was done on that connection before."""
+    _insert(db)
+    raw = db.engine.raw_connection()
+    raw.cursor().execute("INSERT INTO parent (name) VALUES ('lost')")
+    raw.close()
+    assert names(db) == ["tea"]
+
+
 def begins(db: Any) -> list[str]:
     """The BEGINs that the database sees from now on."""
     seen: list[str] = []
@@ -149,6 +158,16 @@ def test_an_old_sqlite_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 35, 5))
     with pytest.raises(ConfigurationError, match=r"3\.36 or newer"):
         Database("sqlite://")
+
+
+def test_the_oldest_sqlite_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sqlite.sqlite3, "sqlite_version_info", (3, 36, 0))
+    Database("sqlite://").dispose()
+
+
+def test_a_url_of_another_database_that_leaves_its_place_to_the_driver_is_kept() -> None:
+    """Nothing but SQLite lives in memory for want of a name."""
+    assert str(Database("postgresql+psycopg://").engine.url) == "postgresql+psycopg://"
 
 
 def test_autocommit_has_no_transaction(db: Any) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import select, text, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from session_plugin import Database, TransactionAbortedError, read_only
+from session_plugin import Database, TransactionAbortedError, _mysql, read_only
 
 from .drivers import MARIADB
 from .harness import POOL, Parent, insert
@@ -124,6 +124,13 @@ def test_a_lost_transaction_is_not_committed(units: Units) -> None:
         units.run(lambda session: go_on_after(deadlock(units), session))
     units.run(insert("next"))
     assert units.store.names() == ["milk", "next", "tea"]
+
+
+def test_a_full_lock_table_loses_the_transaction_too() -> None:
+    """Its size is not to be had here, but the error's number is known."""
+    pooled: Any = None
+    assert _mysql.has_rolled_back(pooled, OperationalError("", {}, Exception(1206, "lock table full")))
+    assert not _mysql.has_rolled_back(pooled, OperationalError("", {}, Exception(1062, "duplicate entry")))
 
 
 @on(*MARIADB)

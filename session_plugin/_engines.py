@@ -161,8 +161,8 @@ def _needs_async_driver(url: URL) -> ConfigurationError:
     )
 
 
-def capacity(engine: Engine, options: Mapping[str, Any] | None) -> int | None:
-    """How many connections the pool hands out at once, or None if nothing limits them.
+def limits(engine: Engine, options: Mapping[str, Any] | None) -> tuple[int, float] | None:
+    """How many connections the pool hands out at once, and the seconds that it lets one wait; None if it has no limit.
 
     ``options`` are those the engine was created with; None means that it was made elsewhere, and
     its overflow, which no public attribute tells, counts as none.
@@ -171,9 +171,4 @@ def capacity(engine: Engine, options: Mapping[str, Any] | None) -> int | None:
     if not isinstance(pool, QueuePool) or pool.size() == 0:
         return None
     overflow: int = 0 if options is None else options.get("max_overflow", 10)
-    return None if overflow < 0 else pool.size() + overflow
-
-
-def checkout_timeout(engine: Engine) -> float | None:
-    """Seconds that its pool lets one wait for a connection, or None if nobody waits."""
-    return engine.pool.timeout() if isinstance(engine.pool, QueuePool) else None
+    return None if overflow < 0 else (pool.size() + overflow, pool.timeout())

@@ -126,9 +126,9 @@ class BaseDatabase(Access[S]):
     def _make_permits(self) -> Permits:
         """One permit per connection of the smallest pool, for sync sessions under an event loop."""
         limits = [
-            (capacity, _engines.checkout_timeout(_engines.sync_engine(engine)))
+            limit
             for name, engine in self._named_engines.items()
-            if (capacity := _engines.capacity(_engines.sync_engine(engine), self._engine_options[name])) is not None
+            if (limit := _engines.limits(_engines.sync_engine(engine), self._engine_options[name])) is not None
         ]
         return Permits(*min(limits, default=(None, None)))
 

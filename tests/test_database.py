@@ -452,22 +452,22 @@ def test_what_the_end_of_a_process_disposes(dispose: Any, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("options", "capacity"),
+    ("options", "limits"),
     [
-        ({"pool_size": 3, "max_overflow": 2}, 5),
-        ({"pool_size": 3}, 13),
+        ({"pool_size": 3, "max_overflow": 2, "pool_timeout": 7}, (5, 7)),
+        ({"pool_size": 3}, (13, 30)),
         ({"max_overflow": -1}, None),
         ({"pool_size": 0}, None),
         ({"poolclass": NullPool}, None),
     ],
 )
-def test_how_many_connections_a_pool_hands_out(options: Any, capacity: int | None) -> None:
-    """None is no limit."""
-    assert _engines.capacity(create_engine("sqlite:///x", **options), options) == capacity
+def test_how_many_connections_a_pool_hands_out(options: Any, limits: Any) -> None:
+    """And for how many seconds it lets one wait; None is no limit."""
+    assert _engines.limits(create_engine("sqlite:///x", **options), options) == limits
 
 
 def test_the_overflow_of_an_engine_made_elsewhere_does_not_count() -> None:
-    assert _engines.capacity(create_engine("sqlite:///x", pool_size=3), None) == 3
+    assert _engines.limits(create_engine("sqlite:///x", pool_size=3), None) == (3, 30)
 
 
 def test_databases_are_collected() -> None:

@@ -186,7 +186,8 @@ def test_permits_asked_for_twice_at_once(store: Store) -> None:
 
 def test_who_waits_too_long_for_a_permit_is_told() -> None:
     """In a task or a thread, by SQLAlchemy's own exception; neither keeps a place in the queue, or a thread."""
-    permits = Permits(1, 0.05)
+    database = Database("sqlite://", pool_size=1, max_overflow=0, pool_timeout=0.05)
+    permits = database._permits
 
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
@@ -210,6 +211,7 @@ def test_who_waits_too_long_for_a_permit_is_told() -> None:
             await permits.acquire()
 
     asyncio.run(scenario())
+    database.dispose()
 
 
 def test_a_permit_that_comes_too_late_goes_to_the_next() -> None:

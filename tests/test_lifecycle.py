@@ -9,6 +9,7 @@ import os
 import threading
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import pytest
 from sqlalchemy import create_engine, event, text
@@ -70,6 +71,23 @@ def test_a_rollback_that_fails_discards_the_connection(units: Units, caplog: pyt
     for number in range(6):
         units.run(insert(f"row {number}"))
     assert len(units.store.names()) == 6
+
+
+def test_a_savepoint_that_cannot_be_rolled_back_takes_its_connection_with_it(units: Units) -> None:
+    """SQLAlchemy leaves the transaction around it open."""
+    discarded: list[Any] = []
+    event.listen(units.sync_engine, "invalidate", lambda *more: discarded.append(more))
+    fail_once(units.sync_engine, "rollback_savepoint")
+
+    def work(session: Session) -> None:
+        session.begin_nested()
+        insert("lost")(session)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        units.run(work)
+    assert len(discarded) == 1
+    assert units.store.names() == []
 
 
 def test_a_commit_that_fails_rolls_back(units: Units) -> None:
@@ -395,6 +413,25 @@ def test_an_engine_that_only_binds_or_get_bind_names_keeps_the_promises(postgres
         assert session.get(Parent, "tea") is None
     db.dispose()
     other.dispose()
+
+
+def test_an_engine_that_get_bind_names_is_not_kept() -> None:
+    """There may be one for each tenant."""
+    engines = [create_engine("sqlite://")]
+
+    class Routing(Session):
+        def get_bind(self, *args: Any, **kwargs: Any) -> Any:
+            return engines[0]
+
+    db = Database("sqlite://", class_=Routing)
+    with db.session_scope() as session:
+        session.execute(text("SELECT 1"))
+    engines[0].dispose()
+    kept = ref(engines.pop())
+    del session
+    gc.collect()
+    assert kept() is None
+    db.dispose()
 
 
 def test_a_doomed_scope_does_not_commit_over_an_open_savepoint(units: Units) -> None:

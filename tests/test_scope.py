@@ -42,6 +42,7 @@ from session_plugin import (
     commit_on_success,
     manual,
     read_only,
+    read_only_autocommit,
 )
 from session_plugin._permits import wait_for_permit
 from session_plugin._watch import Watch, watch_of
@@ -867,8 +868,9 @@ def test_two_tasks_at_once_on_postgresql(postgresql: Any, driver: str) -> None:
     asyncio.run(main())
 
 
-def test_two_threads_at_once_are_refused(postgresql: Any) -> None:
-    db = Database(postgresql.url("psycopg"), pool_size=2, max_overflow=0)
+@pytest.mark.parametrize("policy", [commit_on_success, read_only_autocommit], ids=lambda policy: policy.name)
+def test_two_threads_at_once_are_refused(postgresql: Any, policy: Policy) -> None:
+    db = Database(postgresql.url("psycopg"), pool_size=2, max_overflow=0, policy=policy)
     with db.session_scope() as session:
         session.execute(text("SELECT 1"))
         started = threading.Event()

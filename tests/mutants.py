@@ -75,9 +75,10 @@ TESTS = [
     )
 ]  # fmt: skip
 DRIVERS = (  # SQLite's, and one of PostgreSQL where SQLite cannot show it
-    "(not mariadb or test_mysql) and not mysqldb and not psycopg2 and not psycopg_async and not asyncpg"
+    "(not mariadb or test_mysql) and not mysqldb and not psycopg2 and not psycopg_async"
+    " and (not asyncpg or sibling or beside)"
     " and (not postgresql or test_threads or test_crowds or test_cancellation or test_disorder or test_databases"
-    " or test_autocommit)"
+    " or test_autocommit or test_isolation_level or test_read_only)"
 )
 NEAR = {
     "core": ("tests/test_scope.py", "tests/test_lifecycle.py"),

@@ -58,7 +58,6 @@ class Client:
         self._missing -= len(body)
         if self._held is not None:
             message = {**message, "body": self._held["body"] + body}
-            self._held = None
         if self._missing <= 0 and message.get("body") and message.get("more_body", False):
             self._held = message
             return None

@@ -69,9 +69,9 @@ MODULES = (
 TESTS = [
     f"tests/test_{name}.py"
     for name in (
-        "access", "asgi", "autocommit", "cancellation", "careless", "crowds", "database", "databases", "disorder",
-        "drive", "failing_parts", "fastapi", "fastapi_newer", "flask", "lifecycle", "mysql", "scope", "secrets",
-        "sqlite", "starlette", "threads", "wsgi",
+        "access", "asgi", "autocommit", "cancellation", "careless", "client", "crowds", "database", "databases",
+        "disorder", "drive", "failing_parts", "fastapi", "fastapi_newer", "flask", "lifecycle", "mysql", "scope",
+        "secrets", "sqlite", "starlette", "threads", "wsgi",
     )
 ]  # fmt: skip
 DRIVERS = (  # SQLite's, and one of PostgreSQL where SQLite cannot show it
@@ -91,7 +91,7 @@ NEAR = {
     "permits": ("tests/test_threads.py",),
     "wsgi": ("tests/test_wsgi.py",),
     "asgi": ("tests/test_asgi.py",),
-    "client": ("tests/test_asgi.py",),
+    "client": ("tests/test_client.py", "tests/test_asgi.py"),
     "starlette": ("tests/test_starlette.py",),
     "flask": ("tests/test_flask.py",),
 }

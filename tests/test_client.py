@@ -1,0 +1,72 @@
+"""The client of an ASGI app: what is sent to it, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from session_plugin._client import Client
+
+PUSH = {"type": "http.response.push", "path": "/style.css", "headers": []}
+
+
+def start(*headers: tuple[bytes, bytes]) -> Any:
+    return {"type": "http.response.start", "status": 200, "headers": headers}
+
+
+def body(chunk: bytes, **more: bool) -> Any:
+    return {"type": "http.response.body", "body": chunk, **more}
+
+
+def length(value: bytes) -> tuple[bytes, bytes]:
+    return b"Content-Length", value
+
+
+A, B, C = (body(chunk, more_body=True) for chunk in (b"a", b"b", b"c"))
+NOTHING, END = body(b"", more_body=True), body(b"")
+
+
+@pytest.mark.parametrize(
+    ("messages", "sent"),
+    [
+        ([start(length(b"2")), A, B, END], [start(length(b"2")), A, body(b"b")]),
+        ([start(length(b"2")), A, body(b"b")], [start(length(b"2")), A, body(b"b")]),
+        ([start((b"x", b"1"), length(b"2")), A, B], [start((b"x", b"1"), length(b"2")), A]),
+        ([start(length(b"1")), A, B, NOTHING, C, END], [start(length(b"1")), body(b"abc")]),
+        ([start(length(b"1")), A, PUSH, END], [start(length(b"1")), PUSH, body(b"a")]),
+    ],
+    ids=["the last", "the end", "another number", "more than declared", "a push"],
+)
+def test_what_would_complete_a_body_waits_for_its_end(messages: list[Any], sent: list[Any]) -> None:
+    assert asyncio.run(sending(messages)) == sent
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [start(), A, B, END],
+        [start(length(b"two")), A, B, END],
+        [start(length(b"0")), NOTHING, END],
+        [start(length(b"1")), body(b"a")],
+        [A],
+    ],
+    ids=["any length", "no number", "nothing", "at once", "no start"],
+)
+def test_all_else_is_passed_on_at_once(messages: list[Any]) -> None:
+    assert asyncio.run(sending(messages)) == messages
+
+
+async def sending(messages: list[Any]) -> list[Any]:
+    """What the server is told when the app sends ``messages``."""
+    sent: list[Any] = []
+    receive: Any = None
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    client = Client(receive, send)
+    for message in messages:
+        await client.send(message)
+    return sent

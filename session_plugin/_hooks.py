@@ -50,7 +50,7 @@ class Hooks:
 
     def savepoint_ended(self, savepoint: SessionTransaction, *, committed: bool) -> None:
         """Hand the savepoint's hooks to what encloses it, or drop those that it made untrue."""
-        enclosing = savepoint.parent if savepoint.parent and savepoint.parent.nested else None
+        enclosing = savepoint.session.get_nested_transaction()
         waiting, self.waiting = self.waiting, []
         for hook in waiting:
             if hook.savepoint is savepoint:

@@ -653,6 +653,24 @@ def test_hooks_of_a_savepoint_that_rolls_back_are_dropped(units: Units) -> None:
     assert log == ["outer", "released", "undone"]
 
 
+def test_hooks_of_a_savepoint_inside_a_flush_belong_to_the_one_around_it(units: Units) -> None:
+    """SQLAlchemy puts a transaction of the flush between the two."""
+    log: list[Any] = []
+
+    def work(session: Session) -> None:
+        @event.listens_for(session, "after_flush")
+        def in_a_savepoint(session: Session, context: Any) -> None:
+            with session.begin_nested():
+                units.db.on_commit(log.append, "dropped with what encloses it")
+
+        with pytest.raises(BoomError), session.begin_nested():
+            insert("lost")(session)
+            boom(session)
+
+    units.run(work)
+    assert log == []
+
+
 def test_a_rollback_hook_is_due_by_the_rollback_of_its_own_savepoint(units: Units) -> None:
     """One of a savepoint that was released waits for the end, and is dropped if that is a commit."""
     log: list[Any] = []

@@ -183,7 +183,7 @@ class SettlingMiddleware:
         await Layer(exchange, send).run(self.app, scope, receive)
 
     def _seeing_handlers(self, handlers: tuple[Any, ...]) -> tuple[Any, ...]:
-        if handlers[0] is not self._handlers[0] or handlers[1] is not self._handlers[1]:
+        if handlers[0] is not self._handlers[0]:  # an app has both tables to itself
             self._seeing = tuple({key: self._see(call) for key, call in table.items()} for table in handlers)
             self._handlers = handlers
         return self._seeing

@@ -82,6 +82,18 @@ def test_a_crowd_is_served_in_turn(store: Store, kind: str) -> None:
     assert longest < 2
 
 
+def test_the_dependency_waits_before_it_has_a_thread(store: Store) -> None:
+    """Each endpoint that it gives a session has its permit already."""
+    site = Site(store, sync=True)
+
+    @site.app.get("/")
+    async def endpoint(session: Annotated[Session, Depends(site.db.get_session)]) -> bool:
+        return site.db.scope.permit_held is not None
+
+    with site.running():
+        assert site.get().json is True
+
+
 def test_the_naive_dependency_starves(store: Store) -> None:
     """Proof that the crowd can starve: with the dependency of FastAPI's documentation many of it are a 500."""
     engine = create_engine(store.url, **{**SHORT, "pool_timeout": 0.5})

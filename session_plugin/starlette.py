@@ -161,8 +161,8 @@ class SettlingMiddleware:
         """Wrap the router of an app."""
         self.app = app
         self._access = access
-        self._handlers: tuple[Any, ...] = (None, None)
-        self._seeing: tuple[Any, ...] = (None, None)
+        self._seen: Any = None
+        self._seeing: tuple[Any, ...] = ()
 
     @staticmethod
     def accesses(stack: ASGIApp) -> Iterator[HasDatabase]:
@@ -183,9 +183,10 @@ class SettlingMiddleware:
         await Layer(exchange, send).run(self.app, scope, receive)
 
     def _seeing_handlers(self, handlers: tuple[Any, ...]) -> tuple[Any, ...]:
-        if handlers[0] is not self._handlers[0]:  # an app has both tables to itself
+        by_exception, _by_status = handlers  # an app has both tables to itself
+        if by_exception is not self._seen:
             self._seeing = tuple({key: self._see(call) for key, call in table.items()} for table in handlers)
-            self._handlers = handlers
+            self._seen = by_exception
         return self._seeing
 
     def _see(self, handler: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:

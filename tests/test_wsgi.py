@@ -888,6 +888,40 @@ def test_discarded_work_is_logged(db: Any, store: Store, caplog: pytest.LogCaptu
     ]
 
 
+def test_what_a_policy_is_told_of_a_failure(db: Any, store: Store) -> None:
+    """The exception itself, answered or not; or that the response was cut short, and its status."""
+    told: list[Any] = []
+
+    def decide(outcome: Outcome) -> Decision:
+        told.append((outcome.status, repr(outcome.error), outcome.interrupted))
+        return Decision(False, "only looks")
+
+    def query() -> None:
+        db.use(decide)
+        count(db.session)
+
+    def raises(environ: Any, start_response: Any) -> Any:
+        query()
+        raise ValueError("boom")
+
+    def answers(environ: Any, start_response: Any) -> Any:
+        query()
+        start_response("201 Created", TEXT)
+        catching(start_response, "500 Oops")
+        return [b"sorry"]
+
+    def cut_short() -> Any:
+        query()
+        yield b"a"
+
+    for app in (raises, answers):
+        Server(store).serve(SessionScopeMiddleware(app, db))
+    body: Any = SessionScopeMiddleware(answering(cut_short()), db)(new_environ(), Server(store).start_response)
+    next(body)
+    body.close()
+    assert told == [(None, "ValueError('boom')", False), (500, "ValueError('boom')", False), (200, "None", True)]
+
+
 def test_policy_chosen_in_the_app(db: Any, store: Store) -> None:
     """db.use() holds for the request."""
 

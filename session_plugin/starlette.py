@@ -157,12 +157,13 @@ class SettlingMiddleware:
     It acts only for the database of the app that the request came through: an app may be mounted in many.
     """
 
+    _seen: Any = None
+    _seeing: tuple[Any, ...]
+
     def __init__(self, app: ASGIApp, access: HasDatabase) -> None:
         """Wrap the router of an app."""
         self.app = app
         self._access = access
-        self._seen: Any = None
-        self._seeing: tuple[Any, ...] = ()
 
     @staticmethod
     def accesses(stack: ASGIApp) -> Iterator[HasDatabase]:

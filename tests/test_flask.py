@@ -1337,7 +1337,7 @@ def initialised(tmp_path: Any) -> Any:
     kept: list[Flask] = []
 
     def initialise(plugin: Any, /, *args: Any, config: Any = None, **options: Any) -> Flask:
-        app = Flask(__name__, instance_path=str(tmp_path / "instance"))
+        app = Flask(__name__, instance_path=str(tmp_path / "of the app" / "instance"))
         app.config.update(config or {})
         plugin.init_app(app, *args, **options)
         kept.append(app)
@@ -1410,7 +1410,7 @@ def test_configuration_keys_beside_one_another(initialised: Any) -> None:
 
 def test_relative_sqlite_paths(initialised: Any, tmp_path: Any) -> None:
     """They lie in instance_path, however they are named; what is not a relative path is left alone."""
-    folder = tmp_path / "instance"
+    folder = tmp_path / "of the app" / "instance"
     inside = str(folder / "shop.db")
     for source in ("sqlite:///shop.db", make_url("sqlite:///shop.db"), {"default": {"url": "sqlite:///shop.db"}}):
         for given in (source, lambda source=source: source):

@@ -20,7 +20,7 @@ import sqlalchemy
 from sqlalchemy import create_engine, event, inspect, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from starlette.exceptions import HTTPException
 
 import session_plugin.starlette  # noqa: F401  which knows what a raised redirect is
@@ -990,6 +990,22 @@ def test_an_async_database_starts_anew_on_a_loop_after_one_that_is_closed() -> N
         return db.engine.sync_engine.pool
 
     assert asyncio.run(pool()) is not asyncio.run(pool())
+
+
+def test_the_connections_of_a_closed_loop_are_left_alone() -> None:
+    """None can be closed without it."""
+    db = AsyncDatabase("sqlite+aiosqlite://", poolclass=AsyncAdaptedQueuePool)
+    closed: list[Any] = []
+    event.listen(db.engine.sync_engine, "close", lambda *more: closed.append(more))
+
+    async def work() -> None:
+        async with db.session_scope() as session:
+            connection: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+        await connection.close()  # behind the back of its pool, which still has it
+
+    asyncio.run(work())
+    asyncio.run(work())
+    assert closed == []
 
 
 def test_a_raised_redirect_that_leaves_a_joined_block_dooms_nothing(units: Units) -> None:

@@ -219,7 +219,8 @@ def test_a_stream_that_fails_beside_a_middleware_at_work(store: Store) -> None:
     async def failing(scope: Any, receive: Any, send: Any) -> None:
         await send(START)
         await working.wait()
-        raise KeyError
+        async with bench.db.session.begin_nested():
+            raise KeyError
 
     async def auditing(app: Any, scope: Any, receive: Any, send: Any) -> None:
         started = asyncio.Event()

@@ -21,6 +21,7 @@ from sqlalchemy import create_engine, event, inspect, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
+from sqlalchemy.util import await_only
 from starlette.exceptions import HTTPException
 
 import session_plugin.starlette  # noqa: F401  which knows what a raised redirect is
@@ -1169,6 +1170,32 @@ def test_nothing_joins_a_scope_that_had_nothing_to_settle() -> None:
     assert not scope.can_be_joined
     scope.close()
     db.dispose()
+
+
+def test_a_flush_beside_a_task_that_takes_the_connection_is_refused_before_it_begins() -> None:
+    """Its failure would end the transaction that the other task is in."""
+
+    async def main() -> None:
+        db = AsyncDatabase("sqlite+aiosqlite://", metadata=Base.metadata)
+        await db.create_all()
+        connecting, gate = asyncio.Event(), asyncio.Event()
+
+        @event.listens_for(db.engine.sync_engine, "checkout")
+        def wait(*connection: Any) -> None:
+            connecting.set()
+            await_only(gate.wait())
+
+        async with db.session_scope() as session:
+            asking = asyncio.create_task(session.scalar(text("SELECT 42")))
+            await connecting.wait()
+            session.add(Parent(name="tea"))
+            with pytest.raises(ConcurrentUseError):
+                await session.flush()
+            gate.set()
+            assert await asking == 42
+        await db.dispose()
+
+    asyncio.run(main())
 
 
 def test_two_threads_at_once_are_refused_on_two_engines_too() -> None:

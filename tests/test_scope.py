@@ -751,7 +751,7 @@ def test_a_hook_has_a_unit_of_work_of_its_own(units: Units) -> None:
 
 
 def test_hooks_run_after_with_begin(units: Units) -> None:
-    """Also those of a ``with session.begin()`` block, and they may use the session."""
+    """Also those of a ``with session.begin()`` block, and in no unit of work that goes on."""
     seen: list[Any] = []
 
     def hook() -> None:
@@ -761,6 +761,7 @@ def test_hooks_run_after_with_begin(units: Units) -> None:
         with session.begin():
             insert("tea")(session)
             units.db.on_commit(hook)
+        assert seen != [units.db.scope]
 
     units.run(work)
     assert len(seen) == 1

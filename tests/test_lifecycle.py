@@ -341,6 +341,14 @@ def test_an_unread_core_result_is_closed_with_its_transaction() -> None:
     db.dispose()
 
 
+@on("sqlite+aiosqlite", "postgresql+psycopg")
+def test_a_result_whose_rows_are_there_stays_readable(units: Units) -> None:
+    """It reads from no connection, and nothing has to close it."""
+    results: list[Any] = []
+    units.run(lambda session: results.append(session.execute(text("SELECT 42"))))
+    assert results[0].scalar() == 42
+
+
 def test_results_that_were_read_are_not_kept() -> None:
     """However many statements a unit of work makes."""
     db = Database("sqlite://")

@@ -150,20 +150,25 @@ def test_module(module: str, *, wide: bool) -> str:
         if not found.num_results:
             init([Path("session_plugin", f"{module}.py")], found, {})
             OperatorsFilter()._skip_filtered(found, EXCLUDED)
-            _skip_compound_conditions(found)
+            _skip_what_tells_nothing(found)
         for item in found.pending_work_items:
             found.set_result(item.job_id, _run(item.mutations[0], math.inf if wide else BOUND))
         return _figure(module, found)
 
 
-def _skip_compound_conditions(found: WorkDB) -> None:
+def _skip_what_tells_nothing(found: WorkDB) -> None:
+    """Compound conditions, abstract methods that are none, and dotted exceptions, which Cosmic Ray cannot replace."""
+    tells_nothing = {
+        "core/AddNot": COMPOUND.search,
+        "core/RemoveDecorator": re.compile("@abstractmethod").match,
+        "core/ExceptionReplacer": re.compile(r"[\w.]+\.").match,
+    }
     for item in found.pending_work_items:
         mutation = item.mutations[0]
-        if mutation.operator_name == "core/AddNot":
-            lines = mutation.module_path.read_text().splitlines()
-            condition = lines[mutation.start_pos[0] - 1][mutation.start_pos[1] :]
-            if COMPOUND.search(condition):
-                found.set_result(item.job_id, WorkResult(WorkerOutcome.SKIPPED))
+        line = mutation.module_path.read_text().splitlines()[mutation.start_pos[0] - 1]
+        search = tells_nothing.get(mutation.operator_name)
+        if search is not None and search(line[mutation.start_pos[1] :]):
+            found.set_result(item.job_id, WorkResult(WorkerOutcome.SKIPPED))
 
 
 def _run(mutation: MutationSpec, limit: float) -> WorkResult:

@@ -76,6 +76,7 @@ def test_a_policy_on_a_coroutine_function() -> None:
         await db.dispose()
 
     assert asyncio.iscoroutinefunction(work)
+    assert (work.__name__, db.marked_policy(work)) == ("work", manual)
     asyncio.run(main())
 
 

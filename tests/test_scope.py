@@ -1173,23 +1173,32 @@ def test_nothing_joins_a_scope_that_had_nothing_to_settle() -> None:
     db.dispose()
 
 
-def test_a_flush_beside_a_task_that_takes_the_connection_is_refused_before_it_begins() -> None:
-    """Its failure would end the transaction that the other task is in."""
+@pytest.mark.parametrize("change", ["new", "dirty", "deleted"])
+def test_a_flush_beside_a_task_that_takes_the_connection_is_refused_before_it_begins(change: str) -> None:
+    """Its failure would end the transaction that the other task is in; a flush of nothing needs no connection."""
 
     async def main() -> None:
         db = AsyncDatabase("sqlite+aiosqlite://", metadata=Base.metadata)
         await db.create_all()
         connecting, gate = asyncio.Event(), asyncio.Event()
 
-        @event.listens_for(db.engine.sync_engine, "checkout")
         def wait(*connection: Any) -> None:
             connecting.set()
             await_only(gate.wait())
 
         async with db.session_scope() as session:
+            session.add(tea := Parent(name="tea"))
+            await session.commit()
+            event.listen(db.engine.sync_engine, "checkout", wait)
             asking = asyncio.create_task(session.scalar(text("SELECT 42")))
             await connecting.wait()
-            session.add(Parent(name="tea"))
+            await session.flush()
+            if change == "new":
+                session.add(Parent(name="milk"))
+            elif change == "dirty":
+                tea.name = "milk"
+            else:
+                session.sync_session.delete(tea)
             with pytest.raises(ConcurrentUseError):
                 await session.flush()
             gate.set()

@@ -13,7 +13,7 @@ import pytest
 from anyio import to_thread
 from fastapi import BackgroundTasks, Depends, FastAPI
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -294,6 +294,22 @@ def test_a_thread_that_outlives_its_request_keeps_no_permit(store: Store, use: A
             await late
         release = await asyncio.wait_for(database._permits.acquire(), 5)
         assert release is not None
+
+    asyncio.run(scenario())
+    database.dispose()
+
+
+def test_who_holds_a_connection_waits_for_no_permit() -> None:
+    """The thread of the event loop takes one without; what goes on with it elsewhere must not wait for those who do."""
+    database = Database("sqlite://", pool_size=1, max_overflow=0, pool_timeout=0.1)
+
+    async def scenario() -> None:
+        scope = SessionScope(database, origin="test")
+        scope.loop = asyncio.get_running_loop()
+        scope.session.execute(text("SELECT 1"))
+        await database._permits.acquire()
+        assert await asyncio.to_thread(scope.session.scalar, text("SELECT 42")) == 42
+        await scope.aclose()
 
     asyncio.run(scenario())
     database.dispose()

@@ -315,6 +315,28 @@ def test_who_holds_a_connection_waits_for_no_permit() -> None:
     database.dispose()
 
 
+def test_a_unit_of_work_inside_one_with_a_permit_waits_for_none() -> None:
+    """Unless it is of another database."""
+    first, other = (Database("sqlite://", pool_size=1, max_overflow=0, pool_timeout=0.1) for _ in range(2))
+
+    async def scenario() -> None:
+        outer = SessionScope(first, origin="test")
+        outer.loop = asyncio.get_running_loop()
+        await wait_for_permit(outer)
+        with outer.entered():
+            inside, beside = SessionScope(first, origin="test"), SessionScope(other, origin="test")
+        for scope in (inside, beside):
+            assert await asyncio.to_thread(scope.session.scalar, text("SELECT 42")) == 42
+        assert inside.permit_held is None
+        assert beside.permit_held is not None
+        for scope in (beside, inside, outer):
+            await scope.aclose()
+
+    asyncio.run(scenario())
+    first.dispose()
+    other.dispose()
+
+
 def test_a_forked_child_starts_with_all_permits() -> None:
     """Those that requests of the parent hold come back there only."""
     database = Database("sqlite://", pool_size=1, max_overflow=0)

@@ -161,7 +161,7 @@ def test_an_old_sqlite_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_oldest_sqlite_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sqlite.sqlite3, "sqlite_version_info", (3, 36, 0))
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 36, 0))
     Database("sqlite://").dispose()
 
 

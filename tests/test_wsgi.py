@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from session_plugin import Database, Outcome, PolicyError, ScopeClosedError, commit_on_success, read_only
 from session_plugin.policy import Decision
-from session_plugin.wsgi import SessionScopeMiddleware
+from session_plugin.wsgi import SessionScopeMiddleware, scopes_of
 
 from .apps import PlainWSGIHarness
 from .contract import Contract, on
@@ -421,6 +421,42 @@ def test_swallowed_refusal_is_told_again(site: Site) -> None:
 
     site.app = SessionScopeMiddleware(app, db)
     assert (site.ask("/").status, site.store.names()) == (500, [])
+    assert Server(site.store).serve(site.app).started is None
+
+
+def test_swallowed_refusal_of_the_last_byte_is_told_again(db: Any, store: Store) -> None:
+    """The client never has all bytes of what was not saved."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        write = start_response("201 Created", [*TEXT, ("Content-Length", "2")])
+        write(b"a")
+        add_orphan(db.session)
+        for _ in range(2):
+            with pytest.raises(IntegrityError):
+                write(b"b")
+        return []
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (server.sent, server.complete) == ([("201 Created", []), (b"a", [])], False)
+    assert isinstance(server.error, IntegrityError)
+
+
+def test_work_after_the_last_announced_byte_is_background_work(db: Any, store: Store) -> None:
+    """The client has its response, and a policy is told so."""
+    told: list[Any] = []
+
+    def decide(outcome: Outcome) -> Decision:
+        told.append((outcome.status, outcome.background))
+        return Decision(True, "fine")
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [*TEXT, ("Content-Length", "1")])
+        yield b"a"
+        db.use(decide)
+        insert("late")(db.session)
+
+    Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (told, store.names()) == ([(None, True)], ["late"])
 
 
 def test_refusal_answered_by_the_app(site: Site) -> None:
@@ -824,6 +860,20 @@ def test_environ_used_again(db: Any, store: Store) -> None:
     wrapped = SessionScopeMiddleware(app, db)
     assert Server(store).serve(retrying).complete
     assert (store.names(), sessions[0] is sessions[1]) == (["try 2"], False)
+
+
+def test_an_environ_that_outlives_its_request_has_no_scopes(db: Any, store: Store) -> None:
+    """Whether somebody keeps them or not."""
+    kept: list[Any] = []
+    environ = new_environ()
+    app = SessionScopeMiddleware(answering([b"a"], work=lambda: kept.append(db.scope)), db)
+    body: Any = app(environ, Server(store).start_response)
+    assert scopes_of(environ) == kept
+    body.close()
+    assert scopes_of(environ) == []
+    kept.clear()
+    del body
+    assert scopes_of(environ) == []
 
 
 # -- threads, and the rest ---------------------------------------------------------------------------

@@ -624,8 +624,9 @@ def test_an_abandoned_scope_says_nothing_to_the_database() -> None:
         assert session.in_transaction()
         with pytest.raises(ScopeClosedError):
             session.execute(text("SELECT 1"))
-        session.rollback()
-        session.close()
+    assert session.in_transaction()
+    session.rollback()
+    session.close()
     db.dispose()
 
 

@@ -402,7 +402,9 @@ def test_an_ending_that_holds_a_connection_does_not_queue_behind_those_who_wait_
 
 @pytest.mark.parametrize("work", [None, add, insert])
 def test_a_permit_is_back_once_its_scope_is_settled(tmp_path: Path, work: Any) -> None:
-    """Before the body is sent, whether it was used or not; a scope that has one asks for no other."""
+    """Before the body is sent, whether it was used or not, and that of late work once it is closed; a scope that has
+    one asks for no other.
+    """
     db = Database(
         f"sqlite:///{tmp_path / 'shop.db'}", metadata=Base.metadata, pool_size=1, max_overflow=0, pool_timeout=0.1
     )
@@ -417,7 +419,11 @@ def test_a_permit_is_back_once_its_scope_is_settled(tmp_path: Path, work: Any) -
             work("tea")(scope.session)
         await scope.asettle(Outcome())
         assert scope.permit_held is None
+        scope.loop = asyncio.get_running_loop()
+        await asyncio.to_thread(count, scope.session)
+        assert scope.permit_held is not None
         await scope.aclose()
+        assert scope.permit_held is None
 
     asyncio.run(main())
     db.dispose()

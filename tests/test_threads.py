@@ -18,7 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from session_plugin import Database, Outcome
-from session_plugin._permits import Permits, wait_for_permit
+from session_plugin._permits import Permits, _allow_threads, wait_for_permit
 from session_plugin._threads import WORKERS, in_thread
 from session_plugin.exceptions import ScopeClosedError
 from session_plugin.scope import SessionScope
@@ -335,6 +335,12 @@ def test_a_unit_of_work_inside_one_with_a_permit_waits_for_none() -> None:
     asyncio.run(scenario())
     first.dispose()
     other.dispose()
+
+
+def test_a_thread_that_outlives_its_event_loop_counts_nowhere() -> None:
+    loop = asyncio.new_event_loop()
+    loop.close()
+    _allow_threads(loop, -1)
 
 
 def test_a_forked_child_starts_with_all_permits() -> None:

@@ -576,6 +576,24 @@ def test_error_in_a_teardown_function_is_told_as_a_cut_success(site: Site, app: 
     assert site.ask("/read").status == 500
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_a_unit_of_work_of_a_teardown_function_is_its_own(site: Site, app: Any, db: Any, used: bool) -> None:
+    """The response has its answer by then, with or without a session: what it was decides nothing here."""
+
+    @app.teardown_request
+    def note(error: Any) -> None:
+        with db.session_scope() as own:
+            insert("note")(own)
+
+    @app.post("/")
+    def refuse() -> Any:
+        if used:
+            insert("lost")(db.session)
+        return {}, 400
+
+    assert (site.ask("/").status, site.store.names()) == (400, ["note"])
+
+
 def test_handled_error_of_another_app_is_forgotten(store: Store) -> None:
     """Two apps in a cascade share a unit of work: the first one's 404 is no error of the second's answer."""
     shared = Database(store.url, **POOL)

@@ -57,7 +57,7 @@ class SettlingMiddleware:
             nonlocal answer
             try:
                 for scope in scopes:
-                    if scope.has_session and not scope.settle_idle():
+                    if not scope.settle_idle():
                         scope.settle(Outcome(int(status.split(" ", 1)[0]), scope.error, scope.method))
             except Exception as error:
                 if not has_request_context():

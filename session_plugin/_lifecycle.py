@@ -41,6 +41,7 @@ def settle(scope: SessionScope[Any], outcome: Outcome) -> Steps[None]:
         if scope.work.streams:
             yield partial(_run_sync, scope, scope.work.close_streams)
         if decision.commit:
+            scope.work.saved = False  # from here on: a hook may use the session for a transaction that writes nothing
             yield from _commit(scope)
             scope.saved = scope.saved or scope.work.saved
     except BaseException as error:
@@ -55,7 +56,7 @@ def settle(scope: SessionScope[Any], outcome: Outcome) -> Steps[None]:
 def close(scope: SessionScope[Any]) -> Steps[None]:
     """The end: nothing open, nothing held; the scope is closed, and its session refuses further use."""
     try:
-        if scope.in_transaction:
+        if scope.sync_session.in_transaction():
             yield from _roll_back(scope)
     finally:
         yield scope.session.close
@@ -126,7 +127,7 @@ def _roll_back(scope: SessionScope[Any]) -> Steps[None]:
 def _begun_session(scope: SessionScope[Any]) -> ScopeSession:
     """The sync session with a transaction begun, which takes no connection yet."""
     session = scope.sync_session
-    if not scope.in_transaction:
+    if not session.in_transaction():  # asked: a close() that failed told nobody of the end
         session.begin()
     return session
 

@@ -21,7 +21,7 @@ class Work:
 
     Attributes:
         committed: the transaction or savepoint that ended last by a commit.
-        saved: True if the transaction that ended last has committed what it wrote.
+        saved: True if a transaction has committed what it wrote since a settling last looked.
         flushing: the thread and the task that flush, or None.
         streams: the results that still read from the connection: those opened with ``yield_per`` or
             ``stream``, and on SQLite, whose cursors are lazy, those of Core.
@@ -130,7 +130,7 @@ class Work:
 
     def ended(self, *, committed: bool) -> None:
         """The transaction is over and its connections are back in their pools."""
-        self.saved = committed and self.wrote
+        self.saved = self.saved or (committed and self.wrote)
         watches, self._watches = self._watches, {}
         self._first = self.committed = None
         self.streams.clear()

@@ -132,6 +132,7 @@ class Response:
         self._started = (status, headers, exc_info)
         self._scope.error = exc_info[1]
         self._failure = self._server_write = None
+        vars(self).pop("_content_length", None)
         return self.write
 
     def write(self, data: bytes) -> None:
@@ -213,14 +214,17 @@ class Response:
         settles = scope.has_session and scope.active and not self._complete
         if chunk:
             self._sent_bytes += len(chunk)
-        if settles and (chunk is None or self._complete):
+        if settles and (chunk is None or self._sent_bytes >= self._content_length):
             self._settle()
         self._ended = self._ended or chunk is None
 
     @property
     def _complete(self) -> bool:
-        """True once the server has all bytes; some never ask for what follows those that were announced."""
-        return self._failure is None and (self._ended or self._sent_bytes >= self._content_length)
+        """True once the server has all bytes; some never ask for what follows those that were announced.
+
+        Where none were, it may not have sent even the status before it hears of the end.
+        """
+        return self._failure is None and (self._ended or 0 < self._content_length <= self._sent_bytes)
 
     @cached_property
     def _content_length(self) -> float:

@@ -265,6 +265,24 @@ def test_a_sync_scope_under_an_event_loop_hops_only_to_talk(units: Units) -> Non
     assert units.store.names() == ["milk", "tea"]
 
 
+@on(*POSTGRESQL)
+def test_a_close_that_failed_is_no_end(units: Units) -> None:
+    """SQLAlchemy tells nobody of that end: the next one runs the hooks, and frees the connection's place."""
+    undone: list[str] = []
+
+    def work(session: Session) -> None:
+        units.db.on_rollback(undone.append, "tea")
+        own = session.scalar(text("SELECT pg_backend_pid()"))
+        with units.store.engine.connect() as connection:
+            assert connection.scalar(text("SELECT pg_terminate_backend(:own, 5000)"), {"own": own})
+        with pytest.raises(DBAPIError):
+            session.close()
+        units.db.doom()
+
+    units.run(work)
+    assert undone == ["tea"]
+
+
 def test_an_ending_makes_the_calls_in_its_order() -> None:
     """The page of the lifecycle, read off the generator itself."""
     db = Database("sqlite://", metadata=Base.metadata, **POOL)

@@ -406,6 +406,25 @@ def test_write_of_the_last_byte_settles_late_work(db: Any, store: Store) -> None
     assert server.sent == [("201 Created", []), (b"a", []), (b"b", ["late"])]
 
 
+@pytest.mark.parametrize("end", ["commit", "rollback", "close"])
+def test_a_hook_that_reads_by_the_session_of_its_request_takes_no_success_back(db: Any, store: Store, end: str) -> None:
+    """What is durable stays told, whatever transactions the session had since."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        session = db.session
+        insert("tea")(session)
+        db.on_commit(lambda: (count(session), getattr(session, end)()))
+        start_response("201 Created", TEXT)
+        return failing()
+
+    def failing() -> Iterator[bytes]:
+        raise RuntimeError("boom")
+        yield b""
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (server.sent, server.complete) == ([("201 Created", ["tea"])], False)
+
+
 def test_swallowed_refusal_is_told_again(site: Site) -> None:
     """An app that swallows what write() raised does not get its success told after all."""
     db = site.db
@@ -509,6 +528,63 @@ def test_failing_late_commit_cuts_a_response_with_a_length(site: Site) -> None:
     answer = site.ask("/")
     assert (answer.status, answer.body, answer.complete) == (200, b"a", False)
     assert site.store.names() == []
+
+
+@pytest.mark.parametrize("status", ["201 Created", "400 Bad Request"])
+def test_a_body_without_bytes_settles_at_its_end(db: Any, store: Store, status: str) -> None:
+    """A Content-Length of 0 is complete from the start, and yet no server has sent the status before the end."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response(status, [*TEXT, ("Content-Length", "0")])
+
+        def body() -> Iterator[bytes]:
+            insert("late")(db.session)
+            yield b""
+
+        return body()
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    saved = ["late"] if status == "201 Created" else []
+    assert (server.sent, store.names()) == ([(status, saved)], saved)
+
+
+@pytest.mark.parametrize("chunks", [[], [b""]])
+def test_failing_late_commit_of_a_body_without_bytes_is_an_error(site: Site, chunks: list[bytes]) -> None:
+    """The status of a success has not left yet, so that the client need not read one."""
+    db = site.db
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("201 Created", [*TEXT, ("Content-Length", "0")])
+
+        def body() -> Iterator[bytes]:
+            add_orphan(db.session)
+            yield from chunks
+
+        return body()
+
+    site.app = SessionScopeMiddleware(app, db)
+    assert (site.ask("/").status, site.store.names()) == (500, [])
+
+
+def test_a_length_that_was_taken_back_completes_nothing(db: Any, store: Store) -> None:
+    """An answer that takes the place of another has its own Content-Length."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [*TEXT, ("Content-Length", "1")])
+        count(db.session)
+        yield b""
+        count(db.session)
+        yield b""
+        try:
+            raise RuntimeError("boom")
+        except RuntimeError:
+            start_response("500 Internal Server Error", [*TEXT, ("Content-Length", "2")], sys.exc_info())
+        yield b"a"
+        insert("lost")(db.session)
+        yield b"b"
+
+    server = Server(store).serve(SessionScopeMiddleware(app, db))
+    assert (server.status, server.complete, store.names()) == (500, True, [])
 
 
 def test_work_after_the_last_byte_is_its_own(db: Any, store: Store) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ._asgi import Exchange, HttpExchange, Layer, WebSocketExchange
 from ._client import ASGIApp, Client, Message, Receive, Scope, Send
 from .access import HasDatabase, check_middleware
-from .current import innermost
+from .current import innermost, leave
 from .exceptions import ConfigurationError
 from .policy import Policy
 from .scope import SessionScope
@@ -81,7 +81,7 @@ class SessionScopeMiddleware:
             try:
                 await Layer(exchange, client.send).run(self.app, scope, client.receive)
             finally:
-                innermost.reset(outside)
+                leave(outside)
         finally:
             del exchanges[database]
             try:

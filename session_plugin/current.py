@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any
 
 from .typevars import S
@@ -73,7 +73,12 @@ class Entered:
         self._token = innermost.set(self._scope)
 
     def __exit__(self, *exc_info: object) -> None:
-        try:
-            innermost.reset(self._token)
-        except ValueError:
-            pass  # left in another context, whose copy of the variable ends with it
+        leave(self._token)
+
+
+def leave(token: Token[SessionScope[Any] | None]) -> None:
+    """Make the scope before ``token`` the innermost one again."""
+    try:
+        innermost.reset(token)
+    except ValueError:
+        pass  # left in another context, whose copy of the variable ends with it

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import threading
 from typing import Any
@@ -604,3 +605,22 @@ def test_shutdown_beside_a_request(file_store: Store, cancelled: bool, monkeypat
         await asyncio.wait([request])
 
     asyncio.run(scenario())
+
+
+def test_a_request_may_be_given_up_in_another_context() -> None:
+    """A server that ends its loop has its coroutines collected anywhere; nothing hides that they were given up."""
+    db = Database("sqlite://")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def nothing(message: Any = None) -> Any:
+        raise AssertionError
+
+    async def main() -> None:
+        request = SessionScopeMiddleware(app, db)({**HTTP}, nothing, nothing)
+        contextvars.copy_context().run(request.send, None)
+        request.close()
+
+    asyncio.run(main())
+    db.dispose()

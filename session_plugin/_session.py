@@ -25,11 +25,6 @@ class ScopeSession(Session):
 
     _session_scope: SessionScope[Any] | None = None
 
-    @property
-    def has_changes(self) -> bool:
-        """True if a flush may have something to write."""
-        return bool(self.new or self.dirty or self.deleted)
-
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """The bind that SQLAlchemy chooses, with the options by which the policy begins."""
         bind = super().get_bind(*args, **kwargs)
@@ -48,7 +43,7 @@ class ScopeSession(Session):
             super().flush(objects)
             return
         work = self._session_scope.work
-        if self._session_scope.database.is_async and self.has_changes:
+        if self._session_scope.database.is_async and has_changes(self):
             work.check_first()  # before the flush, whose failure would cut into the other task's connecting
         outer = work.begin_flush()
         try:
@@ -57,28 +52,35 @@ class ScopeSession(Session):
             work.flushing = outer
 
 
+def has_changes(session: Session) -> bool:
+    """True if a flush may have something to write; no attribute, which would hide one of the user's session class."""
+    return bool(session.new or session.dirty or session.deleted)
+
+
 def scope_session_class(session_class: type[Session]) -> type[Session]:
     """The subclass of ``session_class`` whose sessions know their scope."""
     return type(session_class.__name__, (ScopeSession, session_class), {"__module__": session_class.__module__})
 
 
-@event.listens_for(ScopeSession, "after_transaction_create")
+@event.listens_for(ScopeSession, "after_transaction_create", insert=True)  # a listener before it may raise
 def _note_begin(session: ScopeSession, transaction: SessionTransaction) -> None:
     scope = session._session_scope
     if scope is None:
         return
+    if transaction.parent is None:
+        scope.in_transaction = scope.has_begun = True  # first: who closes in another thread sees it, or is seen here
+        scope.begun_at = depth.get()
     if scope.closed:
         transaction.close()
         raise ScopeClosedError(scope.closed_message)
-    if transaction.parent is None:
-        scope.in_transaction = scope.has_begun = True
-        scope.begun_at = depth.get()
 
 
 @event.listens_for(ScopeSession, "after_begin")
 def _watch_connection(session: ScopeSession, transaction: SessionTransaction, connection: Connection) -> None:
-    if session._session_scope is not None:
-        session._session_scope.work.connection_taken(connection)
+    scope = session._session_scope
+    if scope is not None:
+        scope.in_transaction = scope.has_begun = True  # whatever a listener before ours made of its creation
+        scope.work.connection_taken(connection)
 
 
 @event.listens_for(ScopeSession, "before_flush")

@@ -14,7 +14,7 @@ from . import _lifecycle
 from ._drive import Steps, arun, run, uncancelled
 from ._hooks import Event, Hook, Hooks
 from ._processes import scopes_with_session
-from ._session import ScopeSession
+from ._session import ScopeSession, has_changes
 from ._threads import in_thread
 from ._work import Work
 from .current import Entered, innermost, open_scope
@@ -24,7 +24,6 @@ from .typevars import S
 
 if TYPE_CHECKING:
     from .database import BaseDatabase
-
 
 _making_session = threading.Lock()
 
@@ -122,19 +121,20 @@ class SessionScope(Generic[S]):
         Raises:
             ScopeClosedError: the scope is over and had made no session.
         """
-        if self._session is None:
+        session: Any = self._session
+        if session is None:
             if self.closed:
                 raise ScopeClosedError(self.closed_message)
             with _making_session:
-                if self._session is None:
-                    session: Any = self.database._new_session()
+                session = self._session
+                if session is None:
+                    session = self.database._new_session()
                     self.sync_session = session.sync_session if self.database.is_async else session
                     self.sync_session._session_scope = self
                     self.hooks, self.work = Hooks(), Work(self.doomed)
-                    self._session = session
-                    self.has_session = True
+                    self._session, self.has_session = session, True
                     scopes_with_session.add(self)
-        return self._session
+        return session  # type: ignore[no-any-return]
 
     @property
     def connected(self) -> bool:
@@ -154,7 +154,7 @@ class SessionScope(Generic[S]):
     @property
     def wrote(self) -> bool:
         """True if rolling back now would discard work."""
-        return self.has_session and (self.work.wrote or self.sync_session.has_changes)
+        return self.has_session and (self.work.wrote or has_changes(self.sync_session))
 
     # -- its fate ------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class SessionScope(Generic[S]):
         try:
             session, sync_session = self.session, self.sync_session
             yield session
-            if self.closed and sync_session.has_changes:
+            if self.closed and has_changes(sync_session):
                 raise ScopeClosedError(self.closed_message)
         except BaseException as error:
             if not isinstance(error, GeneratorExit) and Outcome.raised(error).error is not None:  # or left unread
@@ -236,7 +236,7 @@ class SessionScope(Generic[S]):
 
     def close_idle(self) -> bool:
         """Close, if there is nothing to end: then the session, if any, talks to nobody, and needs no driver."""
-        self.closed = True
+        self.closed = True  # first: no other thread begins from here on
         if self._session is not None:
             if self.in_transaction or self.database._has_own_close:
                 return False
@@ -279,7 +279,7 @@ class SessionScope(Generic[S]):
     def _let_go(self) -> None:
         """Forget the session, which knows this scope: a cycle would wait for the garbage collector."""
         self.return_permit()
-        self._session = None
+        self._session, self.in_transaction = None, False
         vars(self).pop("sync_session", None)
 
     def return_permit(self) -> None:

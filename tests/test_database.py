@@ -28,6 +28,7 @@ from session_plugin import (
     manual,
 )
 from session_plugin._processes import dispose_at_exit, forget_inherited_connections
+from session_plugin._session import ScopeSession
 
 from .conftest import make_store
 from .harness import Base, Parent, insert, wait_for
@@ -137,6 +138,20 @@ def test_a_session_is_closed_by_its_own_close(work: str | None, dispose: Any) ->
     assert closed == ["sync", "async"]
     asyncio.run(main(AsyncDatabase("sqlite+aiosqlite://", sync_session_class=Closing)))
     assert closed == ["sync", "async", "sync"]
+
+
+def test_a_session_class_keeps_its_own_attributes(dispose: Any) -> None:
+    """Only what SQLAlchemy's session has too is overridden, and names that begin with an underscore."""
+    public = {name for name in vars(ScopeSession) if not name.startswith("_")}
+    assert public <= {*dir(Session)}
+
+    class Own(Session):
+        def has_changes(self) -> str:
+            return "own"
+
+    with dispose(Database("sqlite://", class_=Own)).session_scope() as session:
+        session.execute(text("CREATE TABLE t (x INTEGER)"))
+        assert session.has_changes() == "own"
 
 
 @pytest.mark.parametrize("by", ["keyword", "factory"])

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import gc
 import logging
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -1292,6 +1293,76 @@ def test_a_scope_may_be_left_in_another_context(units: Units) -> None:
     block.__exit__(None, None, None)
     with pytest.raises(NoScopeError):
         _ = units.db.session
+
+
+@on(*SYNC)
+def test_nobody_begins_while_an_unused_session_is_let_go(units: Units) -> None:
+    """What another thread begins in that moment would be open for good."""
+    scope: Any = SessionScope(units.db, origin="test")
+    session = scope.session
+    refused: list[BaseException] = []
+
+    def begin() -> None:
+        with pytest.raises(ScopeClosedError) as caught:
+            insert("lost")(session)
+        refused.append(caught.value)
+
+    scope.permit_held = begin
+    scope.close()
+    assert len(refused) == 1
+
+
+def test_a_transaction_counts_though_a_listener_before_ours_hid_its_beginning() -> None:
+    """What it does on a connection is committed, and the connection comes back."""
+    failures = [BoomError()]
+
+    def fail_once(session: Session, transaction: Any) -> None:
+        if failures:
+            raise failures.pop()
+
+    event.listen(Session, "after_transaction_create", fail_once, insert=True)
+    try:
+        db = Database("sqlite://", metadata=Base.metadata, pool_size=1, max_overflow=0)
+        db.create_all()
+        with db.session_scope() as session:
+            with pytest.raises(BoomError):
+                session.begin()
+            insert("tea")(session)
+        with db.session_scope() as session:
+            assert count(session) == 1
+    finally:
+        event.remove(Session, "after_transaction_create", fail_once)
+    db.dispose()
+
+
+def test_listeners_from_before_the_import_hide_no_transaction() -> None:
+    """One that fails at the beginning leaves a transaction, whose work is committed though no statement ran yet."""
+    program = """
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
+failures = [ValueError()]
+
+@event.listens_for(Session, "after_transaction_create")
+def fail_once(session, transaction):
+    if failures:
+        raise failures.pop()
+
+from session_plugin import Database
+from tests.harness import Base, add, count
+
+db = Database("sqlite://", metadata=Base.metadata)
+db.create_all()
+with db.session_scope() as session:
+    try:
+        session.begin()
+    except ValueError:
+        add("tea")(session)
+with db.session_scope() as session:
+    print(count(session))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "1\n"
 
 
 @on(*SYNC)

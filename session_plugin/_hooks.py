@@ -69,7 +69,13 @@ class Hooks:
 
 
 def log_failed(call: Callable[[], Any]) -> None:
-    """Log the exception that a hook raised: it can no longer change the outcome.
+    """Log the exception that a hook raised."""
+    function = call.func if isinstance(call, partial) else call
+    log_exception("The hook %s failed", getattr(function, "__qualname__", type(function).__name__))
+
+
+def log_exception(message: str, what: str) -> None:
+    """Log an exception that can no longer change the outcome.
 
     Nobody else sees it, so its traceback is logged too, but without the parameters of statements.
     """
@@ -78,5 +84,4 @@ def log_failed(call: Callable[[], Any]) -> None:
         if isinstance(error, StatementError):
             error.hide_parameters = True
         error = error.__cause__ or error.__context__
-    function = call.func if isinstance(call, partial) else call
-    logger.exception("The hook %s failed", getattr(function, "__qualname__", type(function).__name__))
+    logger.exception(message, what)

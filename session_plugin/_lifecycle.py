@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ._drive import Steps
+from ._hooks import log_exception
 from .exceptions import PolicyError
 from .policy import Decision, Outcome
 
@@ -81,14 +82,22 @@ def _decide(scope: SessionScope[Any], outcome: Outcome) -> Decision:
 
 
 def _commit(scope: SessionScope[Any]) -> Steps[None]:
-    """COMMIT, and leave what the request loaded readable for its stream and its background work."""
+    """COMMIT, and leave what the request loaded readable for its stream and its background work.
+
+    What a session listener raises once all is durable can take nothing back, and is logged.
+    """
     session = _begun_session(scope)
+    transaction = session.get_transaction()
     expire_on_commit, session.expire_on_commit = session.expire_on_commit, False
     try:
         yield scope.session.commit
     except Exception as error:
-        scope.work.note_partial_commit(error)
-        raise
+        if transaction is None or scope.work.committed is not transaction:
+            scope.work.note_partial_commit(error)
+            raise
+        log_exception("%s: a listener failed after the COMMIT", str(scope))
+        if session.in_transaction():
+            yield partial(_run_sync, scope, transaction.close)
     finally:
         session.expire_on_commit = expire_on_commit
 

@@ -119,13 +119,13 @@ def _before_statement(state: ORMExecuteState) -> Any:
     return None
 
 
-@event.listens_for(ScopeSession, "after_commit")
+@event.listens_for(ScopeSession, "after_commit", insert=True)
 def _mark_committed(session: ScopeSession) -> None:
     if session._session_scope is not None:
         session._session_scope.work.committed = session.get_nested_transaction() or session.get_transaction()
 
 
-@event.listens_for(ScopeSession, "after_transaction_end")
+@event.listens_for(ScopeSession, "after_transaction_end", insert=True)
 def _run_hooks(session: ScopeSession, transaction: SessionTransaction) -> None:
     scope = session._session_scope
     if scope is None or (transaction.parent is not None and not transaction.nested):

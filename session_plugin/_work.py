@@ -132,7 +132,7 @@ class Work:
         """The transaction is over and its connections are back in their pools."""
         self.saved = self.saved or (committed and self.wrote)
         watches, self._watches = self._watches, {}
-        self._first = self.committed = None
+        self._first = None
         self.streams.clear()
         self.begin_engines.clear()
         for watch in watches.values():

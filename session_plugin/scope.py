@@ -279,6 +279,7 @@ class SessionScope(Generic[S]):
         """Forget the session, which knows this scope: a cycle would wait for the garbage collector."""
         self.return_permit()
         self._session, self.in_transaction = None, False
+        self.work.committed = None
         vars(self).pop("sync_session", None)
 
     def return_permit(self) -> None:

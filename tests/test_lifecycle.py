@@ -14,7 +14,7 @@ from weakref import ref
 import pytest
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, ResourceClosedError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from session_plugin import (
     AsyncDatabase,
@@ -478,6 +478,29 @@ def test_a_doomed_scope_does_not_commit_over_an_open_savepoint(units: Units) -> 
         with pytest.raises(TransactionAbortedError, match="dry run"):
             units.run(work)
     assert units.store.names() == []
+
+
+@pytest.mark.parametrize("name", ["after_commit", "after_transaction_end"])
+def test_a_listener_that_fails_after_the_commit_takes_nothing_back(
+    units: Units, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No error is told of what is durable; it is logged, and the connection is back."""
+    ran: list[str] = []
+
+    def fail(session: Session, *ended: SessionTransaction) -> None:
+        if not ended or ended[0].parent is None:
+            raise BoomError
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        event.listen(session, name, fail)
+        units.db.on_commit(ran.append, "on_commit")
+        units.db.on_rollback(ran.append, "on_rollback")
+
+    units.run(work)
+    assert (ran, units.store.names()) == (["on_commit"], ["tea"])
+    assert "a listener failed after the COMMIT" in caplog.text
+    assert units.sync_engine.pool.checkedout() == 0
 
 
 @on(*POSTGRESQL)

@@ -120,7 +120,7 @@ def _roll_back(scope: SessionScope[Any]) -> Steps[None]:
         yield scope.session.rollback
     except Exception as error:
         logger.warning(
-            "%s: ROLLBACK failed, the connection is discarded (%s)",
+            "%s: ROLLBACK failed (%s)",
             str(scope),
             type(error).__name__,
             exc_info=logger.isEnabledFor(logging.DEBUG),

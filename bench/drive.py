@@ -207,7 +207,7 @@ class Running:
         self.contender = contender
         self.name = name or contender.name
         self.app, self._owner = contender.make_app(url)
-        self._engine = self._owner.engine
+        self._engine = self._owner if hasattr(self._owner, "sync_engine") else self._owner.engine
         self.engine = getattr(self._engine, "sync_engine", self._engine)
         self.driver: Any = WsgiDriver(self.app) if contender.kind == "flask" else AsgiDriver(self.app)
         self.run = self.driver.run

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, FastAPI
 from sqlalchemy import create_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from bench.shop import HELLO
 
@@ -35,4 +36,4 @@ def make_app(url, engine_options, is_async=True):
         def declared_in_thread(nothing: Nothing):
             return HELLO
 
-    return app, create_engine(url, **engine_options)
+    return app, (create_async_engine if is_async else create_engine)(url, **engine_options)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import math
 import threading
 from typing import Any
 
@@ -15,13 +16,13 @@ from sqlalchemy.exc import IntegrityError, PendingRollbackError
 from sqlalchemy.util import await_only
 
 import session_plugin.asgi
-from session_plugin import AsyncDatabase, ConcurrentUseError, Database, SessionPluginError
+from session_plugin import AsyncDatabase, ConcurrentUseError, Database, Decision, Outcome, SessionPluginError
 from session_plugin.asgi import SessionScopeMiddleware
 
 from .apps import PlainASGIHarness
 from .asgi_site import ASYNC_DRIVERS, Gate, Site, stores
 from .contract import Contract, on
-from .harness import POOL, Store, add_orphan, check_foreign_keys, insert, wait_for
+from .harness import POOL, Store, add_orphan, check_foreign_keys, count, insert, wait_for
 
 store = stores(ASYNC_DRIVERS)
 postgresql_store = stores(["postgresql+psycopg", "postgresql+asyncpg"])
@@ -178,7 +179,8 @@ def test_work_of_a_middleware_while_it_passes_the_start_on(file_store: Store) ->
     assert bench.sent == [("start", ["a", "log"]), ("body", ["a", "b", "log"])]
 
 
-def test_an_error_answer_to_a_stream_that_failed_unseen(file_store: Store) -> None:
+@pytest.mark.parametrize("status", [400, 500])
+def test_an_error_answer_to_a_stream_that_failed_unseen(file_store: Store, status: int) -> None:
     """If nothing of a failed stream has left, a middleware may still answer it with an error."""
     bench = Bench(file_store)
 
@@ -193,23 +195,110 @@ def test_an_error_answer_to_a_stream_that_failed_unseen(file_store: Store) -> No
         try:
             await app(scope, receive, hold)
         except KeyError:
-            await sending(bench, {**START, "status": 500}, LAST)(scope, receive, send)
+            await sending(bench, {**START, "status": status}, LAST)(scope, receive, send)
 
     bench.run(between(bench, failing, holding))
     assert bench.sent == [("start", []), ("body", [])]
 
 
-def test_what_is_answered_to_a_refusal_saves_nothing(store: Store) -> None:
-    """A middleware that answers a failed commit with a success has no part in it: its own work rolls back."""
+def test_a_failure_after_the_last_message_cuts_no_response(file_store: Store) -> None:
+    """A middleware that holds the whole response may still send it, whatever the app's background work does."""
+    bench = Bench(file_store)
+
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        await sending(bench, insert("a"), START, LAST, insert("lost"))(scope, receive, send)
+        raise KeyError
+
+    async def holding(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        held: list[Any] = []
+
+        async def hold(message: Any) -> None:
+            held.append(message)
+
+        with contextlib.suppress(KeyError):
+            await app(scope, receive, hold)
+        for message in held:
+            await send(message)
+
+    bench.run(between(bench, failing, holding))
+    assert bench.sent == [("start", ["a"]), ("body", ["a"])]
+
+
+@pytest.mark.parametrize("started", [[], [START]], ids=["nothing", "start"])
+def test_a_middleware_that_finishes_for_an_app_saves_nothing_of_it(file_store: Store, started: list[Any]) -> None:
+    """A response that the app has cut short is given up, even if another completes it."""
+    bench = Bench(file_store)
+
+    async def finishing(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        await app(scope, receive, send)
+        await sending(bench, *([] if started else [START]), LAST)(scope, receive, send)
+
+    bench.run(between(bench, sending(bench, *started, insert("lost")), finishing))
+    assert bench.sent == [("start", []), ("body", [])]
+
+
+def test_a_middleware_that_answers_in_place_of_an_app_saves_its_work(file_store: Store) -> None:
+    """The status that counts is the one which the client reads."""
+    bench = Bench(file_store)
+
+    async def replacing(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        async def ignore(message: Any) -> None:
+            pass
+
+        await app(scope, receive, ignore)
+        await sending(bench, insert("found"), START, LAST)(scope, receive, send)
+
+    bench.run(between(bench, sending(bench, insert("lost"), {**START, "status": 404}, LAST), replacing))
+    assert bench.sent == [("start", ["found"]), ("body", ["found"])]
+
+
+@pytest.mark.parametrize("queried", [False, True])
+def test_what_is_answered_to_a_refusal_saves_nothing(store: Store, queried: bool) -> None:
+    """A middleware that answers a failed commit with a success has no part in it: its own work rolls back.
+
+    It is told of the failure also if the transaction began with its own query.
+    """
     bench = Bench(store)
 
     async def swallowing(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        if queried:
+            await bench.db.session.run_sync(count)
         with contextlib.suppress(IntegrityError):
             await app(scope, receive, send)
         await sending(bench, insert("lost"), START, LAST)(scope, receive, send)
 
     bench.run(between(bench, sending(bench, add_orphan, START, LAST), swallowing))
     assert bench.sent == [("start", []), ("body", [])]
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_a_refusal_reaches_the_middleware_around_the_work(file_store: Store, holds: bool) -> None:
+    """Of three layers, the one in the middle settles what a middleware did inside it, while the app runs or after."""
+    bench = Bench(file_store)
+    inside = SessionScopeMiddleware(sending(bench, insert("a"), START, LAST), bench.db)
+
+    async def auditing(scope: Any, receive: Any, send: Any) -> None:
+        held: list[Any] = []
+
+        async def hold(message: Any) -> None:
+            held.append(message)
+
+        async def audit_and_send(message: Any) -> None:
+            if message is START:
+                await bench.db.session.run_sync(add_orphan)
+            await send(message)
+
+        await inside(scope, receive, hold if holds else audit_and_send)
+        for message in held:
+            await audit_and_send(message)
+
+    async def answering(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises(IntegrityError):
+            await app(scope, receive, send)
+        await sending(bench, {**START, "status": 500}, LAST)(scope, receive, send)
+
+    bench.run(between(bench, auditing, answering))
+    assert bench.sent == [("start", ["a"]), ("body", ["a"])]
 
 
 def test_a_stream_that_fails_beside_a_middleware_at_work(store: Store) -> None:
@@ -270,6 +359,41 @@ def test_an_app_that_ends_before_its_last_message_is_passed_on(store: Store, lef
     bench.run(between(bench, sending(bench, START, PART, insert("late"), LAST), queueing))
     names = [] if left else ["late"]
     assert (bench.sent, store.names()) == ([("start", []), ("body", []), ("body", names)], names)
+
+
+def test_a_policy_is_told_which_work_follows_the_response(file_store: Store) -> None:
+    """The work of a stream has the response's status, background work has none."""
+    bench = Bench(file_store)
+    told: list[Any] = []
+
+    def decide(outcome: Outcome) -> Decision:
+        told.append((outcome.status, outcome.background))
+        return Decision(True, "fine")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        bench.db.use(decide)
+        await sending(bench, START, insert("a"), LAST, insert("late"))(scope, receive, send)
+
+    bench.run(bench.serve(app))
+    assert (told, file_store.names()) == ([(200, False), (None, True)], ["a", "late"])
+
+
+@pytest.mark.parametrize(("answer", "status"), [("accept", 101), ("close", 403)])
+def test_a_policy_is_told_how_a_handshake_is_answered(file_store: Store, answer: str, status: int) -> None:
+    """By the HTTP status that a client reads."""
+    bench = Bench(file_store)
+    told: list[Any] = []
+
+    def decide(outcome: Outcome) -> Decision:
+        told.append(outcome.status)
+        return Decision(True, "fine")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        bench.db.use(decide)
+        await sending(bench, insert("a"), {"type": f"websocket.{answer}"})(scope, receive, send)
+
+    bench.run(bench.serve(app, scope={"type": "websocket"}))
+    assert (told, bench.sent) == ([status], [(answer, ["a"])])
 
 
 def test_a_second_start_is_settled_too(file_store: Store) -> None:
@@ -568,7 +692,7 @@ def sending_on(db: Any, *steps: Any) -> Any:
 @pytest.mark.parametrize("cancelled", [True, False])
 def test_shutdown_beside_a_request(file_store: Store, cancelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its connection goes back before the pool is disposed, if the request ends at all within the bound."""
-    monkeypatch.setattr(session_plugin.asgi, "LONGEST_WAIT", 5 if cancelled else 0.05)
+    monkeypatch.setattr(session_plugin.asgi, "LONGEST_WAIT", math.inf if cancelled else 0.05)
 
     async def scenario() -> None:
         db = AsyncDatabase(file_store.url, **POOL)
@@ -600,7 +724,7 @@ def test_shutdown_beside_a_request(file_store: Store, cancelled: bool, monkeypat
         if cancelled:
             request.cancel()
         shut_down.set()
-        await lifespan
+        await asyncio.wait_for(lifespan, 10)
         request.cancel()
         await asyncio.wait([request])
 

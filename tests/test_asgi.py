@@ -138,6 +138,27 @@ def test_an_app_that_does_not_finish_its_response_rolls_back(file_store: Store, 
     assert file_store.names() == []
 
 
+def test_a_handshake_without_an_answer_rolls_back(file_store: Store) -> None:
+    """An app that returns before it has accepted or closed keeps nothing."""
+    bench = Bench(file_store)
+    bench.run(bench.serve(sending(bench, insert("lost")), scope={"type": "websocket"}))
+    assert file_store.names() == []
+
+
+@pytest.mark.parametrize("connection", [("http", "POST"), ("websocket", None)])
+def test_logs_name_the_connection(file_store: Store, connection: tuple[str, str | None]) -> None:
+    """By its method and path; a WebSocket has no method."""
+    kind, method = connection
+    bench = Bench(file_store)
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(repr(bench.db.scope))
+
+    bench.run(bench.serve(app, scope={"type": kind, "method": method, "path": "/tea"}))
+    assert seen == [f"{method or 'WEBSOCKET'} /tea"]
+
+
 def test_a_buffering_middleware_may_finish_the_response(file_store: Store) -> None:
     """A middleware that sends the response once the app has returned: its work is settled, and before the last byte."""
     bench = Bench(file_store)
@@ -334,6 +355,32 @@ def test_a_stream_that_fails_beside_a_middleware_at_work(store: Store) -> None:
     assert (log, bench.sent, store.names()) == (["KeyError"], [], [])
 
 
+def test_an_app_that_ends_beside_a_middleware_at_work(file_store: Store) -> None:
+    """An app that only returns does not end the middleware's transaction either."""
+    bench = Bench(file_store)
+
+    async def starting(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        await working.wait()
+
+    async def auditing(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        started = asyncio.Event()
+
+        async def note_start(message: Any) -> None:
+            started.set()
+
+        beside = asyncio.create_task(app(scope, receive, note_start))
+        await started.wait()
+        await bench.db.session.run_sync(insert("audit"))
+        working.set()
+        await beside
+        await sending(bench, START, LAST)(scope, receive, send)
+
+    working = asyncio.Event()
+    bench.run(between(bench, starting, auditing))
+    assert bench.sent == [("start", ["audit"]), ("body", ["audit"])]
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_an_app_that_ends_before_its_last_message_is_passed_on(store: Store, left: bool) -> None:
     """What it did while streaming is settled once, and only if the client is there: so it is behind Starlette's
@@ -396,11 +443,38 @@ def test_a_policy_is_told_how_a_handshake_is_answered(file_store: Store, answer:
     assert (told, bench.sent) == ([status], [(answer, ["a"])])
 
 
-def test_a_second_start_is_settled_too(file_store: Store) -> None:
-    """An app that starts twice is the server's to judge; no work slips through."""
+def test_the_second_app_of_a_cascade_goes_on_with_its_work(file_store: Store) -> None:
+    """What it does beside a start that is still on its way is settled with its last message, as an only app's is."""
     bench = Bench(file_store)
-    bench.run(bench.serve(sending(bench, insert("a"), START, insert("b"), {**START, "status": 500}, LAST)))
-    assert file_store.names() == ["a"]
+    first = SessionScopeMiddleware(sending(bench, {**START, "status": 404}, LAST), bench.db)
+
+    async def cascade(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        held: list[Any] = []
+
+        async def hold(message: Any) -> None:
+            held.append(message)
+
+        async def hold_start(message: Any) -> None:
+            held.append(message)
+            if message is LAST:
+                for message in held:
+                    await send(message)
+
+        await first(scope, receive, hold)
+        held.clear()
+        await app(scope, receive, hold_start)
+
+    bench.run(between(bench, sending(bench, START, insert("a"), LAST), cascade))
+    assert bench.sent == [("start", []), ("body", ["a"])]
+
+
+@pytest.mark.parametrize(("statuses", "saved"), [((200, 500), ["a"]), ((500, 200), [])])
+def test_a_second_start_is_settled_too(file_store: Store, statuses: tuple[int, int], saved: list[str]) -> None:
+    """An app that starts twice is the server's to judge; no work slips through, and no error becomes a success."""
+    bench = Bench(file_store)
+    first, second = ({**START, "status": status} for status in statuses)
+    bench.run(bench.serve(sending(bench, insert("a"), first, insert("b"), second, LAST)))
+    assert file_store.names() == saved
 
 
 def test_inside_an_except_block(file_store: Store) -> None:

@@ -17,7 +17,8 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import JSONResponse
 from starlette.routing import Host, Mount, Route, Router
 
-from session_plugin import ConfigurationError, Database, NoScopeError
+from session_plugin import AsyncDatabase, ConfigurationError, Database, NoScopeError
+from session_plugin.asgi import SessionScopeMiddleware
 from session_plugin.starlette import AsyncSessionPlugin, SessionPlugin
 
 from .apps import StarletteHarness
@@ -43,7 +44,7 @@ class Lifespan:
     def __init__(self, app: Any) -> None:
         self.sent: list[dict[str, Any]] = []
         self._app = app
-        self._to_app: asyncio.Queue[Any] = asyncio.Queue()
+        self.to_app: asyncio.Queue[Any] = asyncio.Queue()
         self._answered: asyncio.Queue[Any] = asyncio.Queue()
 
     async def __aenter__(self) -> Any:
@@ -57,12 +58,12 @@ class Lifespan:
         await asyncio.wait([self.task], timeout=5)
 
     async def tell(self, phase: str) -> None:
-        await self._to_app.put({"type": f"lifespan.{phase}"})
+        await self.to_app.put({"type": f"lifespan.{phase}"})
         await asyncio.wait_for(self._answered.get(), 5)
 
     async def _run(self) -> None:
         try:
-            await self._app({"type": "lifespan", "state": {}}, self._to_app.get, self._send)
+            await self._app({"type": "lifespan", "state": {}}, self.to_app.get, self._send)
         finally:
             await self._answered.put(None)
 
@@ -122,6 +123,25 @@ def test_lifespan_is_kept_and_engines_are_disposed(store: Store, fails: str | No
     assert log == [0] * (1 if fails == "startup" else 2)
 
 
+def test_middlewares_of_one_database_dispose_as_one(file_store: Store) -> None:
+    """An app that is wrapped twice has its engines disposed as often as one that is wrapped once."""
+    db = AsyncDatabase(file_store.url)
+    disposed = disposals(db.engine.sync_engine)
+    app: Any = Starlette()
+    counts: list[int] = []
+
+    async def scenario() -> None:
+        async with Lifespan(app):
+            pass
+
+    for _ in range(2):
+        app = SessionScopeMiddleware(app, db)
+        disposed.clear()
+        asyncio.run(scenario())
+        counts.append(len(disposed))
+    assert counts == [2, 2]
+
+
 def test_engines_made_elsewhere_are_not_disposed(store: Store) -> None:
     """Engines made elsewhere are their maker's to dispose, sync and async."""
     engine = create_engine(store.url.replace("asyncpg", "psycopg"))
@@ -170,6 +190,7 @@ def test_a_late_source_that_cannot_work_fails_the_startup(source: Any, told: str
         async with Lifespan(app) as server:
             pass
         assert server.task.exception() is not None
+        assert server.to_app.empty()
         return server.sent
 
     [message] = asyncio.run(scenario())
@@ -211,8 +232,6 @@ def test_init_app_twice_or_too_late() -> None:
 
 def test_other_connection_types_pass(file_store: Store) -> None:
     """What is no request, WebSocket or lifespan is the app's own business."""
-    from session_plugin.asgi import SessionScopeMiddleware
-
     seen: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -39,6 +39,7 @@ from werkzeug.exceptions import Conflict, Forbidden, HTTPException, InternalServ
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import RequestRedirect
+from werkzeug.wsgi import ClosingIterator
 
 from session_plugin import (
     ConfigurationError,
@@ -530,9 +531,10 @@ def test_handled_as_a_success_rolls_back(site: Site, app: Any, db: Any, raised: 
     assert (reply.status, app.json.loads(reply.body), site.store.names()) == (200, {"rows": 0}, [])
 
 
+@pytest.mark.parametrize("handled", [False, True])
 @pytest.mark.parametrize("where", ["before_request", "after_request", "request_finished", "template", "user loader"])
-def test_errors_beside_the_view_roll_back(site: Site, app: Any, db: Any, where: str) -> None:
-    """Wherever the error is raised while the response is made, nothing is saved."""
+def test_errors_beside_the_view_roll_back(site: Site, app: Any, db: Any, where: str, handled: bool) -> None:
+    """Wherever the error is raised while the response is made, nothing is saved, whatever status answers it."""
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         insert(where)(db.session)
@@ -546,13 +548,15 @@ def test_errors_beside_the_view_roll_back(site: Site, app: Any, db: Any, where: 
         request_finished.connect(fail, app)
     elif where == "user loader":
         app.url_value_preprocessor(fail)
+    if handled:
+        app.register_error_handler(500, lambda error: ("fine", 200))
 
     @app.post("/")
     def view() -> Any:
         insert("view")(db.session)
         return render_template_string("{{ fail() }}", fail=fail if where == "template" else str)
 
-    assert (site.ask("/").status, site.store.names()) == (500, [])
+    assert (site.ask("/").status, site.store.names()) == (200 if handled else 500, [])
 
 
 def test_error_in_a_teardown_function_is_told_as_a_cut_success(site: Site, app: Any, db: Any) -> None:
@@ -793,14 +797,34 @@ def test_work_of_a_middleware_inside_is_refused_too(store: Store, late: bool) ->
         return app.response_class(iter(["success"]), 201)
 
     app.register_error_handler(IntegrityError, lambda error: (iter(["conflict"]), 409))
+    app.register_error_handler(500, lambda error: ("sorry", 500))
     with Site(store, app, db).checked() as site:
         if late:
             assert type(Server(store).serve(app).error) is IntegrityError
         else:
             assert (site.ask("/").status, site.ask("/").body) == (409, b"conflict")
             del app.error_handler_spec[None][None][IntegrityError]
-            assert site.ask("/").status == 500
+            assert (site.ask("/").status, site.ask("/").body) == (500, b"sorry")
     assert store.names() == []
+
+
+def test_a_response_refused_inside_a_middleware_is_closed(store: Store) -> None:
+    """The body that a middleware has made of it, too."""
+    app, db, closed = flask_app(), SessionPlugin(store.url, **POOL), []
+    flask_wsgi_app = app.wsgi_app
+
+    def auditing(environ: Any, start_response: Any) -> Any:
+        def start(*args: Any) -> Any:
+            add_orphan(db.session)
+            return start_response(*args)
+
+        return ClosingIterator(flask_wsgi_app(environ, start), lambda: closed.append("closed"))
+
+    app.wsgi_app = auditing  # type: ignore[method-assign]
+    db.init_app(app)
+    app.add_url_rule("/", "view", lambda: ({}, 201), methods=["POST"])
+    with Site(store, app, db).checked() as site:
+        assert (site.ask("/").status, closed, store.names()) == (500, ["closed"], [])
 
 
 def test_middleware_inside_is_told_the_truth(store: Store) -> None:
@@ -1137,6 +1161,21 @@ def test_app_context_has_one_session_that_ends_with_it(site: Site, app: Any, db:
         count(outer)
     with pytest.raises(NoScopeError, match="session_scope"):
         db.session  # noqa: B018
+
+
+def test_session_scope_in_a_thread_beside_an_app_context(site: Site, app: Any, db: Any) -> None:
+    """The thread needs no app context of its own, whatever another has open."""
+
+    def work() -> None:
+        with db.session_scope() as scope:
+            insert("tea")(scope)
+
+    with app.app_context():
+        db.session  # noqa: B018
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(5)
+    assert site.store.names() == ["tea"]
 
 
 def test_session_scope_in_an_app_context_commits(site: Site, app: Any, db: Any) -> None:
@@ -1494,6 +1533,14 @@ def test_one_plugin_serves_many_apps(initialised: Any, tmp_path: Any) -> None:
     for app in apps:
         with app.app_context():
             db.dispose()
+
+
+def test_methods_of_an_app_keep_their_names() -> None:
+    """As a profile or a debugger shows them."""
+    app = flask_app()
+    names = ("finalize_request", "handle_user_exception", "handle_exception")
+    SessionPlugin("sqlite://").init_app(app)
+    assert tuple(getattr(app, name).__name__ for name in names) == names
 
 
 def test_apps_are_not_kept() -> None:

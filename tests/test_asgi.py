@@ -16,7 +16,15 @@ from sqlalchemy.exc import IntegrityError, PendingRollbackError
 from sqlalchemy.util import await_only
 
 import session_plugin.asgi
-from session_plugin import AsyncDatabase, ConcurrentUseError, Database, Decision, Outcome, SessionPluginError
+from session_plugin import (
+    AsyncDatabase,
+    ConcurrentUseError,
+    Database,
+    Decision,
+    NoScopeError,
+    Outcome,
+    SessionPluginError,
+)
 from session_plugin.asgi import SessionScopeMiddleware
 
 from .apps import PlainASGIHarness
@@ -475,6 +483,27 @@ def test_a_second_start_is_settled_too(file_store: Store, statuses: tuple[int, i
     first, second = ({**START, "status": status} for status in statuses)
     bench.run(bench.serve(sending(bench, insert("a"), first, insert("b"), second, LAST)))
     assert file_store.names() == saved
+
+
+def test_the_same_request_tried_again(file_store: Store) -> None:
+    """A middleware further out may call twice: each try has a unit of work of its own, and stands in none after it."""
+    bench = Bench(file_store)
+    sessions: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sessions.append(bench.db.session)
+        await sending(bench, insert(f"try {len(sessions)}"), START, LAST)(scope, receive, send)
+
+    async def scenario() -> None:
+        inside = SessionScopeMiddleware(app, bench.db)
+        scope = {**HTTP}
+        for _ in range(2):
+            await inside(scope, bench.receive, bench.send)
+            with pytest.raises(NoScopeError):
+                bench.db.session  # noqa: B018
+
+    bench.run(scenario())
+    assert (file_store.names(), sessions[0] is sessions[1]) == (["try 1", "try 2"], False)
 
 
 def test_inside_an_except_block(file_store: Store) -> None:

@@ -269,6 +269,23 @@ def test_binds_of_a_whole_base_and_to_an_engine(dispose: Any) -> None:
     engine.dispose()
 
 
+@pytest.mark.parametrize("method", ["create_all", "drop_all"])
+def test_tables_of_a_database_in_use_on_another_loop(dispose: Any, method: str) -> None:
+    """Its connections cannot serve two loops."""
+    db = dispose(AsyncDatabase("sqlite+aiosqlite://", metadata=Base.metadata))
+
+    async def elsewhere() -> None:
+        await asyncio.to_thread(asyncio.run, getattr(db, method)())
+
+    async def main() -> None:
+        await db.create_all()
+        with pytest.raises(ConfigurationError, match="another event loop"):
+            await elsewhere()
+        await db.drop_all()
+
+    asyncio.run(main())
+
+
 def test_create_all_on_an_async_database(dispose: Any) -> None:
     db = dispose(AsyncDatabase("sqlite+aiosqlite://", metadata=Base.metadata))
 

@@ -230,6 +230,24 @@ def test_an_error_answer_to_a_stream_that_failed_unseen(file_store: Store, statu
     assert bench.sent == [("start", []), ("body", [])]
 
 
+def test_a_stream_that_failed_is_completed_by_nobody(file_store: Store) -> None:
+    """A middleware that swallows the error and sends the last message sends it in vain: the client sees the cut."""
+    bench = Bench(file_store)
+
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        await sending(bench, START, PART, insert("lost"))(scope, receive, send)
+        raise KeyError
+
+    async def completing(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        with contextlib.suppress(KeyError):
+            await app(scope, receive, send)
+        await send(LAST)
+
+    with pytest.raises(KeyError):
+        bench.run(between(bench, failing, completing))
+    assert bench.sent == [("start", []), ("body", [])]
+
+
 def test_a_failure_after_the_last_message_cuts_no_response(file_store: Store) -> None:
     """A middleware that holds the whole response may still send it, whatever the app's background work does."""
     bench = Bench(file_store)

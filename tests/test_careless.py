@@ -10,7 +10,7 @@ import asyncio
 import functools
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -427,6 +427,48 @@ def test_a_joined_block_that_is_awaited_is_part_of_the_whole() -> None:
 
         async with db.session_scope():
             await asyncio.create_task(join())
+        async with db.session_scope() as session:
+            return await count(session)
+
+    assert async_units(work) == 1
+
+
+def test_a_task_that_has_left_its_joined_block_may_go_on() -> None:
+    """What it did inside is whole."""
+
+    async def work(db: AsyncDatabase[AsyncSession]) -> int:
+        left, go_on = asyncio.Event(), asyncio.Event()
+
+        async def join() -> None:
+            async with db.session_scope() as session:
+                session.add(Parent(name="whole"))
+            left.set()
+            await go_on.wait()
+
+        async with db.session_scope():
+            going_on = asyncio.create_task(join())
+            await left.wait()
+        go_on.set()
+        await going_on
+        async with db.session_scope() as session:
+            return await count(session)
+
+    assert async_units(work) == 1
+
+
+def test_a_joined_block_that_its_own_task_left_open_does_not_stand_in_the_way() -> None:
+    """A generator that nobody reads to its end works beside nobody."""
+
+    async def work(db: AsyncDatabase[AsyncSession]) -> int:
+        async def generate() -> AsyncIterator[None]:
+            async with db.session_scope() as session:
+                session.add(Parent(name="read"))
+                yield
+
+        async with db.session_scope():
+            generator: Any = generate()
+            await anext(generator)
+        await generator.aclose()
         async with db.session_scope() as session:
             return await count(session)
 

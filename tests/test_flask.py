@@ -434,6 +434,23 @@ def test_writes_of_error_handlers_are_discarded(site: Site, app: Any, db: Any, e
     assert (site.ask("/").status, site.store.names()) == (200, ["audit"])
 
 
+def test_a_commit_that_ends_in_a_redirect_saves_nothing(site: Site, app: Any, db: Any) -> None:
+    """What a listener raises in a commit refuses it, even if it is a response and no error."""
+
+    @app.post("/")
+    def view() -> Any:
+        insert("lost")(db.session)
+        event.listen(db.session, "before_commit", lambda session: abort(redirect("/elsewhere")), once=True)
+        return {}, 201
+
+    @app.after_request
+    def audit(response: Any) -> Any:
+        insert(f"audit {response.status_code}")(db.session)
+        return response
+
+    assert (site.ask("/").status, site.store.names()) == (302, [])
+
+
 def test_mounted_app_that_knows_nothing_of_the_plugin(store: Store) -> None:
     """Its handlers answer the outer app's failed commit, and what they write is discarded all the same."""
     outer, inner = flask_app(), flask_app()

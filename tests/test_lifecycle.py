@@ -13,7 +13,7 @@ from weakref import ref
 
 import pytest
 from sqlalchemy import create_engine, event, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, ResourceClosedError
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, ProgrammingError, ResourceClosedError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from session_plugin import (
@@ -523,6 +523,17 @@ def test_a_listener_that_replaces_the_error_hides_no_aborted_transaction(units: 
     finally:
         event.remove(units.sync_engine.__class__, "handle_error", replace_error)
     assert units.store.names() == []
+
+
+def test_an_error_on_an_invalidated_connection_stays_itself() -> None:
+    """To look at such a connection would be an error of its own."""
+    db = Database("sqlite://")
+    with db.engine.connect() as connection:
+        result = connection.execute(text("SELECT 1"))
+        connection.invalidate()
+        with pytest.raises(ProgrammingError, match="closed database"):
+            result.all()
+    db.dispose()
 
 
 def test_an_error_swallowed_within_the_flush_is_no_phantom(postgresql: Any) -> None:

@@ -322,6 +322,20 @@ def test_an_explicit_commit_of_an_aborted_transaction_raises_and_can_be_recovere
     assert units.store.names() == ["milk"]
 
 
+@on(*POSTGRESQL)
+def test_the_database_itself_refuses_what_follows_a_caught_error(units: Units) -> None:
+    """Only a COMMIT is ours to refuse; until then its own errors are told."""
+
+    def work(session: Session) -> None:
+        insert_and_swallow(session)
+        with pytest.raises(DBAPIError, match="transaction is aborted"):
+            session.execute(select(1))
+        session.rollback()
+
+    units.run(work)
+    assert units.store.names() == []
+
+
 @on(*SQLITE)
 def test_a_transaction_that_sqlite_ended_does_not_pass_as_committed(units: Units) -> None:
     """INSERT OR ROLLBACK ends the whole transaction in the middle of a block."""
@@ -393,6 +407,11 @@ def test_a_policy_that_fails_commits_nothing(units: Units, policy: Any) -> None:
 def test_an_exception_that_is_a_response_is_an_error_from_400_on(status: int, is_error: bool) -> None:
     error = HTTPException(status, "told")
     assert Outcome.raised(error) == Outcome(status=status, error=error if is_error else None)
+
+
+@pytest.mark.parametrize(("status", "failed"), [(None, None), (399, None), (400, "status 400")])
+def test_a_response_is_a_failure_from_400_on(status: int | None, failed: str | None) -> None:
+    assert Outcome(status=status).failed == failed
 
 
 def test_an_outcome_shows_the_class_of_its_error_only() -> None:

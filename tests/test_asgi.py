@@ -760,6 +760,26 @@ def test_a_sync_endpoint_that_is_abandoned(file_store: Store) -> None:
     database.dispose()
 
 
+def test_a_thread_of_a_request_has_a_permit(file_store: Store) -> None:
+    """So a crowd of threads that wait for a connection leaves room to those that end."""
+    database = Database(file_store.url.replace("aiosqlite", "pysqlite"), **POOL)
+    held: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.to_thread(count, database.session)
+        held.append(database.scope.permit_held)
+        await send(START)
+        held.append(database.scope.permit_held)
+        await send(LAST)
+
+    async def ignore(message: Any) -> None:
+        pass
+
+    asyncio.run(SessionScopeMiddleware(app, database)({**HTTP}, None, ignore))  # type: ignore[arg-type]
+    assert [permit is not None for permit in held] == [True, False]
+    database.dispose()
+
+
 # -- servers ---------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,7 @@ class HttpExchange(Exchange):
             raise self.cut
         if self.status is not None and self._is_last(message):
             layer.complete = True
+            layer.owes = self.scope.active
             if layer.outer is None:
                 return self._last()
         return None
@@ -100,7 +101,8 @@ class HttpExchange(Exchange):
 
         `BaseHTTPMiddleware` completes the body of a stream that failed, and raises only then.
         """
-        sending = self.status is not None and not (self.complete or (layer is not None and layer.complete))
+        completed = self.complete or (layer is not None and layer.complete and not layer.owes)
+        sending = self.status is not None and not completed
         if sending and self.scope.active and isinstance(error, Exception):
             self.cut = error
         await super().raised(error, layer)
@@ -170,9 +172,11 @@ class Layer:
     Attributes:
         outer: the next layer of this exchange further out.
         complete: True once the app has sent its whole response.
+        owes: True if work of that response was unsettled then: without it, the response is no success.
     """
 
     complete: bool = False
+    owes: bool = False
     _inner_depth: int | None = None
     _refusal: Exception | None = None
 

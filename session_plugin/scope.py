@@ -96,7 +96,7 @@ class SessionScope(Generic[S]):
     @cached_property
     def closed_message(self) -> str:
         """What a later use is told."""
-        return f"The unit of work of this session ({self!r}) has ended. Give later work a session_scope() of its own."
+        return f"The unit of work of this session ({self!r}) has ended. Later work needs a session_scope() of its own."
 
     @cached_property
     def joining(self) -> list[Any]:

@@ -248,6 +248,19 @@ def test_a_stream_that_failed_is_completed_by_nobody(file_store: Store) -> None:
     assert bench.sent == [("start", []), ("body", [])]
 
 
+async def holding(app: Any, scope: Any, receive: Any, send: Any) -> None:
+    """A middleware that sends nothing before the app has returned, and swallows its error."""
+    held: list[Any] = []
+
+    async def hold(message: Any) -> None:
+        held.append(message)
+
+    with contextlib.suppress(KeyError):
+        await app(scope, receive, hold)
+    for message in held:
+        await send(message)
+
+
 def test_a_failure_after_the_last_message_cuts_no_response(file_store: Store) -> None:
     """A middleware that holds the whole response may still send it, whatever the app's background work does."""
     bench = Bench(file_store)
@@ -256,19 +269,21 @@ def test_a_failure_after_the_last_message_cuts_no_response(file_store: Store) ->
         await sending(bench, insert("a"), START, LAST, insert("lost"))(scope, receive, send)
         raise KeyError
 
-    async def holding(app: Any, scope: Any, receive: Any, send: Any) -> None:
-        held: list[Any] = []
-
-        async def hold(message: Any) -> None:
-            held.append(message)
-
-        with contextlib.suppress(KeyError):
-            await app(scope, receive, hold)
-        for message in held:
-            await send(message)
-
     bench.run(between(bench, failing, holding))
     assert bench.sent == [("start", ["a"]), ("body", ["a"])]
+
+
+def test_a_failure_that_takes_the_work_of_a_held_stream_with_it(file_store: Store) -> None:
+    """What the body did is rolled back with the background work, so the held response may not pass for a success."""
+    bench = Bench(file_store)
+
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        await sending(bench, START, insert("streamed"), LAST)(scope, receive, send)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        bench.run(between(bench, failing, holding))
+    assert (bench.sent, file_store.names()) == ([], [])
 
 
 @pytest.mark.parametrize("started", [[], [START]], ids=["nothing", "start"])

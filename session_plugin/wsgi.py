@@ -171,8 +171,7 @@ class Response:
             finally:
                 self._close_body()
         finally:
-            if not scope.close_idle():
-                scope.close()
+            scope.close()
             self._started = self._failure = scope.error = None  # PEP 3333: no cycle through a traceback
 
     def _close_body(self) -> None:

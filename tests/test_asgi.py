@@ -363,6 +363,18 @@ def test_a_refusal_reaches_the_middleware_around_the_work(file_store: Store, hol
     assert bench.sent == [("start", ["a"]), ("body", ["a"])]
 
 
+async def started_beside(app: Any, scope: Any, receive: Any) -> asyncio.Task[None]:
+    """``app`` in a task of its own, once it has sent its first message, which goes nowhere."""
+    started = asyncio.Event()
+
+    async def note_start(message: Any) -> None:
+        started.set()
+
+    beside = asyncio.create_task(app(scope, receive, note_start))
+    await started.wait()
+    return beside
+
+
 def test_a_stream_that_fails_beside_a_middleware_at_work(store: Store) -> None:
     """An app that ends beside its middleware does not end the middleware's transaction; the client sees no success."""
     bench = Bench(store)
@@ -375,13 +387,7 @@ def test_a_stream_that_fails_beside_a_middleware_at_work(store: Store) -> None:
             raise KeyError
 
     async def auditing(app: Any, scope: Any, receive: Any, send: Any) -> None:
-        started = asyncio.Event()
-
-        async def note_start(message: Any) -> None:
-            started.set()
-
-        beside = asyncio.create_task(app(scope, receive, note_start))
-        await started.wait()
+        beside = await started_beside(app, scope, receive)
         await bench.db.session.run_sync(insert("audit"))
         working.set()
         await asyncio.wait([beside])
@@ -405,13 +411,7 @@ def test_an_app_that_ends_beside_a_middleware_at_work(file_store: Store) -> None
         await working.wait()
 
     async def auditing(app: Any, scope: Any, receive: Any, send: Any) -> None:
-        started = asyncio.Event()
-
-        async def note_start(message: Any) -> None:
-            started.set()
-
-        beside = asyncio.create_task(app(scope, receive, note_start))
-        await started.wait()
+        beside = await started_beside(app, scope, receive)
         await bench.db.session.run_sync(insert("audit"))
         working.set()
         await beside

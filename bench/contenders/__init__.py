@@ -57,7 +57,7 @@ UNUSED = ("bare", "declared")
 
 CONTENDERS = [
     Contender("flask", FLOOR, "flask_hand_written"),
-    Contender("flask", COMMITTING, "flask_hand_written", False, COMMIT, ("read",), False),
+    Contender("flask", COMMITTING, "flask_hand_written", options=COMMIT, endpoints=("read",), served=False),
     Contender("flask", "Flask-SQLAlchemy", "flask_sqlalchemy"),
     Contender("flask", "Flask-SQLAlchemy-Lite", "flask_sqlalchemy_lite"),
     Contender("flask", "advanced-alchemy", "flask_advanced_alchemy", commits=True),

@@ -138,7 +138,10 @@ class HttpExchange(Exchange):
         return not more
 
     def _outcome(self, interrupted: bool = False) -> Outcome:
-        return Outcome(self.status, self.scope.error, self.scope.method, interrupted)
+        scope = self.scope
+        if interrupted:
+            return Outcome(self.status, scope.error, scope.method, interrupted=True)
+        return Outcome.answered(self.status, scope.error, scope.method)
 
 
 class WebSocketExchange(Exchange):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Engine, event
 
 from .exceptions import ConfigurationError
 
@@ -19,9 +19,8 @@ _READ_ONLY = {
 }
 
 
-def is_autocommit(connection: Connection) -> bool:
-    """True if ``connection`` has no transactions."""
-    options = connection.get_execution_options()
+def is_autocommit(options: Mapping[str, Any]) -> bool:
+    """True if a connection with these execution options has no transactions."""
     return options.get("isolation_level") == LEVEL or _OPTION in options
 
 

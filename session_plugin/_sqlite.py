@@ -56,7 +56,7 @@ def prepare(engine: Engine) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    if is_autocommit(connection):
+    if is_autocommit(connection.get_execution_options()):
         return
     pooled = connection.connection
     if pooled.driver_connection.in_transaction:  # type: ignore[union-attr]

@@ -55,8 +55,8 @@ class Watch:
     """
 
     __slots__ = (
-        "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_owner", "_saves_each", "commit_sent", "doomed",
-        "error", "wrote",
+        "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_options", "_owner", "commit_sent", "doomed",
+        "error", "opened_stream", "wrote",
     )  # fmt: skip
 
     def __init__(self, connection: Connection) -> None:
@@ -64,9 +64,10 @@ class Watch:
         self.doomed: str | None = None
         self.error: BaseException | None = None
         self.wrote = False
+        self.opened_stream = False
         self._info = connection.info
         self._dialect = connection.dialect
-        self._saves_each = is_autocommit(connection)
+        self._options = connection.get_execution_options()
         self._lock = threading.Lock()
         self._owner: object = None
         self._current_owner: Callable[[], object] = (
@@ -84,8 +85,10 @@ class Watch:
         """True while another thread or task waits for a statement on this connection."""
         return self._lock.locked() and self._owner != self._current_owner()
 
-    def execute(self, pooled: PoolProxiedConnection, statement: str, call: Callable[[], None]) -> None:
-        """Make ``call``, which executes ``statement``.
+    def execute(
+        self, pooled: PoolProxiedConnection, call: Callable[..., None], cursor: Any, statement: str, *rest: Any
+    ) -> None:
+        """Make the call, which executes ``statement``.
 
         Raises:
             ConcurrentUseError: another statement is under way.
@@ -99,7 +102,7 @@ class Watch:
         if not self.wrote:
             self.wrote = WRITING.match(statement) is not None
         try:
-            call()
+            call(cursor, statement, *rest)
         except BaseException as error:
             self.error = error
             raise
@@ -156,7 +159,7 @@ class Watch:
         return getattr(told_by, "transaction_status", None) == IN_ERROR
 
     def _is_aborted(self, pooled: PoolProxiedConnection, error: BaseException) -> bool:
-        if self._saves_each:
+        if is_autocommit(self._options):
             return False
         if self._dialect.name == "sqlite":
             driver_connection: Any = pooled.driver_connection
@@ -202,27 +205,26 @@ _watched: WeakSet[Dialect] = WeakSet()
 
 
 def _execute(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool | None:
-    call = context.dialect.do_execute
-    return _watched_execute(context, statement, lambda: call(cursor, statement, parameters, context))
+    return _watched_execute(context, context.dialect.do_execute, cursor, statement, parameters, context)
 
 
 def _execute_many(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool | None:
-    call = context.dialect.do_executemany
-    return _watched_execute(context, statement, lambda: call(cursor, statement, parameters, context))
+    return _watched_execute(context, context.dialect.do_executemany, cursor, statement, parameters, context)
 
 
 def _execute_without_parameters(cursor: Any, statement: str, context: Any) -> bool | None:
-    call = context.dialect.do_execute_no_params
-    return _watched_execute(context, statement, lambda: call(cursor, statement, context))
+    return _watched_execute(context, context.dialect.do_execute_no_params, cursor, statement, context)
 
 
-def _watched_execute(context: ExecutionContext, statement: str, call: Callable[[], None]) -> bool | None:
+def _watched_execute(context: ExecutionContext, call: Callable[..., None], *arguments: Any) -> bool | None:
     """True if the statement was executed here; None leaves it to SQLAlchemy."""
     pooled = context.root_connection.connection
     watch = watch_of(pooled)
     if watch is None:
         return None
-    watch.execute(pooled, statement, call)
+    if context.execution_options.get("stream_results"):  # as yield_per says too
+        watch.opened_stream = True
+    watch.execute(pooled, call, *arguments)
     return True
 
 

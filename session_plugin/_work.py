@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.engine import Result
+from sqlalchemy.engine import CursorResult, Result
 from sqlalchemy.orm import SessionTransaction
 
 from ._watch import TWO_AT_ONCE, Watch
@@ -22,21 +23,24 @@ class Work:
     Attributes:
         committed: the transaction or savepoint that ended last by a commit.
         saved: True if a transaction has committed what it wrote since a settling last looked.
-        flushing: the thread and the task that flush, or None.
+        flushing: the thread or the task that flushes, or None.
         streams: the results that still read from the connection: those opened with ``yield_per`` or
             ``stream``, and on SQLite, whose cursors are lazy, those of Core.
         begin_engines: the twins of engines that only this transaction knows; see `_begin`.
     """
 
-    __slots__ = ("_doomed", "_first", "_watches", "begin_engines", "committed", "flushing", "saved", "streams")
+    __slots__ = (
+        "_current_owner", "_doomed", "_first", "_watches", "begin_engines", "committed", "flushing", "saved", "streams",
+    )  # fmt: skip
 
-    def __init__(self, doomed: str | None = None) -> None:
+    def __init__(self, doomed: str | None = None, *, is_async: bool = False) -> None:
+        self._current_owner: Callable[[], object] = _current_task if is_async else threading.get_ident
         self._watches: dict[Connection, Watch] = {}
         self._doomed = doomed
         self._first: asyncio.Task[Any] | None = None
         self.committed: SessionTransaction | None = None
         self.saved: bool = False
-        self.flushing: tuple[int, asyncio.Task[Any] | None] | None = None
+        self.flushing: object = None
         self.streams: list[Result[Any]] = []
         self.begin_engines: dict[tuple[Any, ...], Engine] = {}
 
@@ -91,19 +95,33 @@ class Work:
             if first is not None and first is not self._first and not first.done():
                 raise ConcurrentUseError(TWO_AT_ONCE)
 
-    def begin_flush(self) -> tuple[int, asyncio.Task[Any] | None] | None:
+    def begin_flush(self) -> object:
         """Note who flushes, and answer who did: nobody, or the same, from within.
 
         Raises:
             ConcurrentUseError: another thread or task does.
         """
-        outer, self.flushing = self.flushing, (threading.get_ident(), _current_task())
+        outer, self.flushing = self.flushing, self._current_owner()
         if outer not in (None, self.flushing):
             self.flushing = outer
             raise ConcurrentUseError(TWO_AT_ONCE)
         return outer
 
-    def keep_stream(self, result: Result[Any]) -> None:
+    def forget_opened_streams(self) -> None:
+        """Before a statement of the session: what its connection was asked for directly is its caller's to close."""
+        for watch in self._watches.values():
+            watch.opened_stream = False
+
+    def note_result(self, result: Result[Any], *, lazy_cursor: bool) -> None:
+        """Keep ``result`` if it goes on reading from the connection; ``lazy_cursor`` says that any of Core does."""
+        if lazy_cursor and isinstance(result, CursorResult):
+            self._keep_stream(result)
+            return
+        for watch in self._watches.values():
+            if watch.opened_stream:
+                self._keep_stream(result)
+
+    def _keep_stream(self, result: Result[Any]) -> None:
         """Close ``result`` with the transaction, unless it is read to its end before."""
         if len(self.streams) >= MANY_STREAMS:
             self.streams = [stream for stream in self.streams if _is_open(stream)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import lru_cache, singledispatch
 from inspect import iscoroutinefunction, signature
 from typing import Any
 
@@ -70,6 +70,14 @@ class Outcome:
         return None
 
     @classmethod
+    def answered(cls, status: int | None, error: BaseException | None, method: str | None) -> Outcome:
+        """The outcome of a request whose status is known.
+
+        Those without an error are kept, as making a frozen one takes longer than all else that a decision needs.
+        """
+        return _answered(status, method) if error is None else cls(status, error, method)
+
+    @classmethod
     def raised(cls, error: BaseException, *, method: str | None = None) -> Outcome:
         """The outcome of work that ended in ``error``.
 
@@ -79,6 +87,11 @@ class Outcome:
         status = response_status(error)
         is_error = status is None or status >= 400
         return cls(status=status, error=error if is_error else None, method=method)
+
+
+@lru_cache
+def _answered(status: int | None, method: str | None) -> Outcome:
+    return Outcome(status, method=method)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +160,12 @@ def response_status(error: BaseException) -> int | None:
 def _commit_unless_failed(outcome: Outcome) -> Decision:
     if failure := outcome.failed:
         return Decision(False, failure)
-    return Decision(True, "success" if outcome.status is None else f"status {outcome.status}")
+    return _success(outcome.status)
+
+
+@lru_cache
+def _success(status: int | None) -> Decision:
+    return Decision(True, "success" if status is None else f"status {status}")
 
 
 def _never_commit(outcome: Outcome) -> Decision:

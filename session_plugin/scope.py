@@ -130,7 +130,7 @@ class SessionScope(Generic[S]):
                     session = self.database._new_session()
                     self.sync_session = session.sync_session if self.database.is_async else session
                     self.sync_session._session_scope = self
-                    self.hooks, self.work = Hooks(), Work(self.doomed)
+                    self.hooks, self.work = Hooks(), Work(self.doomed, is_async=self.database.is_async)
                     self._session, self.has_session = session, True
                     scopes_with_session.add(self)
         return session  # type: ignore[no-any-return]

@@ -240,7 +240,7 @@ class Response:
         if scope.settle_idle():
             return
         try:
-            scope.settle(Outcome(self._status, scope.error, scope.method))
+            scope.settle(Outcome.answered(self._status, scope.error, scope.method))
         except BaseException as error:
             self._failure = error
             raise

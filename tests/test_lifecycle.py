@@ -7,12 +7,13 @@ import gc
 import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from weakref import ref
 
 import pytest
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, ProgrammingError, ResourceClosedError
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -364,6 +365,56 @@ def test_a_result_whose_rows_are_there_stays_readable(units: Units) -> None:
     """It reads from no connection, and nothing has to close it."""
     results: list[Any] = []
     units.run(lambda session: results.append(session.execute(text("SELECT 42"))))
+    assert results[0].scalar() == 42
+
+
+class SessionWithExec(Session):
+    """Like SQLModel's: a method of its own beside ``execute()``, and one that is overridden."""
+
+    def exec(self, statement: Any) -> Any:
+        return super().execute(statement)
+
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        return super().execute(*args, **kwargs)
+
+
+STREAMS: dict[str, Callable[[Any], Any]] = {
+    "execute": lambda session: session.execute(select(Parent), execution_options={"yield_per": 5}),
+    "scalars": lambda session: session.scalars(select(Parent.name).execution_options(stream_results=True)),
+    "query": lambda session: iter(session.query(Parent).yield_per(5)),
+    "exec": lambda session: session.exec(select(Parent).execution_options(yield_per=5)),
+}
+
+
+@pytest.mark.parametrize("url", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("way", STREAMS)
+def test_a_stream_is_closed_whichever_way_it_was_opened(way: str, url: str, request: pytest.FixtureRequest) -> None:
+    """With its transaction; a session class of the user's may hand the statement to SQLAlchemy itself."""
+    source = "sqlite://" if url == "sqlite" else request.getfixturevalue("postgresql").url("psycopg")
+    db = Database(source, class_=SessionWithExec, metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        session.add_all(Parent(name=f"row {number:02}") for number in range(50))
+    scope = SessionScope(db, origin="test")
+    stream = STREAMS[way](scope.session)
+    next(iter(stream))
+    scope.settle(Outcome())
+    with pytest.raises(ResourceClosedError):
+        list(stream)
+    scope.close()
+    db.dispose()
+
+
+@on("postgresql+psycopg")
+def test_a_stream_of_a_connection_is_its_callers_to_close(units: Units) -> None:
+    """It makes no stream of what the session asks for next, whose rows are there and stay readable."""
+    results: list[Any] = []
+
+    def work(session: Session) -> None:
+        with session.connection().execute(text("SELECT 1"), execution_options={"yield_per": 5}):
+            results.append(session.execute(text("SELECT 42")))
+
+    units.run(work)
     assert results[0].scalar() == 42
 
 

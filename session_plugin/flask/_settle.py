@@ -58,7 +58,7 @@ class SettlingMiddleware:
             try:
                 for scope in scopes:
                     if not scope.settle_idle():
-                        scope.settle(Outcome(int(status.split(" ", 1)[0]), scope.error, scope.method))
+                        scope.settle(Outcome.answered(int(status.split(" ", 1)[0]), scope.error, scope.method))
             except Exception as error:
                 if not has_request_context():
                     raise
@@ -89,7 +89,7 @@ class SettlingMiddleware:
             try:
                 for scope in scopes:
                     if not scope.settle_idle():
-                        scope.settle(Outcome(response.status_code, scope.error, scope.method))
+                        scope.settle(Outcome.answered(response.status_code, scope.error, scope.method))
             except Exception as error:
                 for scope in scopes:
                     scope.error = error

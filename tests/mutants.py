@@ -2,8 +2,9 @@
 
 Cosmic Ray makes the changes, in copies of the tree, two at a time; ``RemoveStatement`` is ours.  Which tests run
 which line is recorded first.  A mutant meets those of its line that lie near, then the others, the quick ones
-first and within bounds; ``--wide`` shows the survivors all of them.  ``.mutants`` keeps what is known, so that a
-run that was stopped goes on; remove it after a change of the package, and its ``recorded.json`` after one of the tests.
+first and within bounds; ``--wide`` shows the survivors all of them.  Ctrl-C ends it at once.  ``.mutants`` keeps what
+is known, so that the next run goes on; remove it after a change of the package, and its ``recorded.json`` after one of
+the tests.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import sqlite3
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from difflib import unified_diff
 from functools import cache
 from importlib import import_module
 from itertools import accumulate
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, run
 from typing import Any
@@ -147,10 +149,10 @@ def test_module(module: str, *, wide: bool) -> str:
     if wide and path.exists():
         _forget_survivors(path)
     with use_db(str(path), WorkDB.Mode.create) as found:
-        if not found.num_results:
+        if not found.num_work_items:
             init([Path("session_plugin", f"{module}.py")], found, {})
-            OperatorsFilter()._skip_filtered(found, EXCLUDED)
-            _skip_what_tells_nothing(found)
+        OperatorsFilter()._skip_filtered(found, EXCLUDED)
+        _skip_what_tells_nothing(found)
         for item in found.pending_work_items:
             found.set_result(item.job_id, _run(item.mutations[0], math.inf if wide else BOUND))
         return _figure(module, found)
@@ -225,13 +227,21 @@ def _tests_fail(arguments: list[str], plugins: Sequence[object] = ()) -> bool:
     process.start()
     process.join(LONGEST)
     if process.is_alive():
-        os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         process.join()
     return process.exitcode != 0
 
 
+def _kill(process: BaseProcess) -> None:
+    """End ``process`` and what it started."""
+    process.kill()
+    with suppress(ProcessLookupError):  # it has no group of its own yet
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def _test(arguments: list[str], plugins: Sequence[object] = ()) -> None:
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.dont_write_bytecode = True
     output = os.open("last-output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
@@ -291,6 +301,31 @@ def _work_in_copy() -> None:
     run([sys.executable, "-m", "pytest", "--collect-only", "-q", *TESTS], stdout=DEVNULL, env=writing)
 
 
+@contextmanager
+def _workers(number: int, begin: Callable[[], None] | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Processes that call ``begin`` first, and that end with a Ctrl-C whatever they do."""
+    with ProcessPoolExecutor(number, get_context("spawn"), _begin_worker, (begin,)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for process in active_children():
+                process.terminate()
+            raise
+
+
+def _begin_worker(begin: Callable[[], None] | None) -> None:
+    os.setsid()  # the terminal's Ctrl-C is for the one who ends us
+    signal.signal(signal.SIGTERM, _end_worker)
+    if begin is not None:
+        begin()
+
+
+def _end_worker(*_: object) -> None:
+    for process in active_children():
+        _kill(process)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("modules", nargs="*", default=[*MODULES], metavar="module", help="such as flask/_plugin")
@@ -301,13 +336,17 @@ def main() -> None:
         os.environ[f"SESSION_PLUGIN_TEST_{server.name.upper()}"] = server.base_url
     try:
         RESULTS.mkdir(exist_ok=True)
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with _workers(1) as pool:
             pool.submit(_record).result()
-        with ProcessPoolExecutor(PROCESSES, get_context("spawn"), _work_in_copy) as pool:
+        with _workers(PROCESSES, _work_in_copy) as pool:
             running = [pool.submit(test_module, module, wide=arguments.wide) for module in arguments.modules]
             for module in running:
                 print(module.result(), flush=True)
+    except KeyboardInterrupt:
+        print("Stopped; the next run goes on. What is left over is being removed.", flush=True)
+        sys.exit(1)
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         for copy in filter(Path.is_dir, RESULTS.iterdir()):
             shutil.rmtree(copy)
         for server in servers:

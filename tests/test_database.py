@@ -286,6 +286,23 @@ def test_tables_of_a_database_in_use_on_another_loop(dispose: Any, method: str) 
     asyncio.run(main())
 
 
+def test_a_disposed_async_database_serves_another_loop(dispose: Any) -> None:
+    """Also while the first one still runs."""
+    db = dispose(AsyncDatabase("sqlite+aiosqlite://"))
+
+    async def work() -> None:
+        async with db.session_scope() as session:
+            assert await session.scalar(text("SELECT 42")) == 42
+        await db.dispose()
+
+    async def main() -> None:
+        await work()
+        await asyncio.to_thread(asyncio.run, work())
+        await work()
+
+    asyncio.run(main())
+
+
 def test_create_all_on_an_async_database(dispose: Any) -> None:
     db = dispose(AsyncDatabase("sqlite+aiosqlite://", metadata=Base.metadata))
 

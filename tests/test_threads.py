@@ -259,6 +259,24 @@ def test_who_has_given_up_is_passed_over() -> None:
     asyncio.run(scenario())
 
 
+def test_a_thread_that_waits_takes_no_place_among_the_threads() -> None:
+    """Those who hold a connection may need one before they give it back."""
+    permits = Permits(1, 5)
+
+    async def scenario() -> None:
+        to_thread.current_default_thread_limiter().total_tokens = 1
+        release = await permits.acquire()
+        assert release is not None
+        waiting = asyncio.create_task(to_thread.run_sync(permits.acquire_in_thread, asyncio.get_running_loop()))
+        while not permits._waiting:
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(3):
+            await to_thread.run_sync(release)
+        assert await waiting is not None
+
+    asyncio.run(scenario())
+
+
 def test_a_thread_that_waits_where_there_is_no_anyio(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing counts threads there."""
     monkeypatch.delitem(sys.modules, "anyio.to_thread")

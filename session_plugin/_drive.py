@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
@@ -51,26 +51,42 @@ async def arun(steps: Steps[T]) -> T:
         return value
 
 
-async def uncancelled(work: Awaitable[T]) -> T:
+async def uncancelled(work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:
     """Await ``work`` to its very end, even if the awaiting task is cancelled meanwhile.
 
     The cancellation is kept and raised once the work is done.  The work runs in a task of its
     own: a shielded anyio cancel scope would not stop a native ``task.cancel()``, and without a
-    shield the driver would break off in the middle of a COMMIT.
+    shield the driver would break off in the middle of a COMMIT.  It says itself that it has ended;
+    `asyncio.shield` would learn it a turn of the event loop later.
     """
-    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+
+    def tell(task: object = None) -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    async def to_its_end(coroutine: Coroutine[Any, Any, T]) -> T:
+        try:
+            return await coroutine
+        finally:
+            tell()
+
+    task = work if isinstance(work, asyncio.Future) else loop.create_task(to_its_end(work))
+    task.add_done_callback(tell)  # one that was cancelled before it began says nothing itself
     cancelled: asyncio.CancelledError | None = None
     with ExitStack() as shields:
         while not task.done():
             try:
-                await asyncio.shield(task)
+                await ended
             except asyncio.CancelledError as error:
                 if cancelled is None:
                     shields.enter_context(_anyio_shield())
                 if not task.cancelled():
                     cancelled = error
-            except BaseException:
-                break
+                ended = loop.create_future()
+    if not isinstance(work, asyncio.Future):
+        work.close()  # for that one
     if cancelled is not None:
         if not task.cancelled() and task.exception() is not None:
             raise cancelled from task.exception()

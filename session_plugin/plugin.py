@@ -27,6 +27,7 @@ class Plugin(Access[S]):
         self.configuration: Configuration = configuration
         self._databases: WeakKeyDictionary[Any, AppDatabase] = WeakKeyDictionary()
         self._apps_served = 0
+        self._the_only_app: Callable[[], Any] = _unknown
         self._the_only: Callable[[], AppDatabase | None] = _unknown
 
     def register(self, app: Any, configuration: Configuration) -> AppDatabase:
@@ -42,7 +43,8 @@ class Plugin(Access[S]):
             database.database  # noqa: B018  what cannot work is told now
         self._databases[app] = database
         self._apps_served += 1
-        self._the_only = ref(database) if self._apps_served == 1 else _unknown
+        is_only = self._apps_served == 1
+        self._the_only_app, self._the_only = (ref(app), ref(database)) if is_only else (_unknown, _unknown)
         return database
 
     def database_for(self, app: Any) -> Any:
@@ -51,7 +53,7 @@ class Plugin(Access[S]):
         Raises:
             ConfigurationError: ``init_app()`` was not called with it.
         """
-        database = self._databases.get(app)
+        database = self._the_only() if self._the_only_app() is app else self._databases.get(app)
         if database is None:
             raise ConfigurationError(f"This plugin was not initialised with {app!r}: call db.init_app(app).")
         return database.database

@@ -103,7 +103,7 @@ class SettlingMiddleware:
 
     def _scopes(self) -> list[SessionScope[Any]]:
         """Those of the current request, whatever opened them."""
-        return scopes_of(request.environ) if has_request_context() else []
+        return scopes_of(request._get_current_object().environ) if has_request_context() else []  # type: ignore[attr-defined]
 
     def _seen(self, handle: Callable[[Exception], Any]) -> Callable[[Exception], Any]:
         """``handle``, but the scopes have rolled back by the time it runs, so that handlers can query."""

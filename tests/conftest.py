@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import hypothesis  # noqa: F401  asks the collector who holds what it is given, which must not be frozen by then
 import pytest
 
 from .drivers import ASYNC, SYNC
@@ -141,6 +143,13 @@ def make_store(request: pytest.FixtureRequest, driver: str) -> Store:
     store = Store(driver, request.getfixturevalue(driver.partition("+")[0]))
     store.clear()
     return store
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_of_before() -> None:
+    """The collections that a module's tests ask for pass over what is older, which would be most of their work."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -217,10 +217,8 @@ def prepare_connection(connection: Any, record: Any) -> None:
 @pytest.fixture(scope="module")
 def databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
     databases = Databases(tmp_path_factory.mktemp("disorder"))
-    gc.collect()
-    gc.freeze()  # what is collected below is of these tests
+    gc.collect()  # what is collected below is of these tests
     yield databases
-    gc.unfreeze()
     databases.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ FRAMEWORKS = ("flask", "werkzeug", "starlette", "fastapi", "anyio", "uvicorn")
 CORE = ("session_plugin", "session_plugin.asgi", "session_plugin.wsgi")
 
 
-def loaded_by(*modules: str) -> set[str]:
+@cache
+def loaded_by(*modules: str) -> frozenset[str]:
     """The top-level packages that a fresh interpreter has loaded after importing ``modules``."""
     code = f"import {', '.join(modules)}, sys; print(*sorted(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    return set(printed.split())
+    return frozenset(printed.split())
 
 
 @pytest.mark.parametrize("module", CORE)

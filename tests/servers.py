@@ -33,6 +33,8 @@ class Server:
     name: str
     owner: str
     """The user that the server runs as when the tests run as root, which it refuses."""
+    end_at_once: signal.Signals
+    """What it ends on without saving anything: its folder is removed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -70,7 +72,7 @@ class Server:
     def stop(self) -> None:
         """End the server, if it was started here."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGINT if self.name == "postgresql" else signal.SIGTERM)
+            self._process.send_signal(self.end_at_once)
             self._process.wait(30)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -97,6 +99,7 @@ class Server:
 class PostgreSQL(Server):
     name = "postgresql"
     owner = "postgres"
+    end_at_once = signal.SIGQUIT
 
     def drop(self, database: str) -> None:
         """Drop a database and whoever is connected to it."""
@@ -122,6 +125,7 @@ class MariaDB(Server):
 
     name = "mariadb"
     owner = "mysql"
+    end_at_once = signal.SIGKILL
 
     def url(self, driver: str, database: str | None = None) -> str:
         database = database or self.new_database()

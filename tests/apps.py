@@ -1,5 +1,6 @@
 """The contract app in each framework."""
 
+import asyncio
 import json
 import threading
 from typing import Annotated, Any
@@ -159,6 +160,15 @@ class PlainWSGIHarness(WSGIHarness):
 # -- ASGI --------------------------------------------------------------------------------------
 
 
+class UvicornServer(uvicorn.Server):
+    """Uvicorn's own, which looks every tenth of a second whether it is to end."""
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        while not self.should_exit:
+            await asyncio.sleep(0.01)
+
+
 class ASGIHarness(Harness):
     app: Any
 
@@ -166,7 +176,7 @@ class ASGIHarness(Harness):
         config = uvicorn.Config(
             self.app, "127.0.0.1", 0, loop="asyncio", log_config=None, lifespan="on", ws="websockets-sansio"
         )
-        self._server = uvicorn.Server(config)
+        self._server = UvicornServer(config)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         while not self._server.started:

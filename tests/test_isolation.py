@@ -411,7 +411,7 @@ SLEEP = {
     "SELECT max(i) FROM n",
     "postgresql+asyncpg": "SELECT pg_sleep(5)",
     "postgresql+psycopg_async": "SELECT pg_sleep(5)",
-    "mariadb+asyncmy": "SELECT SLEEP(5)",
+    "mariadb+asyncmy": "SELECT SLEEP(1)",
 }
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
@@ -68,6 +69,12 @@ def pgbouncer(postgresql: PostgreSQL) -> Iterator[PgBouncer]:
 def redis() -> Iterator[Redis]:
     """A throwaway Redis server for the whole run."""
     yield from throwaway(Redis)
+
+
+def pytest_configure() -> None:
+    """A shell ignores SIGINT for what it starts in the background; a server of ours would never end on it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

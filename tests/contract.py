@@ -251,7 +251,7 @@ class Contract:
 
         act = Act(insert("tea"), background=background)
         assert app.request(act).status == 201
-        assert act.done.wait(5)
+        assert act.done.wait(20)
         assert held == [0]
 
     # -- 8: truth to the last byte ---------------------------------------------------------------
@@ -298,7 +298,7 @@ class Contract:
         """What a background task does is committed when it ends well."""
         act = Act(insert("early"), background=insert("late"))
         assert app.request(act).status == 201
-        assert act.done.wait(5)
+        assert act.done.wait(20)
         app.settle_down()
         assert app.store.names() == ["early", "late"]
 
@@ -312,7 +312,7 @@ class Contract:
         for broken in (background, add_orphan):
             act = Act(insert(broken.__name__), background=broken)
             assert app.request(act).status == 201
-            assert act.done.wait(5)
+            assert act.done.wait(20)
             app.settle_down()
         assert app.store.names() == ["add_orphan", "background"]
         wait_for(lambda: len(errors(caplog)) == 2)

@@ -34,7 +34,8 @@ OPEN_TRANSACTIONS = {
     "mariadb": "SELECT trx_mysql_thread_id, trx_state, trx_query FROM information_schema.innodb_trx "
     "JOIN information_schema.processlist ON id = trx_mysql_thread_id WHERE db = database() AND id <> connection_id()",
 }
-POOL = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 15}
+POOL = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 30}
+"""A crowd that is served in turn must not wait longer than that on a busy machine."""
 
 
 class Base(DeclarativeBase):
@@ -230,7 +231,7 @@ class Harness:
         return getattr(engine, "sync_engine", engine)
 
     @contextmanager
-    def connect(self, timeout: float = 20) -> Iterator[http.client.HTTPConnection]:
+    def connect(self, timeout: float = 60) -> Iterator[http.client.HTTPConnection]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             yield connection
@@ -264,7 +265,7 @@ class Harness:
 
     def settle_down(self) -> None:
         """Wait, within bounds, until nothing is held; then insist on it."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             if self.sync_engine.pool.checkedout() == 0 and not self.store.open_transactions():
                 return
@@ -273,7 +274,7 @@ class Harness:
         assert self.store.open_transactions() == []
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 5) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
     """What ``condition`` answers once it is true, or at the end of ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()) and time.monotonic() < deadline:

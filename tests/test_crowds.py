@@ -23,10 +23,9 @@ from session_plugin.flask import SessionPlugin
 
 from . import wsgi_site
 from .asgi_site import Gate, Site, stores
-from .harness import Parent, Store, count, wait_for
+from .harness import POOL, Parent, Store, count, wait_for
 
 CROWD = 200
-SMALL = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 10}
 
 store = stores(["postgresql+psycopg"])
 
@@ -202,7 +201,7 @@ def crowd(site: Any, kinds: list[str], ask: Any) -> None:
 )
 def test_sync_endpoints(store: Store, kinds: list[str]) -> None:
     """Each needs several threads one after the other, and a connection all the while; none is kept from them."""
-    site = Site(store, sync=True, **SMALL)
+    site = Site(store, sync=True)
     add_sync_endpoints(site)
     with site.running():
         crowd(site, kinds, site.get)
@@ -210,7 +209,7 @@ def test_sync_endpoints(store: Store, kinds: list[str]) -> None:
 
 def test_async_endpoints(store: Store) -> None:
     """As many tasks on five connections."""
-    site = Site(store, **SMALL)
+    site = Site(store)
     add_async_endpoints(site)
     with site.running():
         crowd(site, ASYNC_KINDS, site.get)
@@ -219,7 +218,7 @@ def test_async_endpoints(store: Store) -> None:
 def test_flask(store: Store) -> None:
     """A thread for each, as development and threaded servers have it."""
     store.clear()
-    db = SessionPlugin(store.url, **SMALL)
+    db = SessionPlugin(store.url, **POOL)
     app = Flask(__name__)
     db.init_app(app)
 
@@ -258,7 +257,7 @@ def test_flask(store: Store) -> None:
 
 def held_site(store: Store, *, sync: bool = True, **options: Any) -> tuple[Site, Gate]:
     """A pool of one, and an endpoint that holds its connection as long as the gate is shut."""
-    site = Site(store, sync=sync, **{"pool_size": 1, "max_overflow": 0, "pool_timeout": 10, **options})
+    site = Site(store, sync=sync, **{"pool_size": 1, "max_overflow": 0, "pool_timeout": 30, **options})
     gate = Gate()
 
     @site.app.exception_handler(PoolTimeoutError)

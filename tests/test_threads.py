@@ -24,10 +24,9 @@ from session_plugin.exceptions import ScopeClosedError
 from session_plugin.scope import SessionScope
 
 from .asgi_site import Site, stores
-from .harness import Base, Parent, Store, add, count, insert
+from .harness import POOL, Base, Parent, Store, add, count, insert
 
 CROWD = 150
-SHORT = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 3}
 
 store = stores(["postgresql+psycopg"])
 
@@ -38,7 +37,7 @@ class ParentOut(BaseModel):
 
 
 def crowd_site(store: Store) -> Site:
-    site = Site(store, sync=True, **SHORT)
+    site = Site(store, sync=True)
     SessionDep = Annotated[Session, Depends(site.db.get_session)]
 
     @site.app.get("/add/{name}")
@@ -96,7 +95,7 @@ def test_the_dependency_waits_before_it_has_a_thread(store: Store) -> None:
 
 def test_the_naive_dependency_starves(store: Store) -> None:
     """Proof that the crowd can starve: with the dependency of FastAPI's documentation many of it are a 500."""
-    engine = create_engine(store.url, **{**SHORT, "pool_timeout": 0.5})
+    engine = create_engine(store.url, **{**POOL, "pool_timeout": 0.5})
     make = sessionmaker(engine)
     site = Site(store, FastAPI())
 

@@ -733,7 +733,7 @@ def test_shutdown_in_the_middle_of_a_request(store: Store) -> None:
         await asyncio.Event().wait()
 
     with site.running():
-        site._server.config.timeout_graceful_shutdown = 1
+        site._server.config.timeout_graceful_shutdown = 0.1
         with site.connect() as connection:
             connection.request("GET", "/")
             assert reached.wait(10)

@@ -138,7 +138,8 @@ class MariaDB(Server):
         make, serve = shutil.which("mariadb-install-db"), _program("mariadbd")
         if not make or not serve:
             raise NotInstalled("MariaDB (mariadbd)")
-        common = ["--no-defaults", f"--datadir={data}"]
+        # where it starts it removes the temporary tables of before, which in /tmp are those of another run's server
+        common = ["--no-defaults", f"--datadir={data}", f"--tmpdir={data.parent}"]
         options = [
             f"--port={port}", "--bind-address=127.0.0.1", f"--socket={data.parent / 'socket'}", "--max-connections=200",
             "--innodb-flush-log-at-trx-commit=0", "--innodb-lock-wait-timeout=1", "--innodb-rollback-on-timeout=ON",

@@ -41,8 +41,7 @@ class Twins:
         """
         policy = scope.policy
         key = (engine, policy.read_only, policy.isolation_level, scope.method in SAFE_METHODS)
-        known = self._known if engine in self._database._known_engines else scope.work.begin_engines
-        twin = known.get(key)
+        twin = self._known.get(key)
         if twin is None:
             _engines.prepare(engine)  # a get_bind() of the user's may name one that is new here
             if policy.read_only and policy.isolation_level == _autocommit.LEVEL:
@@ -50,7 +49,8 @@ class Twins:
             else:
                 options = begin_options(engine.dialect.name, read_only=key[1], isolation_level=key[2], safe=key[3])
                 twin = engine.execution_options(**options) if options else engine
-            known[key] = twin
+            if engine in self._database._known_engines:
+                self._known[key] = twin
         return twin
 
     def _reader(self, engine: Engine) -> Engine:

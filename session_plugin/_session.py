@@ -31,11 +31,17 @@ class ScopeSession(Session):
         scope = self._session_scope
         if scope is None or not isinstance(bind, Engine):
             return bind
-        if scope.database.is_async:
-            scope.work.check_first()
-        elif scope.loop is not None and scope.permit_held is None and not scope.work.connected:
-            take_permit(scope, scope.loop)
-        return scope.database._begin_engine(bind, scope)
+        work = scope.work
+        if not work.connected:
+            work.begin_engines.clear()  # nothing has begun by one of them, and the policy may be another one since
+            if scope.database.is_async:
+                work.check_first()
+            elif scope.loop is not None and scope.permit_held is None:
+                take_permit(scope, scope.loop)
+        engine = work.begin_engines.get(bind)
+        if engine is None:
+            engine = work.begin_engines[bind] = scope.database._begin_engine(bind, scope)
+        return engine
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """As SQLAlchemy's, but two at once are told what to do instead."""

@@ -99,7 +99,7 @@ class Watch:
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(TWO_AT_ONCE)
         self._owner = self._current_owner()
-        if not self.wrote:
+        if not self.wrote and not statement.startswith("SELECT"):  # the most frequent, sooner than by the expression
             self.wrote = WRITING.match(statement) is not None
         try:
             call(cursor, statement, *rest)

@@ -26,7 +26,7 @@ class Work:
         flushing: the thread or the task that flushes, or None.
         streams: the results that still read from the connection: those opened with ``yield_per`` or
             ``stream``, and on SQLite, whose cursors are lazy, those of Core.
-        begin_engines: the twins of engines that only this transaction knows; see `_begin`.
+        begin_engines: by engine, the twin by which this transaction has begun on it; see `_begin`.
     """
 
     __slots__ = (
@@ -42,7 +42,7 @@ class Work:
         self.saved: bool = False
         self.flushing: object = None
         self.streams: list[Result[Any]] = []
-        self.begin_engines: dict[tuple[Any, ...], Engine] = {}
+        self.begin_engines: dict[Engine, Engine] = {}
 
     @property
     def wrote(self) -> bool:

@@ -28,6 +28,7 @@ from session_plugin import (
     _watch,
     commit_on_success,
     manual,
+    read_only,
 )
 from session_plugin._drive import run
 from session_plugin._lifecycle import settle
@@ -366,6 +367,21 @@ def test_a_result_whose_rows_are_there_stays_readable(units: Units) -> None:
     results: list[Any] = []
     units.run(lambda session: results.append(session.execute(text("SELECT 42"))))
     assert results[0].scalar() == 42
+
+
+@on("postgresql+psycopg", "postgresql+asyncpg")
+def test_a_connection_that_failed_leaves_the_policy_open(units: Units) -> None:
+    """What could not be tried has begun nothing, and use() decides how the transaction begins after all."""
+    failed = fail_once(units.sync_engine, "do_connect")
+
+    def work(session: Session) -> Any:
+        with pytest.raises(BoomError):
+            session.execute(text("SELECT 1"))
+        units.db.use(read_only)
+        return session.scalar(text("SHOW transaction_read_only"))
+
+    assert units.run(work) == "on"
+    assert failed == ["do_connect"]
 
 
 class SessionWithExec(Session):

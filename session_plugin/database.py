@@ -41,7 +41,6 @@ class BaseDatabase(Access[S]):
     _named_engines: Mapping[str, Any]
 
     def _set_up(self, configuration: Configuration) -> None:
-        self.configuration: Configuration = configuration
         configuration = configuration.unfolded()
         if configuration.source is None or configuration.source == {}:
             raise ConfigurationError(

@@ -84,7 +84,7 @@ async def uncancelled(work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:
                     shields.enter_context(_anyio_shield())
                 if not task.cancelled():
                     cancelled = error
-                ended = loop.create_future()
+            ended = loop.create_future()  # also if it was told: a task factory's task may go on for a while
     if not isinstance(work, asyncio.Future):
         work.close()  # for that one
     if cancelled is not None:

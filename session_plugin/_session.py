@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
 from ._permits import take_permit
 from .current import depth
@@ -58,44 +58,6 @@ class ScopeSession(Session):
             work.flushing = outer
 
 
-class StatementSession(Session):
-    """Stands behind the user's session class, so that what that one hands to SQLAlchemy passes here too.
-
-    A ``do_orm_execute`` listener would see the same, but has SQLAlchemy prepare each ORM statement twice.
-    """
-
-    _session_scope: SessionScope[Any] | None = None
-
-    def execute(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        """As SQLAlchemy's; a result that will go on reading from the connection is noted."""
-        scope = self._session_scope
-        if scope is None:
-            return super().execute(statement, *args, **kwargs)
-        _check_statement(scope, statement)
-        scope.work.forget_opened_streams()
-        result = super().execute(statement, *args, **kwargs)
-        scope.work.note_result(result, lazy_cursor=scope.database._has_lazy_cursors)
-        return result
-
-    def scalars(self, *args: Any, **kwargs: Any) -> Any:
-        """As SQLAlchemy's, by way of our ``execute()``."""
-        return StatementSession.execute(self, *args, **kwargs).scalars()
-
-    def scalar(self, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        """As SQLAlchemy's, which closes the result."""
-        if self._session_scope is not None:
-            _check_statement(self._session_scope, statement)
-        return super().scalar(statement, *args, **kwargs)
-
-
-def _check_statement(scope: SessionScope[Any], statement: Any) -> None:
-    if scope.closed:
-        raise ScopeClosedError(scope.closed_message)
-    scope.work.check_alone()
-    if scope.policy.read_only and getattr(statement, "is_dml", False):
-        raise _read_only(scope, "the statement is an INSERT, UPDATE or DELETE")
-
-
 def has_changes(session: Session) -> bool:
     """True if a flush may have something to write; no attribute, which would hide one of the user's session class."""
     return bool(session.new or (session.identity_map and (session.dirty or session.deleted)))
@@ -103,9 +65,7 @@ def has_changes(session: Session) -> bool:
 
 def scope_session_class(session_class: type[Session]) -> type[Session]:
     """The subclass of ``session_class`` whose sessions know their scope."""
-    inner = () if session_class is Session else (session_class,)
-    bases = (ScopeSession, *inner, StatementSession)
-    return type(session_class.__name__, bases, {"__module__": session_class.__module__})
+    return type(session_class.__name__, (ScopeSession, session_class), {"__module__": session_class.__module__})
 
 
 @event.listens_for(ScopeSession, "after_transaction_create", insert=True)  # a listener before it may raise
@@ -144,6 +104,25 @@ def _read_only(scope: SessionScope[Any], what: str) -> ReadOnlyError:
         f"The policy {scope.policy.name} does not write, and this session would have: {what}. Choose another policy "
         "with db.use() or @db.policy, or do without."
     )
+
+
+@event.listens_for(ScopeSession, "do_orm_execute")
+def _before_statement(state: ORMExecuteState) -> Any:
+    scope: SessionScope[Any] | None = getattr(state.session, "_session_scope", None)
+    if scope is None:
+        return None
+    if scope.closed:
+        raise ScopeClosedError(scope.closed_message)
+    scope.work.check_alone()
+    if scope.policy.read_only and (state.is_insert or state.is_update or state.is_delete):
+        raise _read_only(scope, "the statement is an INSERT, UPDATE or DELETE")
+    options, database = state.execution_options, scope.database
+    streams = options.get("stream_results", database._streams_results) or options.get("yield_per")
+    if streams or (database._has_lazy_cursors and not state.is_orm_statement):
+        result = state.invoke_statement()
+        scope.work.keep_stream(result)
+        return result
+    return None
 
 
 @event.listens_for(ScopeSession, "after_commit", insert=True)

@@ -56,7 +56,7 @@ class Watch:
 
     __slots__ = (
         "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_options", "_owner", "commit_sent", "doomed",
-        "error", "opened_stream", "wrote",
+        "error", "wrote",
     )  # fmt: skip
 
     def __init__(self, connection: Connection) -> None:
@@ -64,7 +64,6 @@ class Watch:
         self.doomed: str | None = None
         self.error: BaseException | None = None
         self.wrote = False
-        self.opened_stream = False
         self._info = connection.info
         self._dialect = connection.dialect
         self._options = connection.get_execution_options()
@@ -222,8 +221,6 @@ def _watched_execute(context: ExecutionContext, call: Callable[..., None], *argu
     watch = watch_of(pooled)
     if watch is None:
         return None
-    if context.execution_options.get("stream_results"):  # as yield_per says too
-        watch.opened_stream = True
     watch.execute(pooled, call, *arguments)
     return True
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.engine import CursorResult, Result
+from sqlalchemy.engine import Result
 from sqlalchemy.orm import SessionTransaction
 
 from ._watch import TWO_AT_ONCE, Watch
@@ -25,7 +25,7 @@ class Work:
         saved: True if a transaction has committed what it wrote since a settling last looked.
         flushing: the thread or the task that flushes, or None.
         streams: the results that still read from the connection: those opened with ``yield_per`` or
-            ``stream``, and on SQLite, whose cursors are lazy, those of Core.
+            ``stream``, also for the whole engine, and on SQLite, whose cursors are lazy, those of Core.
         begin_engines: by engine, the twin by which this transaction has begun on it; see `_begin`.
     """
 
@@ -107,21 +107,7 @@ class Work:
             raise ConcurrentUseError(TWO_AT_ONCE)
         return outer
 
-    def forget_opened_streams(self) -> None:
-        """Before a statement of the session: what its connection was asked for directly is its caller's to close."""
-        for watch in self._watches.values():
-            watch.opened_stream = False
-
-    def note_result(self, result: Result[Any], *, lazy_cursor: bool) -> None:
-        """Keep ``result`` if it goes on reading from the connection; ``lazy_cursor`` says that any of Core does."""
-        if lazy_cursor and isinstance(result, CursorResult):
-            self._keep_stream(result)
-            return
-        for watch in self._watches.values():
-            if watch.opened_stream:
-                self._keep_stream(result)
-
-    def _keep_stream(self, result: Result[Any]) -> None:
+    def keep_stream(self, result: Result[Any]) -> None:
         """Close ``result`` with the transaction, unless it is read to its end before."""
         if len(self.streams) >= MANY_STREAMS:
             self.streams = [stream for stream in self.streams if _is_open(stream)]
@@ -165,5 +151,6 @@ def _current_task() -> asyncio.Task[Any] | None:
 
 
 def _is_open(result: Any) -> bool:
-    """False once a result was read to its end; a Core one tells by its cursor."""
-    return not result.closed and getattr(result, "cursor", result) is not None
+    """False once a result was read to its end, as that of Core tells by its cursor; one of the ORM has that inside."""
+    core_result = getattr(result, "raw", result)
+    return not result.closed and getattr(core_result, "cursor", core_result) is not None

@@ -69,6 +69,9 @@ class BaseDatabase(Access[S]):
         self._has_lazy_cursors: bool = not self.is_async and any(
             engine.dialect.name == "sqlite" for engine in self._known_engines
         )
+        self._streams_results: bool = any(
+            engine.get_execution_options().get("stream_results") for engine in self._known_engines
+        )
         if self.binds:
             session_options["binds"] = self.binds
         self._maker = self._make_maker(session_class, self._named_engines.get(DEFAULT), session_options)

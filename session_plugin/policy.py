@@ -75,7 +75,9 @@ class Outcome:
 
         Those without an error are kept, as making a frozen one takes longer than all else that a decision needs.
         """
-        return _answered(status, method) if error is None else cls(status, error, method)
+        if error is None and type(status) is int:  # a number of another type may be equal, and is not the same
+            return _answered(status, method)
+        return cls(status, error, method)
 
     @classmethod
     def raised(cls, error: BaseException, *, method: str | None = None) -> Outcome:
@@ -90,7 +92,7 @@ class Outcome:
 
 
 @lru_cache
-def _answered(status: int | None, method: str | None) -> Outcome:
+def _answered(status: int, method: str | None) -> Outcome:
     return Outcome(status, method=method)
 
 
@@ -160,12 +162,12 @@ def response_status(error: BaseException) -> int | None:
 def _commit_unless_failed(outcome: Outcome) -> Decision:
     if failure := outcome.failed:
         return Decision(False, failure)
-    return _success(outcome.status)
+    return _commit("success" if outcome.status is None else f"status {outcome.status}")
 
 
 @lru_cache
-def _success(status: int | None) -> Decision:
-    return Decision(True, "success" if status is None else f"status {status}")
+def _commit(reason: str) -> Decision:
+    return Decision(True, reason)
 
 
 def _never_commit(outcome: Outcome) -> Decision:

@@ -178,6 +178,28 @@ def test_without_a_cancellation() -> None:
         asyncio.run(scenario(Oops()))
 
 
+def test_a_task_that_goes_on_after_the_work() -> None:
+    """As a task factory's may, that tells a tracer of each task: it is waited for, and the loop turns meanwhile."""
+
+    async def work() -> int:
+        return 42
+
+    def factory(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+        async def traced() -> Any:
+            try:
+                return await coroutine
+            finally:
+                await asyncio.sleep(0)
+
+        return asyncio.Task(traced(), loop=loop, **options)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(factory)
+        assert await uncancelled(work()) == 42
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("caller_too", [False, True])
 def test_work_that_is_itself_cancelled(caller_too: bool) -> None:
     """A loop that ends cancels every task, the work's own included: no endless wait, a cancellation comes out."""

@@ -13,9 +13,9 @@ from typing import Any
 from weakref import ref
 
 import pytest
-from sqlalchemy import create_engine, event, select, text
+from sqlalchemy import create_engine, event, literal, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, ProgrammingError, ResourceClosedError
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
 from session_plugin import (
     AsyncDatabase,
@@ -38,6 +38,7 @@ from session_plugin._work import MANY_STREAMS
 
 from .drivers import ASYNC, POSTGRESQL, SYNC
 from .harness import POOL, Base, Child, Parent, add, add_orphan, insert
+from .servers import PostgreSQL
 from .units import Units, on
 
 
@@ -384,14 +385,27 @@ def test_a_connection_that_failed_leaves_the_policy_open(units: Units) -> None:
     assert failed == ["do_connect"]
 
 
-class SessionWithExec(Session):
-    """Like SQLModel's: a method of its own beside ``execute()``, and one that is overridden."""
+class OwnSession(Session):
+    """Like SQLModel's, a method of its own beside ``execute()``; and methods that call SQLAlchemy's by their class."""
 
     def exec(self, statement: Any) -> Any:
         return super().execute(statement)
 
     def execute(self, *args: Any, **kwargs: Any) -> Any:
-        return super().execute(*args, **kwargs)
+        return Session.execute(self, *args, **kwargs)
+
+
+class CountingSession(OwnSession):
+    """A listener that makes a statement of its own after each."""
+
+
+@event.listens_for(CountingSession, "do_orm_execute")
+def count_after(state: ORMExecuteState) -> Any:
+    if state.execution_options.get("counts"):
+        return None
+    result = state.invoke_statement()
+    state.session.execute(text("SELECT 1"), execution_options={"counts": True})
+    return result
 
 
 STREAMS: dict[str, Callable[[Any], Any]] = {
@@ -404,10 +418,13 @@ STREAMS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("url", ["sqlite", "postgresql"])
 @pytest.mark.parametrize("way", STREAMS)
-def test_a_stream_is_closed_whichever_way_it_was_opened(way: str, url: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("class_", [OwnSession, CountingSession])
+def test_a_stream_is_closed_whichever_way_it_was_opened(
+    class_: type[Session], way: str, url: str, request: pytest.FixtureRequest
+) -> None:
     """With its transaction; a session class of the user's may hand the statement to SQLAlchemy itself."""
     source = "sqlite://" if url == "sqlite" else request.getfixturevalue("postgresql").url("psycopg")
-    db = Database(source, class_=SessionWithExec, metadata=Base.metadata)
+    db = Database(source, class_=class_, metadata=Base.metadata)
     db.create_all()
     with db.session_scope() as session:
         session.add_all(Parent(name=f"row {number:02}") for number in range(50))
@@ -421,25 +438,48 @@ def test_a_stream_is_closed_whichever_way_it_was_opened(way: str, url: str, requ
     db.dispose()
 
 
-@on("postgresql+psycopg")
-def test_a_stream_of_a_connection_is_its_callers_to_close(units: Units) -> None:
-    """It makes no stream of what the session asks for next, whose rows are there and stay readable."""
-    results: list[Any] = []
+def test_a_stream_of_an_engine_that_streams_everything_is_closed(postgresql: PostgreSQL) -> None:
+    """Unless the statement says that it is none."""
+    db = Database(postgresql.url("psycopg"), execution_options={"stream_results": True})
+    numbers = text("SELECT * FROM generate_series(1, 3000)")
+    scope = SessionScope(db, origin="test")
+    stream = scope.session.execute(numbers)
+    rows = scope.session.execute(numbers, execution_options={"stream_results": False})
+    stream.fetchone()
+    scope.settle(Outcome())
+    assert len(rows.all()) == 3000
+    with pytest.raises(ResourceClosedError):
+        stream.all()
+    scope.close()
+    db.dispose()
 
-    def work(session: Session) -> None:
-        with session.connection().execute(text("SELECT 1"), execution_options={"yield_per": 5}):
-            results.append(session.execute(text("SELECT 42")))
 
-    units.run(work)
-    assert results[0].scalar() == 42
+def test_what_a_listener_makes_of_an_unread_result_is_closed() -> None:
+    """On SQLite, whose cursors are lazy: the view of its rows that the session hands out, and what stands behind it."""
+
+    class MappingSession(Session):
+        pass
+
+    event.listen(MappingSession, "do_orm_execute", lambda state: state.invoke_statement().mappings())
+    db = Database("sqlite://", class_=MappingSession)
+    scope = SessionScope(db, origin="test")
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000) SELECT i FROM n"
+    unread = scope.session.execute(text(numbers))
+    scope.settle(Outcome())
+    with pytest.raises(ResourceClosedError):
+        list(unread)
+    scope.close()
+    db.dispose()
 
 
 def test_results_that_were_read_are_not_kept() -> None:
     """However many statements a unit of work makes."""
-    db = Database("sqlite://")
+    db = Database("sqlite://", metadata=Base.metadata)
+    db.create_all()
     with db.session_scope() as session:
         for _ in range(3 * MANY_STREAMS):
             session.execute(text("SELECT 1")).all()
+            session.execute(select(literal(1)).select_from(Parent).execution_options(yield_per=5)).all()
         assert len(db.scope.work.streams) <= MANY_STREAMS
     db.dispose()
 

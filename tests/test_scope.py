@@ -12,6 +12,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, fields
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -1248,6 +1249,14 @@ def test_two_threads_at_once_are_refused_on_two_engines_too() -> None:
             answer.set()
         assert waiting.result()
     db.dispose()
+
+
+@pytest.mark.parametrize("statuses", [(HTTPStatus.CREATED, 201), (202, HTTPStatus.ACCEPTED)])
+def test_an_outcome_has_the_status_that_was_given(statuses: tuple[int, int]) -> None:
+    """Not an equal one, which another request was answered by."""
+    for status in statuses:
+        assert Outcome.answered(status, None, "GET").status is status
+        assert commit_on_success.decide(Outcome(status)).reason == f"status {status}"
 
 
 def test_who_was_refused_to_flush_is_refused_again() -> None:

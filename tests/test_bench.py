@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import isolation
+from bench import instructions, isolation
 from bench.contenders import CONTENDERS, FLOOR, Contender
 from bench.drive import Running
 from bench.goals import Goal, judged
@@ -20,6 +21,7 @@ from bench.parts import PARTS
 from bench.proxy import Proxy
 from bench.shop import fill_database
 
+from .conftest import skip_missing
 from .servers import PostgreSQL
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +68,21 @@ def test_the_command_measures_every_part(postgresql: PostgreSQL, tmp_path: Path)
 def test_isolation_is_measured_beside_other_ways(postgresql: PostgreSQL, tmp_path: Path) -> None:
     for url in (f"sqlite:///{tmp_path}/test.db", postgresql.url("psycopg")):
         assert len(isolation.measured(url, rounds=2)) == 7
+
+
+def test_instructions_are_counted(tmp_path: Path) -> None:
+    """Those of a process and, where Python tells of them, of each function of ours with those that it calls."""
+    if shutil.which("valgrind") is None:
+        skip_missing("valgrind")
+    script = tmp_path / "session_plugin" / "work.py"
+    script.parent.mkdir()
+    script.write_text("def inner():\n    sum(range(100_000))\ndef outer():\n    inner()\n    inner()\nouter()\n")
+    told = sys.version_info >= (3, 12)
+    count = instructions.Count([str(script)], functions=told)
+    assert count.total > 200_000
+    names = ["<module>", "inner", "outer"] if told else []
+    assert sorted(count.functions) == [f"{name} (session_plugin/work.py)" for name in names]
+    assert all(200_000 < counted < count.total for counted in count.functions.values())
 
 
 def test_the_proxy_counts_round_trips(postgresql: PostgreSQL, database: str) -> None:

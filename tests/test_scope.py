@@ -20,7 +20,7 @@ from weakref import ref
 import pytest
 import sqlalchemy
 from sqlalchemy import create_engine, event, inspect, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from sqlalchemy.util import await_only
@@ -473,10 +473,19 @@ def test_read_only_refuses_statements_that_write(units: Units, statement: Any) -
 
     def work(session: Session) -> None:
         units.db.use(read_only)
-        with pytest.raises(ReadOnlyError):
-            session.execute(statement)
+        for send in (session.execute, session.scalars, session.scalar):
+            with pytest.raises(ReadOnlyError):
+                send(statement)
 
     units.run(work)
+
+
+def test_what_is_no_statement_is_sqlalchemys_to_refuse() -> None:
+    """Whether it would write is not known, and its error says what to do."""
+    db = Database("sqlite://", policy=read_only)
+    with db.session_scope() as session, pytest.raises(ArgumentError, match=r"text\("):
+        session.execute("SELECT 1")  # type: ignore[call-overload]
+    db.dispose()
 
 
 def test_read_only_is_enforced_by_the_database(units: Units) -> None:

@@ -1402,6 +1402,35 @@ with db.session_scope() as session:
     assert run.stdout == "1\n"
 
 
+@pytest.mark.parametrize("name", ["after_commit", "after_transaction_end"])
+def test_listeners_from_before_the_import_hide_no_commit(name: str) -> None:
+    """What one raises once all is durable is no error of the block, whose hooks run."""
+    program = f"""
+from sqlalchemy import event, text
+from sqlalchemy.orm import Session
+
+failures = [ValueError()]
+
+@event.listens_for(Session, "{name}")
+def fail_once(session, *ended):
+    if failures:
+        raise failures.pop()
+
+from session_plugin import Database
+from tests.harness import Base, count
+
+db = Database("sqlite://", metadata=Base.metadata)
+db.create_all()
+with db.session_scope() as session:
+    session.execute(text("INSERT INTO parent (name) VALUES ('tea')"))
+    db.on_commit(print, "committed")
+with db.session_scope() as session:
+    print(count(session))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "committed\n1\n"
+
+
 @on(*SYNC)
 def test_a_doom_before_the_session(units: Units) -> None:
     scope: Any = SessionScope(units.db, origin="test")

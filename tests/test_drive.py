@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Generator
+from inspect import CORO_CLOSED, getcoroutinestate
 from typing import Any
 
 import anyio
@@ -202,7 +203,7 @@ def test_a_task_that_goes_on_after_the_work() -> None:
 
 @pytest.mark.parametrize("caller_too", [False, True])
 def test_work_that_is_itself_cancelled(caller_too: bool) -> None:
-    """A loop that ends cancels every task, the work's own included: no endless wait, a cancellation comes out."""
+    """A loop that ends cancels every task, the work's own too: no endless wait, and the first of them comes out."""
 
     async def scenario() -> None:
         work = Work()
@@ -210,11 +211,44 @@ def test_work_that_is_itself_cancelled(caller_too: bool) -> None:
         await work.begun.wait()
         [inner] = asyncio.all_tasks() - {task, asyncio.current_task()}
         if caller_too:
-            task.cancel()
+            task.cancel("the caller")
         await asyncio.sleep(0)
-        inner.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(asyncio.shield(task), 5)
-        assert task.cancelled()
+        inner.cancel("the work")
+        await asyncio.wait([task], timeout=5)
+        with pytest.raises(asyncio.CancelledError, match="the caller" if caller_too else "the work"):
+            task.result()
 
     asyncio.run(scenario())
+
+
+def test_work_that_is_cancelled_before_it_begins() -> None:
+    """It is closed, and nobody is warned that it was never awaited."""
+
+    async def scenario() -> None:
+        work = Work()()
+        task = asyncio.create_task(uncancelled(work))
+        await asyncio.sleep(0)
+        [inner] = asyncio.all_tasks() - {task, asyncio.current_task()}
+        inner.cancel()
+        await asyncio.wait([task], timeout=5)
+        assert task.cancelled()
+        assert getcoroutinestate(work) == CORO_CLOSED
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_is_told_in_the_turn_in_which_the_work_ends() -> None:
+    """A request's answer waits for no further turn of a busy event loop."""
+    turns: list[str] = []
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, turns.append, "the turn after")
+
+    async def scenario() -> None:
+        await uncancelled(work())
+        turns.append("told")
+        await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+    assert turns == ["told", "the turn after"]

@@ -598,6 +598,18 @@ def test_isolation_level_of_a_policy(units: Units) -> None:
     assert levels == ["serializable", "read committed"]
 
 
+def test_transactions_that_begin_alike_share_their_twin_of_the_engine() -> None:
+    """Which is made for the first of them."""
+    db, made = Database("sqlite://"), []
+    event.listen(db.engine, "set_engine_execution_options", lambda engine, options: made.append(options))
+    for policy in (commit_on_success, manual, read_only, read_only):
+        with db.session_scope() as session:
+            db.use(policy)
+            session.connection()
+    assert len(made) == 2
+    db.dispose()
+
+
 @pytest.mark.parametrize("connected", [True, False])
 def test_a_doomed_scope_refuses_an_explicit_commit(units: Units, connected: bool) -> None:
     """It rolls back, whatever happens, and whenever it takes its connection."""

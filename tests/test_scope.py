@@ -301,6 +301,21 @@ def test_an_aborted_transaction_does_not_commit(units: Units) -> None:
     assert units.store.names() == []
 
 
+@on(*POSTGRESQL)
+def test_an_error_among_the_rows_of_a_stream_is_no_phantom(units: Units) -> None:
+    """It is raised long after its statement was executed."""
+
+    def work(session: Session) -> None:
+        insert("lost")(session)
+        rows = session.execute(text("SELECT 1 / (99 - n) FROM generate_series(1, 99) n").execution_options(yield_per=5))
+        with pytest.raises(Exception, match="division by zero"):  # asyncpg's is its own
+            rows.all()
+
+    with pytest.raises(TransactionAbortedError):
+        units.run(work)
+    assert units.store.names() == []
+
+
 @on("postgresql+psycopg")
 def test_plain_sqlalchemy_commits_a_phantom(units: Units) -> None:
     """What the test before this one guards against: commit() returns, and nothing is saved."""

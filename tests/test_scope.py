@@ -1287,6 +1287,16 @@ def test_two_threads_at_once_are_refused_on_two_engines_too() -> None:
     db.dispose()
 
 
+def test_nobody_is_a_sibling_of_itself() -> None:
+    """What a statement calls in its own thread, such as a function of SQLite, has nobody to wait for."""
+    db = Database("sqlite://")
+    with db.session_scope() as session:
+        connection: Any = session.connection().connection.driver_connection
+        connection.create_function("is_busy", 0, lambda: db.scope.work.busy)
+        assert not session.scalar(text("SELECT is_busy()"))
+    db.dispose()
+
+
 @pytest.mark.parametrize("statuses", [(HTTPStatus.CREATED, 201), (202, HTTPStatus.ACCEPTED)])
 def test_an_outcome_has_the_status_that_was_given(statuses: tuple[int, int]) -> None:
     """Not an equal one, which another request was answered by."""

@@ -1201,6 +1201,17 @@ def test_a_statement_is_watched_however_it_is_sent(units: Units, how: str) -> No
     assert units.store.names() == []
 
 
+def test_a_statement_that_reads_takes_no_writing_back() -> None:
+    """Whichever way it begins."""
+    db = Database("sqlite://", metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        session.execute(text("INSERT INTO parent (name) VALUES ('tea')"))
+        session.execute(text("WITH one AS (SELECT 1) SELECT * FROM one"))
+        assert db.scope.wrote
+    db.dispose()
+
+
 def test_engines_of_one_dialect_are_watched_once(tmp_path: Path) -> None:
     engine = create_engine(f"sqlite:///{tmp_path / 'test.db'}")
     Database(engine)

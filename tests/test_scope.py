@@ -239,6 +239,18 @@ def test_an_inherited_scope_is_not_joined_after_its_end() -> None:
     asyncio.run(main())
 
 
+def test_a_closed_scope_is_around_nobody_who_opens_the_next() -> None:
+    """A task that has inherited it works in what is open further out, and keeps nothing of the closed one."""
+    db = Database("sqlite://")
+    outer = SessionScope(db, origin="outer")
+    with outer.entered():
+        closed = SessionScope(db, origin="closed")
+        closed.close()
+        with closed.entered():
+            assert SessionScope(db, origin="next").outer is outer
+    db.dispose()
+
+
 @on(*SYNC)  # SQLAlchemy itself cannot give back the connection of an async session that is collected
 def test_a_swallowed_error_does_not_keep_a_scope_that_is_never_closed(units: Units) -> None:
     """Its connection comes back, and it warns: the traceback of the error does not hold on to the session."""
@@ -566,10 +578,10 @@ def test_a_rollback_that_discards_nothing_keeps_what_is_loaded(autobegin: bool, 
 
 
 def test_what_a_unit_of_work_loaded_can_go_into_the_next(units: Units) -> None:
-    """It belongs to no session any more."""
+    """It belongs to no session any more, even where something still holds that one."""
     units.run(insert("tea"))
     loaded: list[Any] = []
-    units.run(lambda session: loaded.append(session.scalar(select(Parent))))
+    units.run(lambda session: loaded.extend([session.scalar(select(Parent)), session]))
 
     def rename(session: Session) -> None:
         session.add(loaded[0])
@@ -1395,6 +1407,20 @@ def test_nobody_begins_while_an_unused_session_is_let_go(units: Units) -> None:
     scope.permit_held = begin
     scope.close()
     assert len(refused) == 1
+
+
+def test_a_permit_is_back_when_its_scope_is_closed_unsettled() -> None:
+    """After the connection, and with it the session is let go."""
+    db = Database("sqlite://")
+    scope: Any = SessionScope(db, origin="test")
+    scope.session.connection()
+    held: list[int] = []
+    scope.permit_held = lambda: held.append(db.engine.pool.checkedout())  # type: ignore[attr-defined]
+    scope.close()
+    assert held == [0]
+    with pytest.raises(ScopeClosedError):
+        _ = scope.session
+    db.dispose()
 
 
 def test_a_transaction_counts_though_a_listener_before_ours_hid_its_beginning() -> None:

@@ -9,13 +9,22 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from weakref import ref
 
 import pytest
 from sqlalchemy import create_engine, event, literal, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, ProgrammingError, ResourceClosedError
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    OperationalError,
+    PendingRollbackError,
+    ProgrammingError,
+    ResourceClosedError,
+)
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
+from sqlalchemy.pool import NullPool
 
 from session_plugin import (
     AsyncDatabase,
@@ -632,14 +641,23 @@ def test_a_listener_that_replaces_the_error_hides_no_aborted_transaction(units: 
     assert units.store.names() == []
 
 
-def test_an_error_on_an_invalidated_connection_stays_itself() -> None:
+@pytest.mark.parametrize("end", ["invalidate", "close"])
+def test_an_error_on_a_connection_that_has_ended_stays_itself(end: str) -> None:
     """To look at such a connection would be an error of its own."""
-    db = Database("sqlite://")
+    db = Database("sqlite://", poolclass=NullPool)
     with db.engine.connect() as connection:
         result = connection.execute(text("SELECT 1"))
-        connection.invalidate()
+        getattr(connection, end)()
         with pytest.raises(ProgrammingError, match="closed database"):
             result.all()
+    db.dispose()
+
+
+def test_an_error_of_connecting_stays_itself(tmp_path: Path) -> None:
+    """There is no connection yet to look at."""
+    db = Database(f"sqlite:///{tmp_path / 'nowhere' / 'shop.db'}")
+    with pytest.raises(OperationalError, match="unable to open"), db.session_scope() as session:
+        session.connection()
     db.dispose()
 
 

@@ -1253,6 +1253,36 @@ def test_nothing_joins_a_scope_that_had_nothing_to_settle() -> None:
     db.dispose()
 
 
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_what_was_ended_by_hand_is_nothing_to_settle(end: str) -> None:
+    """Until the next statement."""
+    db = Database("sqlite://")
+    scope = SessionScope(db, origin="test")
+    for _ in range(2):
+        scope.session.execute(text("SELECT 1"))
+        assert scope.active
+        getattr(scope.session, end)()
+        assert not scope.active
+    scope.close()
+    db.dispose()
+
+
+@pytest.mark.parametrize(
+    ("statement", "status", "saved"),
+    [("SELECT 1", 200, False), ("DELETE FROM parent", 200, True), ("DELETE FROM parent", 404, False)],
+)
+def test_a_scope_has_saved_what_a_settling_committed(statement: str, status: int, saved: bool) -> None:
+    """Then no answer may say that nothing was; to read is to save nothing."""
+    db = Database("sqlite://", metadata=Base.metadata)
+    db.create_all()
+    scope = SessionScope(db, origin="test")
+    scope.session.execute(text(statement))
+    scope.settle(Outcome(status))
+    assert scope.saved is saved
+    scope.close()
+    db.dispose()
+
+
 @pytest.mark.parametrize("change", ["new", "dirty", "deleted"])
 def test_a_flush_beside_a_task_that_takes_the_connection_is_refused_before_it_begins(change: str) -> None:
     """Its failure would end the transaction that the other task is in; a flush of nothing needs no connection."""

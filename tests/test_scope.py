@@ -1358,6 +1358,13 @@ def test_an_outcome_has_the_status_that_was_given(statuses: tuple[int, int]) -> 
         assert commit_on_success.decide(Outcome(status)).reason == f"status {status}"
 
 
+def test_requests_that_end_alike_share_their_outcome_and_its_decision() -> None:
+    """Both are frozen, and to make them takes longer than all else that a decision needs."""
+    first, second = (Outcome.answered(200, None, "GET") for _ in range(2))
+    assert first is second
+    assert commit_on_success.decide(first) is commit_on_success.decide(second)
+
+
 def test_who_was_refused_to_flush_is_refused_again() -> None:
     """For as long as the other one flushes."""
     work = Work()

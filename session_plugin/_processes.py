@@ -16,7 +16,7 @@ databases: WeakSet[BaseDatabase[Any]] = WeakSet()
 """All that are alive."""
 scopes_with_session: WeakSet[SessionScope[Any]] = WeakSet()
 _inherited: list[Any] = []
-"""The sessions of the parent process: if they were collected, a ROLLBACK would go out on the parent's sockets."""
+"""The sessions and connections of the parent process: collecting them would send something on the parent's sockets."""
 
 
 def forget_open_scopes() -> None:

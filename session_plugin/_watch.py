@@ -26,7 +26,7 @@ from sqlalchemy.util import await_only
 
 from . import _mysql
 from ._autocommit import is_autocommit
-from .exceptions import ConcurrentUseError, SessionPluginError, TransactionAbortedError
+from .exceptions import ConcurrentUseError, ScopeClosedError, SessionPluginError, TransactionAbortedError
 
 KEY = "session_plugin.watch"
 GOES_ON = ("sqlite", *_mysql.NAMES)
@@ -56,13 +56,14 @@ class Watch:
 
     __slots__ = (
         "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_options", "_owner", "commit_sent", "doomed",
-        "error", "wrote",
+        "error", "inherited", "wrote",
     )  # fmt: skip
 
     def __init__(self, connection: Connection) -> None:
         self.commit_sent = False
         self.doomed: str | None = None
         self.error: BaseException | None = None
+        self.inherited = False
         self.wrote = False
         self._info = connection.info
         self._dialect = connection.dialect
@@ -93,6 +94,7 @@ class Watch:
             ConcurrentUseError: another statement is under way.
             TransactionAbortedError: it would be the first one after a lost transaction.
         """
+        self._check_own()
         if self.error is not None and self._dialect.name in GOES_ON:
             self.check_alive(pooled)
         if not self._lock.acquire(blocking=False):
@@ -107,6 +109,13 @@ class Watch:
             raise
         finally:
             self._lock.release()
+
+    def _check_own(self) -> None:
+        if self.inherited:
+            raise ScopeClosedError(
+                "This session is that of the parent process, which goes on with its transaction: nothing was sent on "
+                "its connection. Open a session_scope() here."
+            )
 
     def check_alone(self) -> None:
         """Raise `ConcurrentUseError` if a statement of another thread or task is under way."""
@@ -140,6 +149,7 @@ class Watch:
 
     def check_can_commit(self, pooled: PoolProxiedConnection) -> None:
         """Raise what forbids a COMMIT, an explicit one too."""
+        self._check_own()
         if self.doomed is not None:
             raise TransactionAbortedError(
                 f"This unit of work is doomed ({self.doomed}): it rolls back, whatever happens. What must be "
@@ -248,11 +258,16 @@ def _checked(save: Callable[..., None]) -> Callable[..., None]:
 
 
 def _alone(rollback: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolProxiedConnection], None]:
-    """``rollback``, once no sibling's statement is under way; if that takes too long, the connection is discarded."""
+    """``rollback``, once no sibling's statement is under way; if that takes too long, the connection is discarded.
+
+    On a connection of the parent process nothing is sent.
+    """
 
     @wraps(rollback)
     def alone(pooled: PoolProxiedConnection) -> None:
         watch = watch_of(pooled)
+        if watch is not None and watch.inherited:
+            return
         if watch is not None and watch.busy:
             watch.wait_alone()
             if watch.busy:

@@ -132,6 +132,12 @@ class Work:
                 "together need twophase=True."
             )
 
+    def abandon(self) -> list[Any]:
+        """Send nothing more on the connections, which another process goes on with; answer the driver's own."""
+        for watch in self._watches.values():
+            watch.inherited = True
+        return [connection.connection.dbapi_connection for connection in self._watches if not connection.invalidated]
+
     def ended(self, *, committed: bool) -> None:
         """The transaction is over and its connections are back in their pools."""
         self.saved = self.saved or (committed and self.wrote)

@@ -211,13 +211,13 @@ class SessionScope(Generic[S]):
                 self.doom(f"{type(error).__name__} left a session_scope() inside it")
             raise
 
-    def abandon(self) -> S | None:
-        """End the scope and answer its session, untouched: another process goes on with it."""
+    def abandon(self) -> tuple[S | None, list[Any]]:
+        """End the scope and answer its session and what that one holds, untouched: another process goes on with it."""
         session, self._session = self._session, None
+        held = self.work.abandon() if self.has_session else []
         self.has_session = self.in_transaction = False
         self.settled = self.closed = True
-        self.work = Work()
-        return session
+        return session, held
 
     def settle_idle(self) -> bool:
         """Settle, if there is nothing to end: then neither an `Outcome` nor anything else is to be made."""

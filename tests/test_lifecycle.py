@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -787,6 +788,42 @@ def test_a_fork_in_an_open_scope_leaves_it_to_the_parent(postgresql: Any, begun:
             insert("parent")(session)
     with db.session_scope() as session:
         assert sorted(session.scalars(text("SELECT name FROM parent"))) == ["child", "parent"]
+    db.dispose()
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_forked_child_does_nothing_with_the_session_of_its_parent(
+    postgresql: PostgreSQL, driver: str, saves: bool
+) -> None:
+    """Neither a COMMIT nor a ROLLBACK of the child goes out on the parent's connection, nor does its end."""
+    db = Database(postgresql.url(driver), metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        insert("parent")(session)
+        connection = session.connection()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                for call in (partial(connection.execute, text("DELETE FROM parent")), session.commit):
+                    with pytest.raises(ScopeClosedError, match="of the parent process"):
+                        call()
+                session.rollback()
+                session.close()
+                del session, connection, call
+                gc.collect()
+                db.dispose()
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        with db.session_scope(new=True) as other:
+            assert other.get(Parent, "parent") is None
+        if not saves:
+            db.doom()
+    with db.session_scope() as session:
+        assert session.scalars(text("SELECT name FROM parent")).all() == ["parent"] * saves
     db.dispose()
 
 

@@ -833,11 +833,14 @@ def test_an_abandoned_scope_says_nothing_to_the_database() -> None:
     db.create_all()
     with db.session_scope() as session:
         insert("lost")(session)
+        connection = session.connection()
         forget_open_scopes()
         assert db.scope.closed
         assert session.in_transaction()
         with pytest.raises(ScopeClosedError):
             session.execute(text("SELECT 1"))
+        with pytest.raises(ScopeClosedError, match="of the parent process"):
+            connection.execute(text("SELECT 1"))
     assert session.in_transaction()
     session.rollback()
     session.close()

@@ -136,7 +136,11 @@ class Work:
         """Send nothing more on the connections, which another process goes on with; answer the driver's own."""
         for watch in self._watches.values():
             watch.inherited = True
-        return [connection.connection.dbapi_connection for connection in self._watches if not connection.invalidated]
+        return [
+            connection.connection.dbapi_connection
+            for connection in self._watches
+            if not (connection.closed or connection.invalidated)
+        ]
 
     def ended(self, *, committed: bool) -> None:
         """The transaction is over and its connections are back in their pools."""

@@ -847,6 +847,17 @@ def test_an_abandoned_scope_says_nothing_to_the_database() -> None:
     db.dispose()
 
 
+def test_a_fork_beside_a_connection_that_was_closed_by_hand() -> None:
+    """It is nobody's any more, and keeps the child from forgetting none of the others."""
+    db = Database("sqlite://")
+    with db.session_scope(new=True) as session:
+        session.connection().close()
+        forget_open_scopes()
+        assert db.scope.closed
+    session.close()
+    db.dispose()
+
+
 def test_a_generator_that_is_not_read_to_its_end_dooms_nothing(units: Units) -> None:
     """And what it leaves behind as the current scope is passed over while one further out is open."""
     if units.is_async:

@@ -9,10 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.servers import NotInstalled, PostgreSQL
-
 from .contenders import CONTENDERS, KINDS
-from .machine import description
+from .machine import description, postgresql
 from .parts import PARTS, SIZES, Run
 from .plot import save_plot
 from .report import page
@@ -21,11 +19,7 @@ from .shop import fill_database
 
 def main() -> None:
     options = _options()
-    try:
-        server = PostgreSQL()
-    except NotInstalled as error:
-        sys.exit(f"{error} is not installed, and SESSION_PLUGIN_TEST_POSTGRESQL names no server.")
-    try:
+    with postgresql() as server:
         database = server.new_database()
         url = server.url("psycopg", database)
         fill_database(url)
@@ -39,8 +33,6 @@ def main() -> None:
             results[part] = PARTS[part](run)
             print(f"{part}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         server.drop(database)
-    finally:
-        server.stop()
     save(results, options.output, options.size)
 
 

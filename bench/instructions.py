@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.servers import NotInstalled, PostgreSQL
-
 from .contenders import CONTENDERS, KINDS, by_key, of_kind
 from .drive import Running
+from .machine import postgresql
 from .parts import DRIVERS
 from .shop import ENDPOINTS, fill_database
 
@@ -61,7 +60,7 @@ class Count:
                 raise RuntimeError(f"callgrind failed:\n{told}")
             self.total = int(collected[1])
             self.functions: Counter[str] = Counter()
-            addresses = Path(tempfile.gettempdir(), f"perf-{process.pid}.map")
+            addresses = Path("/tmp", f"perf-{process.pid}.map")  # where Python writes it, whatever TMPDIR says
             if functions:
                 self.functions = _by_function(output, addresses)
                 addresses.unlink()
@@ -137,11 +136,7 @@ def main() -> None:
         sys.exit("valgrind is not installed.")
     if options.functions and sys.version_info < (3, 12):
         sys.exit("Python tells valgrind of its functions from 3.12 on.")
-    try:
-        server = PostgreSQL()
-    except NotInstalled as error:
-        sys.exit(f"{error} is not installed, and SESSION_PLUGIN_TEST_POSTGRESQL names no server.")
-    try:
+    with postgresql() as server:
         database = server.new_database()
         fill_database(server.url("psycopg", database))
         print("| thousands of instructions | endpoint | |\n|---|---|---:|")
@@ -156,8 +151,6 @@ def main() -> None:
                     for name, count in functions.most_common(60):
                         print(f"| - {name} | | {count / 1000:.1f} |")
         server.drop(database)
-    finally:
-        server.stop()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -23,7 +22,8 @@ from sqlalchemy.exc import SAWarning
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from session_plugin import Database
-from tests.servers import NotInstalled, PostgreSQL
+
+from .machine import postgresql
 
 TABLES = 20
 
@@ -130,14 +130,8 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
         print_table("SQLite, a file", measured(f"sqlite:///{folder}/test.db", rounds))
-    try:
-        server = PostgreSQL()
-    except NotInstalled as error:
-        sys.exit(f"{error} is not installed, and SESSION_PLUGIN_TEST_POSTGRESQL names no server.")
-    try:
+    with postgresql() as server:
         print_table("PostgreSQL, psycopg, loopback", measured(server.url("psycopg"), rounds))
-    finally:
-        server.stop()
 
 
 def print_table(database: str, costs: dict[str, float]) -> None:

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 from sqlalchemy import create_engine, text
+
+from tests.servers import NotInstalled, PostgreSQL
 
 PACKAGES = (
     "sqlalchemy", "flask", "fastapi", "starlette", "psycopg", "asyncpg", "aiosqlite", "greenlet",
     "uvicorn", "uvloop", "httptools", "gunicorn",
     "flask-sqlalchemy", "flask-sqlalchemy-lite", "advanced-alchemy", "fastapi-async-sqlalchemy",
 )  # fmt: skip
+
+
+@contextmanager
+def postgresql() -> Iterator[PostgreSQL]:
+    """A throwaway server, or the one that the environment names; where there is neither, the program ends."""
+    try:
+        server = PostgreSQL()
+    except NotInstalled as error:
+        sys.exit(f"{error} is not installed, and SESSION_PLUGIN_TEST_POSTGRESQL names no server.")
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def description(url: str) -> dict[str, str]:

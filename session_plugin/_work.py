@@ -148,7 +148,6 @@ class Work:
         watches, self._watches = self._watches, {}
         self._first = None
         self.streams.clear()
-        self.begin_engines.clear()
         for watch in watches.values():
             watch.release()
 

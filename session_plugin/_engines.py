@@ -12,6 +12,7 @@ from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.pool import QueuePool
 
 from . import _mysql, _sqlite
+from ._pools import fair_pool_class
 from ._watch import watch_engine
 from .exceptions import ConfigurationError, shown
 
@@ -102,7 +103,8 @@ def make_engine(url: str | URL, options: Mapping[str, Any], owner: object, *, is
         ) from None
     _check_numbers(options)
     try:
-        engine = _creator(is_async)(_sqlite.shared_memory_url(parsed, owner), **options)
+        connects_to = _sqlite.shared_memory_url(parsed, owner)
+        engine = _creator(is_async)(connects_to, **_pool_options(connects_to, options, is_async=is_async))
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"The driver of {shown(parsed)} is not installed: pip install {error.name}."
@@ -123,6 +125,13 @@ def make_engine(url: str | URL, options: Mapping[str, Any], owner: object, *, is
             "AsyncSessionPlugin, or write the URL with a sync driver."
         )
     return engine
+
+
+def _pool_options(url: URL, options: Mapping[str, Any], *, is_async: bool) -> Mapping[str, Any]:
+    """``options``, and a pool in which nobody is overtaken, unless the user or a plugin of SQLAlchemy chooses it."""
+    if options.get("poolclass") or options.get("pool") or options.get("plugins") or "plugin" in url.query:
+        return options
+    return {**options, "poolclass": fair_pool_class(url, is_async=is_async)}
 
 
 def _check_numbers(options: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""One permit per connection, for sync sessions under an event loop.
+"""One permit per connection, and a queue for those who find none left.
 
-A scope has its permit before it takes a connection, and until the connection is back.  So threads
-never wait for a connection while those that hold one wait for a thread.
+Each pool hands out its connections by permits (`_pools`).  A sync scope under an event loop has one
+of its database's before it takes a connection, and until the connection is back: so threads never
+wait for a connection while those that hold one wait for a thread.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import asyncio
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -23,8 +23,61 @@ if TYPE_CHECKING:
     from .scope import SessionScope
 
 
+class WaitingThread:
+    """A thread in the queue."""
+
+    def __init__(self) -> None:
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def wake(self) -> bool:
+        """Tell it that its permit has come."""
+        self._gate.release()
+        return True
+
+    def wait(self, seconds: float | None) -> bool:
+        """False if the permit did not come within so long."""
+        return self._gate.acquire(timeout=-1 if seconds is None else max(seconds, 0))
+
+
+class WaitingTask:
+    """A task in the queue."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._come = self._loop.create_future()
+
+    def wake(self) -> bool:
+        """Tell it, from any thread, that its permit has come; False if its event loop is closed."""
+        try:
+            self._loop.call_soon_threadsafe(self._note)
+        except RuntimeError:
+            return False
+        return True
+
+    def _note(self) -> None:
+        if not self._come.done():
+            self._come.set_result(None)
+
+    async def wait(self, seconds: float | None) -> bool:
+        """False if the permit did not come within so long."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._come
+        except TimeoutError:
+            return False
+        return True
+
+
+Waiting: TypeAlias = WaitingThread | WaitingTask
+
+
 class Permits:
-    """As many permits as the pool has connections, handed out in the order in which they are asked for."""
+    """As many permits as the pool has connections, handed out in the order in which they are asked for.
+
+    A connection that is collected gives its permit back in whatever thread that happens, in the midst
+    of anything: so the lock can be taken twice by a thread, and under it none other is waited for.
+    """
 
     def __init__(self, capacity: int | None, timeout: float | None) -> None:
         """``capacity`` is the pool's size with its overflow, or None where nothing limits it.
@@ -34,89 +87,108 @@ class Permits:
         self._capacity = capacity
         self._timeout = timeout
         self._free = capacity or 0
-        self._lock = threading.Lock()
-        self._waiting: deque[Future[None]] = deque()
+        self._lock = threading.RLock()
+        self._queue: deque[Waiting] = deque()
 
-    async def acquire(self) -> Callable[[], None] | None:
-        """Wait for a permit without a thread; the answer gives it back, and is None where none is needed.
+    def take(self) -> bool:
+        """Take a permit, if there is one to be had without waiting."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return True
+            return self._capacity is None
+
+    def release(self) -> None:
+        """Hand a permit to the first in the queue."""
+        while (first := self._next()) is not None:
+            if first.wake():
+                return
+
+    def wait(self) -> None:
+        """Wait in this thread for a permit.
 
         Raises:
             sqlalchemy.exc.TimeoutError: none came within the pool's time-out.
         """
-        if self._capacity is None:
-            return None
-        waiter = self._ask()
-        if waiter is not None:
-            try:
-                async with asyncio.timeout(self._timeout):
-                    await asyncio.wrap_future(waiter)
-            except TimeoutError:
-                self._leave(waiter)
-                self._raise_timeout()
-            except BaseException:
-                self._leave(waiter)
-                raise
-        return self._release
+        if self.take():
+            return
+        waiting = WaitingThread()
+        with self._queued(waiting) as has_come:
+            if not (has_come or waiting.wait(self._timeout)):
+                raise self._timed_out()
+
+    async def await_one(self) -> None:
+        """Wait in this task for a permit.
+
+        Raises:
+            sqlalchemy.exc.TimeoutError: none came within the pool's time-out.
+        """
+        if self.take():
+            return
+        waiting = WaitingTask()
+        with self._queued(waiting) as has_come:
+            if not (has_come or await waiting.wait(self._timeout)):
+                raise self._timed_out()
+
+    async def acquire(self) -> Callable[[], None] | None:
+        """As `await_one`; the answer gives the permit back, and is None where none is needed."""
+        await self.await_one()
+        return None if self._capacity is None else self.release
 
     def acquire_in_thread(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None] | None:
         """As `acquire`, in a worker thread of ``loop``, which does not count as one while it waits.
 
         Else those that wait would take all the threads that anyio allows, and those that hold a
         connection could not go on.  The thread of ``loop`` itself may not wait, and needs none.
-
-        Raises:
-            sqlalchemy.exc.TimeoutError: none came within the pool's time-out.
         """
         if self._capacity is None or _is_running_here(loop):
             return None
-        waiter = self._ask()
-        if waiter is not None:
+        if not self.take():
             _allow_threads(loop, 1)
             try:
-                waiter.result(self._timeout)
-            except TimeoutError:
-                self._leave(waiter)
-                self._raise_timeout()
+                self.wait()
             finally:
                 _allow_threads(loop, -1)
-        return self._release
+        return self.release
 
-    def _ask(self) -> Future[None] | None:
-        """Take a free permit, or else a place in the queue."""
-        with self._lock:
-            if self._free:
+    @contextmanager
+    def _queued(self, waiting: Waiting) -> Generator[bool]:
+        """Take a place in the queue for the block, unless a permit has come back meanwhile, and none after an error."""
+        with self._lock:  # and no call between the look and the place, in which a connection might be collected
+            has_come = self._free > 0
+            if has_come:
                 self._free -= 1
-                return None
-            waiter: Future[None] = Future()
-            self._waiting.append(waiter)
-            return waiter
+            else:
+                self._queue.append(waiting)
+        try:
+            yield has_come
+        except BaseException:
+            self._leave(waiting)
+            raise
 
-    def _leave(self, waiter: Future[None]) -> None:
+    def _leave(self, waiting: Waiting) -> None:
         """Leave the queue; a permit that has come all the same goes to the next."""
         with self._lock:
-            has_come = not waiter.cancel()
-            with suppress(ValueError):
-                self._waiting.remove(waiter)
+            has_come = waiting not in self._queue
+            if not has_come:
+                self._queue.remove(waiting)
         if has_come:
-            self._release()
+            self.release()
 
-    def _release(self) -> None:
-        """Hand a permit to the first in the queue."""
+    def _next(self) -> Waiting | None:
         with self._lock:
-            while self._waiting:
-                waiter = self._waiting.popleft()
-                if waiter.set_running_or_notify_cancel():
-                    waiter.set_result(None)
-                    return
+            if self._queue:
+                return self._queue.popleft()
             self._free += 1
+            return None
 
-    def _raise_timeout(self) -> NoReturn:
-        raise PoolTimeoutError(
-            f"No connection became free within the pool_timeout of {self._timeout:g} seconds: as many requests as "
-            f"the pool has connections, {self._capacity}, are at work, and {len(self._waiting)} more wait. Make "
+    def _timed_out(self) -> PoolTimeoutError:
+        return PoolTimeoutError(
+            f"No connection became free within the pool_timeout of {self._timeout:g} seconds: as many requests as the "
+            f"pool has connections, {self._capacity}, are at work, and {max(len(self._queue) - 1, 0)} more wait. Make "
             "transactions shorter or the pool larger, and answer this exception with a status of 503.",
             code="3o7r",
-        ) from None
+        )
 
 
 async def wait_for_permit(scope: SessionScope[Any]) -> None:

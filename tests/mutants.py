@@ -66,14 +66,14 @@ MODULES = (
     "_lifecycle", "scope", "_work", "_watch", "_session", "_permits", "policy", "wsgi", "_asgi", "asgi",
     "flask/_settle", "flask/_plugin", "flask/_configuration", "starlette", "_hooks", "_drive", "database", "access",
     "_engines", "_sqlite", "_mysql", "_client", "current", "sync_access", "async_access", "plugin", "configuration",
-    "_threads", "_processes", "_begin", "_autocommit",
+    "_threads", "_processes", "_begin", "_autocommit", "_pools",
 )  # fmt: skip
 TESTS = [
     f"tests/test_{name}.py"
     for name in (
         "access", "asgi", "autocommit", "cancellation", "careless", "client", "crowds", "database", "databases",
-        "disorder", "drive", "failing_parts", "fastapi", "fastapi_newer", "flask", "lifecycle", "mysql", "scope",
-        "secrets", "sqlite", "starlette", "threads", "wsgi",
+        "disorder", "drive", "failing_parts", "fastapi", "fastapi_newer", "flask", "lifecycle", "mysql", "pools",
+        "scope", "secrets", "sqlite", "starlette", "threads", "wsgi",
     )
 ]  # fmt: skip
 DRIVERS = (  # SQLite's, and one of PostgreSQL where SQLite cannot show it
@@ -90,7 +90,8 @@ NEAR = {
     "begin": ("tests/test_autocommit.py", "tests/test_scope.py"),
     "autocommit": ("tests/test_autocommit.py",),
     "drive": ("tests/test_drive.py",),
-    "permits": ("tests/test_threads.py",),
+    "permits": ("tests/test_threads.py", "tests/test_pools.py"),
+    "pools": ("tests/test_pools.py",),
     "wsgi": ("tests/test_wsgi.py",),
     "asgi": ("tests/test_asgi.py",),
     "client": ("tests/test_client.py", "tests/test_asgi.py"),

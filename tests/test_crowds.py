@@ -339,7 +339,7 @@ def test_in_the_order_of_arrival(store: Store) -> None:
     with site.running(), ThreadPoolExecutor(20) as clients:
         clients.submit(site.get, "/hold")
         assert gate.reached.wait(10)
-        waiting = site.db.database._permits._waiting
+        waiting = site.db.database._permits._queue
         for number in range(10):
             kind = "accessor" if number % 2 else "dependency"
             clients.submit(site.get, f"/{kind}/{number}")

@@ -55,7 +55,7 @@ LAYERS = [
     {"current"},
     {"policy", "_drive", "_permits", "_threads", "_hooks", "_mysql", "_autocommit"},
     {"_watch", "_lifecycle", "_sqlite", "configuration", "_processes"},
-    {"_work"},
+    {"_work", "_pools"},
     {"_session", "_engines"},
     {"_begin"},
     {"scope"},

@@ -210,7 +210,7 @@ def test_who_waits_too_long_for_a_permit_is_told() -> None:
             await permits.acquire()
         with pytest.raises(PoolTimeoutError, match="connections, 1, are at work"):
             await asyncio.to_thread(permits.acquire_in_thread, loop)
-        assert not permits._waiting
+        assert not permits._queue
         async with asyncio.timeout(5):
             while limiter.total_tokens != threads:
                 await asyncio.sleep(0.01)
@@ -243,21 +243,6 @@ def test_a_permit_that_comes_too_late_goes_to_the_next() -> None:
     asyncio.run(scenario())
 
 
-def test_who_has_given_up_is_passed_over() -> None:
-    """A thread hands its permit on between the cancellation of the first in the queue and its leaving."""
-    permits = Permits(1, None)
-
-    async def scenario() -> None:
-        release = await permits.acquire()
-        gives_up, next_one = permits._ask(), permits._ask()
-        assert release is not None and gives_up is not None and next_one is not None
-        gives_up.cancel()
-        release()
-        assert next_one.done()
-
-    asyncio.run(scenario())
-
-
 def test_a_thread_that_waits_takes_no_place_among_the_threads() -> None:
     """Those who hold a connection may need one before they give it back."""
     permits = Permits(1, 5)
@@ -267,7 +252,7 @@ def test_a_thread_that_waits_takes_no_place_among_the_threads() -> None:
         release = await permits.acquire()
         assert release is not None
         waiting = asyncio.create_task(to_thread.run_sync(permits.acquire_in_thread, asyncio.get_running_loop()))
-        while not permits._waiting:
+        while not permits._queue:
             await asyncio.sleep(0.01)
         async with asyncio.timeout(3):
             await to_thread.run_sync(release)
@@ -285,7 +270,7 @@ def test_a_thread_that_waits_where_there_is_no_anyio(monkeypatch: pytest.MonkeyP
         release = await permits.acquire()
         assert release is not None
         waiting = asyncio.create_task(asyncio.to_thread(permits.acquire_in_thread, asyncio.get_running_loop()))
-        while not permits._waiting:
+        while not permits._queue:
             await asyncio.sleep(0.01)
         release()
         assert await waiting is not None
@@ -303,7 +288,7 @@ def test_a_thread_that_outlives_its_request_keeps_no_permit(store: Store, use: A
         holding.loop = ended.loop = asyncio.get_running_loop()
         await wait_for_permit(holding)
         late = asyncio.create_task(asyncio.to_thread(use, ended.session))
-        while not database._permits._waiting:
+        while not database._permits._queue:
             await asyncio.sleep(0.01)
         await ended.aclose()
         await holding.aclose()

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 from ._client import ASGIApp, Client, Message, Receive, Scope, Send
-from .current import depth
+from .current import Place, place
 from .policy import Outcome
 from .scope import SessionScope
 
@@ -38,12 +38,11 @@ class Refused(BaseException):
 class Exchange(ABC):
     """One connection, whatever number of middlewares it passes through."""
 
-    innermost: Layer | None = None
-    complete: bool = False
-
     def __init__(self, scope: SessionScope[Any], client: Client) -> None:
         self.scope = scope
         self.client = client
+        self.innermost: Layer | None = None
+        self.complete: bool = False
 
     @abstractmethod
     def before(self, message: Message, layer: Layer) -> Awaitable[None] | None:
@@ -65,31 +64,32 @@ class Exchange(ABC):
 class HttpExchange(Exchange):
     """A request and its response."""
 
-    status: int | None = None
-    told: int = 0
-    trailers: bool = False
-    cut: Exception | None = None
+    def __init__(self, scope: SessionScope[Any], client: Client) -> None:
+        super().__init__(scope, client)
+        self.status: int | None = None
+        self.told: int = 0
+        self.trailers: bool = False
+        self.cut: Exception | None = None
 
     def before(self, message: Message, layer: Layer) -> Awaitable[None] | None:
         """Settle before the first byte, and again before the last one."""
+        scope = self.scope
         if message["type"] == "http.response.start":
             self._start(message, layer)
-            settles = not self.scope.settle_idle() and layer.encloses_work() and not layer.works_on()
-            return self.scope.asettle(self._outcome()) if settles else None
+            settles = not scope.settle_idle() and layer.encloses_work() and not layer.works_on()
+            return scope.asettle(self._outcome()) if settles else None
         if self.cut is not None and layer.outer is None:
             raise self.cut
-        if self.status is not None and self._is_last(message):
-            layer.complete = True
-            layer.owes = self.scope.active
-            if layer.outer is None:
-                return self._last()
-        return None
-
-    def _last(self) -> Awaitable[None] | None:
-        if self.scope.settle_idle():
-            self.complete = True
+        if self.status is None or not self._is_last(message):
             return None
-        return self._settle_last()
+        layer.complete = True
+        layer.owes = scope.has_session and scope.active
+        if layer.outer is not None:
+            return None
+        if not scope.settle_idle():
+            return self._settle_last()
+        self.complete = True
+        return None
 
     async def _settle_last(self) -> None:
         interrupted = self.scope.active and await self.client.has_left()
@@ -129,13 +129,12 @@ class HttpExchange(Exchange):
             raise self.cut
 
     def _is_last(self, message: Message) -> bool:
-        if message["type"] in ("http.response.body", "http.response.zerocopysend"):
-            more: bool = self.trailers or message.get("more_body", False)
-        elif message["type"] == "http.response.trailers":
-            more = message.get("more_trailers", False)
-        else:
-            more = message["type"] != "http.response.pathsend"
-        return not more
+        kind = message["type"]
+        if kind in ("http.response.body", "http.response.zerocopysend"):
+            return not (self.trailers or message.get("more_body", False))
+        if kind == "http.response.trailers":
+            return not message.get("more_trailers", False)
+        return bool(kind == "http.response.pathsend")
 
     def _outcome(self, interrupted: bool = False) -> Outcome:
         scope = self.scope
@@ -166,7 +165,7 @@ class WebSocketExchange(Exchange):
         return self.scope.asettle(Outcome(interrupted=not self.complete))
 
 
-class Layer:
+class Layer(Place):
     """One middleware's part in an exchange.
 
     A middleware between two layers may run beside the app, as Starlette's `BaseHTTPMiddleware` does.
@@ -178,21 +177,22 @@ class Layer:
         owes: True if work of that response was unsettled then: without it, the response is no success.
     """
 
-    complete: bool = False
-    owes: bool = False
-    _inner_depth: int | None = None
-    _refusal: Exception | None = None
-
     def __init__(self, exchange: Exchange, send: Send) -> None:
         self.outer: Layer | None = exchange.innermost
-        self._depth = depth.get() + 1
+        self.complete: bool = False
+        self.owes: bool = False
+        self.around: Place | None = None if self.outer is None else place.get()
+        self.depth: int = 1 if self.around is None else self.around.depth + 1
+        self.passes_on: bool = False
+        self._inner_depth: int | None = None
         self._exchange = exchange
         self._send = send
+        self._refusal: Exception | None = None
 
     def encloses_work(self) -> bool:
         """True unless the transaction is that of a middleware further out, which runs beside the app."""
         scope = self._exchange.scope
-        return self.outer is None or not scope.settled or scope.begun_at >= self._depth
+        return self.outer is None or not scope.settled or scope.begun_at >= self.depth
 
     def works_on(self) -> bool:
         """True if the transaction is that of an app further in, which goes on with it."""
@@ -207,8 +207,8 @@ class Layer:
         exchange, outer = self._exchange, self.outer
         exchange.innermost = self
         if outer is not None:
-            outer._inner_depth = self._depth
-        depth.set(self._depth)
+            outer._inner_depth = self.depth
+            place.set(self)
         try:
             await app(scope, receive, self.send)
         except BaseException as error:
@@ -219,9 +219,11 @@ class Layer:
             exchange.innermost = outer
             if outer is not None:
                 outer._inner_depth = None
-            depth.set(self._depth - 1)
+                place.set(self.around)
         if self._refusal is not None:
             raise self._refusal
+        if exchange.complete and not exchange.scope.has_session:
+            return
         if (settling := exchange.returned(self)) is not None:
             await settling
 
@@ -229,19 +231,23 @@ class Layer:
         """Pass ``message`` on, once what it says is true."""
         if self._refusal is not None:
             raise Refused
-        try:
-            settling = None if self._exchange.complete else self._exchange.before(message, self)
-            if settling is not None:
-                await settling
-        except Exception as error:
-            self._refusal = error
-            self._exchange.scope.error = error
-            raise Refused from error
+        exchange = self._exchange
+        if not exchange.complete:
+            try:
+                settling = exchange.before(message, self)
+                if settling is not None:
+                    await settling
+            except Exception as error:
+                self._refusal = error
+                exchange.scope.error = error
+                raise Refused from error
         if self.outer is None:
-            await self._send(message)
+            due = exchange.client.due(message)
+            if due is not None:
+                await self._send(due)
             return
-        inside = depth.set(self._depth - 1)
+        self.passes_on = True
         try:
             await self._send(message)
         finally:
-            depth.reset(inside)
+            self.passes_on = False

@@ -17,38 +17,33 @@ class Client:
     """What the server is told and tells, as far as it bears on the last byte."""
 
     _receiving: int = 0
-    _asked_ahead: asyncio.Future[Message] | None = None
     _left: bool = False
-    _streams: bool = False
     _missing: int | None = None
     _held: Message | None = None
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._send = send
+        self._asked_ahead: asyncio.Future[Message] | None = None
         self._start: Message = {}
+        self._streams: bool = False
 
     def leave(self) -> None:
         """Ask for nothing more."""
         if self._asked_ahead is not None:
             self._asked_ahead.cancel()
 
-    async def send(self, message: Message) -> None:
-        """Pass ``message`` on, but hold back what would complete a body of declared length until its end.
+    def due(self, message: Message) -> Message | None:
+        """What is to be sent now; what would complete a body of declared length is held back until its end.
 
         A client that has counted its bytes takes the response for complete, whatever comes of the end.
         """
         if message["type"] == "http.response.start":
             self._start = message
-        elif message["type"] == "http.response.body" and (message.get("more_body", False) or self._streams):
-            held_back = self._hold_back(message)
-            if held_back is None:
-                return
-            message = held_back
-        await self._send(message)
+        elif message["type"] == "http.response.body" and (self._streams or message.get("more_body", False)):
+            return self._due_of_stream(message)
+        return message
 
-    def _hold_back(self, message: Message) -> Message | None:
-        """What is to be sent of a streamed body now."""
+    def _due_of_stream(self, message: Message) -> Message | None:
         if not self._streams:
             self._streams = True
             self._missing = _content_length(self._start)

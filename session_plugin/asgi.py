@@ -61,25 +61,21 @@ class SessionScopeMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] == "lifespan":
-            await self._lifespan(scope, receive, send)
-        elif scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
-        elif KEY in scope and (exchange := find_exchange(scope, self._access)) is not None:
-            await Layer(exchange, send).run(self.app, scope, receive)
-        else:
-            await self._connection(scope, receive, send)
-
-    async def _connection(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await (self._lifespan if scope["type"] == "lifespan" else self.app)(scope, receive, send)
+            return
         database = self._access.database
         exchanges: dict[Any, Exchange] = scope.setdefault(KEY, {})
-        client = Client(receive, send)
+        if database in exchanges:
+            await Layer(exchanges[database], send).run(self.app, scope, receive)
+            return
+        client = Client(receive)
         exchange = exchanges[database] = self._open(database, scope, client)
         self._open_exchanges += 1
         outside = innermost.set(exchange.scope)
         try:
             try:
-                await Layer(exchange, client.send).run(self.app, scope, client.receive)
+                await Layer(exchange, send).run(self.app, scope, client.receive)
             finally:
                 leave(outside)
         finally:

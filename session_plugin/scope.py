@@ -55,19 +55,14 @@ class SessionScope(Generic[S]):
     sync_session: ScopeSession
     hooks: Hooks
     work: Work
-    has_session: bool = False
-    in_transaction: bool = False
     has_begun: bool = False
     error: BaseException | None = None
     settled: bool = False
     saved: bool = False
-    closed: bool = False
     begun_at: int = 0
     _policy: Policy | None = None
     doomed: str | None = None
-    _session: S | None = None
     loop: asyncio.AbstractEventLoop | None = None
-    permit_held: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -88,6 +83,11 @@ class SessionScope(Generic[S]):
         self.database = database
         self.method = method
         self.find_policy = find_policy
+        self.has_session: bool = False
+        self.in_transaction: bool = False
+        self.closed: bool = False
+        self.permit_held: Callable[[], None] | None = None
+        self._session: S | None = None
         self.outer: SessionScope[Any] | None = innermost.get() and open_scope()
         if self.outer is not None:
             self.loop = self.outer.loop

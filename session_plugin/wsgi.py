@@ -79,19 +79,19 @@ def scopes_of(environ: WSGIEnvironment) -> list[SessionScope[Any]]:
 class Response:
     """The iterable that the server gets: it settles before the first byte and before the last."""
 
-    _started: tuple[Any, ...] | None = None
-    _server_write: Callable[[bytes], object] | None = None
-    _status: int | None = None
     _headers: Sequence[tuple[str, str]] = ()
-    _sent_bytes = 0
-    _ended = False
-    _failure: BaseException | None = None
-    _body: Iterable[bytes] = ()
     _chunks: Iterator[bytes] = iter(())
 
     def __init__(self, scope: SessionScope[Any], start_response: StartResponse) -> None:
         self._scope = scope
         self._start_response: Callable[..., Callable[[bytes], object] | None] = start_response
+        self._started: tuple[Any, ...] | None = None
+        self._server_write: Callable[[bytes], object] | None = None
+        self._status: int | None = None
+        self._sent_bytes = 0
+        self._ended = False
+        self._failure: BaseException | None = None
+        self._body: Iterable[bytes] = ()
 
     def answer(self, app: WSGIApplication, environ: WSGIEnvironment) -> Iterable[bytes]:
         """Call the app and settle, if it has named a status by then."""

@@ -6,6 +6,7 @@ import contextvars
 import gc
 import math
 import threading
+from functools import partial
 from typing import Any
 
 import anyio
@@ -192,9 +193,14 @@ def between(bench: Bench, app: Any, middleware: Any) -> Any:
     return bench.serve(lambda scope, receive, send: middleware(inside, scope, receive, send), layers=1)
 
 
-def test_work_of_a_middleware_while_it_passes_the_start_on(file_store: Store) -> None:
-    """What a middleware writes when it sees the status is durable before the first byte."""
+@pytest.mark.parametrize("other_is", ["absent", "further in", "further out"])
+def test_work_of_a_middleware_while_it_passes_the_start_on(file_store: Store, other_is: str) -> None:
+    """What a middleware writes when it sees the status is durable before the first byte.
+
+    Also where the layers of another database stand beside those of its own.
+    """
     bench = Bench(file_store)
+    other = AsyncDatabase("sqlite+aiosqlite://")
 
     async def logging(app: Any, scope: Any, receive: Any, send: Any) -> None:
         async def log_and_send(message: Any) -> None:
@@ -204,7 +210,12 @@ def test_work_of_a_middleware_while_it_passes_the_start_on(file_store: Store) ->
 
         await app(scope, receive, log_and_send)
 
-    bench.run(between(bench, sending(bench, insert("a"), START, insert("b"), LAST), logging))
+    app = sending(bench, insert("a"), START, insert("b"), LAST)
+    databases = {"absent": [bench.db], "further in": [other, bench.db], "further out": [bench.db, other]}[other_is]
+    for database in databases:
+        app = SessionScopeMiddleware(app, database)
+    serve = SessionScopeMiddleware(partial(logging, app), other)
+    bench.run(bench.serve(serve, layers=1))
     assert bench.sent == [("start", ["a", "log"]), ("body", ["a", "b", "log"])]
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .contenders import CONTENDERS, KINDS
+from .contenders import KINDS, NAMES
 from .machine import description, postgresql
 from .parts import PARTS, SIZES, Run
 from .plot import save_plot
@@ -42,7 +42,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--driver", nargs="+", default=[], help="psycopg, asyncpg, sqlite, sqlite+aiosqlite")
-    parser.add_argument("--contender", nargs="+", choices=[each.name for each in CONTENDERS], default=[])
+    parser.add_argument("--contender", nargs="+", choices=NAMES, default=[], metavar="NAME", help="; ".join(NAMES))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 

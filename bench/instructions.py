@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .contenders import CONTENDERS, KINDS, by_key, of_kind
+from .contenders import KINDS, NAMES, by_key, of_kind
 from .drive import Running
 from .machine import postgresql
 from .parts import DRIVERS
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.instructions", description=__doc__)
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--endpoint", nargs="+", choices=ENDPOINTS, default=list(ENDPOINTS))
-    parser.add_argument("--contender", nargs="+", choices=[each.name for each in CONTENDERS], default=[])
+    parser.add_argument("--contender", nargs="+", choices=NAMES, default=[], metavar="NAME", help="; ".join(NAMES))
     parser.add_argument("--functions", action="store_true", help="which of our functions execute them")
     options = parser.parse_args()
     if shutil.which("valgrind") is None:

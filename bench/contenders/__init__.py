@@ -88,6 +88,7 @@ CONTENDERS = [
 ]
 
 KINDS = list(dict.fromkeys(each.kind for each in CONTENDERS))
+NAMES = list(dict.fromkeys(each.name for each in CONTENDERS))
 OURS = "session_plugin"
 
 

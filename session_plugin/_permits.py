@@ -45,28 +45,31 @@ class WaitingTask:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._come = self._loop.create_future()
+        self._come: asyncio.Future[bool] = self._loop.create_future()
 
     def wake(self) -> bool:
         """Tell it, from any thread, that its permit has come; False if its event loop is closed."""
+        if _is_running_here(self._loop):
+            self._note(True)
+            return True
         try:
-            self._loop.call_soon_threadsafe(self._note)
+            self._loop.call_soon_threadsafe(self._note, True)
         except RuntimeError:
             return False
         return True
 
-    def _note(self) -> None:
-        if not self._come.done():
-            self._come.set_result(None)
-
     async def wait(self, seconds: float | None) -> bool:
         """False if the permit did not come within so long."""
+        timer = None if seconds is None else self._loop.call_later(seconds, self._note, False)
         try:
-            async with asyncio.timeout(seconds):
-                await self._come
-        except TimeoutError:
-            return False
-        return True
+            return await self._come
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _note(self, has_come: bool) -> None:
+        if not self._come.done():
+            self._come.set_result(has_come)
 
 
 Waiting: TypeAlias = WaitingThread | WaitingTask

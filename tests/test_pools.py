@@ -10,6 +10,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -175,12 +176,20 @@ def test_a_task_that_waits_too_long(store: Store) -> None:
 def test_without_a_time_out(db: Database) -> None:
     """``pool_timeout=None`` waits as long as it takes."""
     permits(db)._timeout = None
-    with db.engine.connect():
-        waiting = threading.Thread(target=lambda: db.engine.connect().close())
-        waiting.start()
+    with ThreadPoolExecutor(1) as clients, db.engine.connect():
+        waiting = clients.submit(lambda: db.engine.connect().close())
         assert waits(db, 1)
-    waiting.join(10)
-    assert not waiting.is_alive()
+    waiting.result()
+
+
+@pytest.mark.parametrize("timeout", [0, -1])
+def test_a_time_out_that_is_over_at_once(timeout: int) -> None:
+    one = Permits(1, timeout)
+    assert one.take()
+    with pytest.raises(PoolTimeoutError):
+        one.wait()
+    with pytest.raises(PoolTimeoutError):
+        asyncio.run(one.await_one())
 
 
 def test_ctrl_c_while_waiting(db: Database) -> None:
@@ -383,14 +392,12 @@ def test_a_connection_that_is_collected_while_another_is_asked_for(
 def test_an_engine_that_is_disposed_of_while_others_wait(db: Database) -> None:
     """They wait for the connection of the old pool, and get it; whoever comes now has the new one."""
     old = permits(db)
-    with db.engine.connect():
-        waiting = threading.Thread(target=lambda: db.engine.connect().close())
-        waiting.start()
+    with ThreadPoolExecutor(1) as clients, db.engine.connect():
+        waiting = clients.submit(lambda: db.engine.connect().close())
         assert waits(db, 1)
         db.dispose()
         db.engine.connect().close()
-    waiting.join(10)
-    assert not waiting.is_alive()
+    waiting.result()
     assert old._free == 1
     assert old is not permits(db)
 
@@ -550,6 +557,22 @@ def test_a_closed_event_loop_keeps_no_permit(store: Store) -> None:
     one.release()
     assert one.take()
     abandoned.get_coro().close()  # type: ignore[union-attr]
+
+
+def test_who_was_served_leaves_no_timer() -> None:
+    """It would hold the request until the time-out."""
+    one = Permits(1, 30)
+
+    async def scenario() -> None:
+        assert one.take()
+        waiting = asyncio.create_task(one.await_one())
+        await turns(2)
+        one.release()
+        await waiting
+        loop: Any = asyncio.get_running_loop()
+        assert all(timer.cancelled() for timer in loop._scheduled)
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("timeout", [None, 30])

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 from ._client import ASGIApp, Client, Message, Receive, Scope, Send
-from .current import Place, place
+from .current import depth
 from .policy import Outcome
 from .scope import SessionScope
 
@@ -165,7 +165,7 @@ class WebSocketExchange(Exchange):
         return self.scope.asettle(Outcome(interrupted=not self.complete))
 
 
-class Layer(Place):
+class Layer:
     """One middleware's part in an exchange.
 
     A middleware between two layers may run beside the app, as Starlette's `BaseHTTPMiddleware` does.
@@ -181,9 +181,7 @@ class Layer(Place):
         self.outer: Layer | None = exchange.innermost
         self.complete: bool = False
         self.owes: bool = False
-        self.around: Place | None = None if self.outer is None else place.get()
-        self.depth: int = 1 if self.around is None else self.around.depth + 1
-        self.passes_on: bool = False
+        self.depth: int = 0 if self.outer is None else depth.get() + 1
         self._inner_depth: int | None = None
         self._exchange = exchange
         self._send = send
@@ -208,7 +206,7 @@ class Layer(Place):
         exchange.innermost = self
         if outer is not None:
             outer._inner_depth = self.depth
-            place.set(self)
+            depth.set(self.depth)
         try:
             await app(scope, receive, self.send)
         except BaseException as error:
@@ -219,7 +217,7 @@ class Layer(Place):
             exchange.innermost = outer
             if outer is not None:
                 outer._inner_depth = None
-                place.set(self.around)
+                depth.set(self.depth - 1)
         if self._refusal is not None:
             raise self._refusal
         if exchange.complete and not exchange.scope.has_session:
@@ -246,8 +244,8 @@ class Layer(Place):
             if due is not None:
                 await self._send(due)
             return
-        self.passes_on = True
+        inside = depth.set(self.depth - 1)
         try:
             await self._send(message)
         finally:
-            self.passes_on = False
+            depth.reset(inside)

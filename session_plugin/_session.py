@@ -75,7 +75,7 @@ def _note_begin(session: ScopeSession, transaction: SessionTransaction) -> None:
         return
     if transaction.parent is None:
         scope.in_transaction = scope.has_begun = True  # first: who closes in another thread sees it, or is seen here
-        scope.begun_at = depth()
+        scope.begun_at = depth.get()
     if scope.closed:
         transaction.close()
         raise ScopeClosedError(scope.closed_message)

@@ -13,37 +13,11 @@ if TYPE_CHECKING:
     from .scope import SessionScope
 
 
-class Place:
-    """Inside a middleware whose neighbours may run beside it.
+depth: ContextVar[int] = ContextVar("session_plugin_depth", default=0)
+"""How many middlewares the caller stands inside; an adapter whose middlewares run side by side counts them.
 
-    The context holds one object per middleware, and learns nothing of each message: to set a
-    variable of the context for each would be a fifth of what a request costs on its way.
-
-    Attributes:
-        around: the one further out.
-        depth: how many there are, with this one.
-        passes_on: True while it passes a message on: whoever is called then stands outside of it.
-    """
-
-    around: Place | None = None
-    depth: int = 0
-    passes_on: bool = False
-
-
-place: ContextVar[Place | None] = ContextVar("session_plugin_place", default=None)
-"""The innermost that the caller stands inside."""
-
-
-def depth() -> int:
-    """Inside how many middlewares the caller stands."""
-    here = place.get()
-    inside = 0 if here is None else here.depth
-    while here is not None:
-        if here.passes_on:
-            inside = here.depth - 1
-        here = here.around
-    return inside
-
+Only the context tells a child of a middleware that passes a message on from a task of the app beside it.
+"""
 
 innermost: ContextVar[SessionScope[Any] | None] = ContextVar("session_plugin_scope", default=None)
 """The scope that a block has entered last, closed or not."""

@@ -134,7 +134,7 @@ def settle_inside(app: Starlette, access: HasDatabase) -> None:
     """Put the inner layer inside the exception handling of ``app``, and of the apps mounted in it."""
     stack = app.router.middleware_stack
     if access not in SettlingMiddleware.accesses(stack):
-        app.router.middleware_stack = SettlingMiddleware(stack, access)  # type: ignore[assignment]
+        app.router.middleware_stack = SettlingMiddleware(stack, access)
     for mounted in mounted_apps(app.routes):
         settle_inside(mounted, access)
 
@@ -172,15 +172,16 @@ class SettlingMiddleware:
             yield stack._access
             stack = stack.app
 
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         exchange = None if scope["type"] == "lifespan" else find_exchange(scope, self._access)
         if exchange is None:
-            return self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         handlers = scope.get("starlette.exception_handlers")
         if handlers is not None:
             scope["starlette.exception_handlers"] = self._seeing_handlers(handlers)
-        return Layer(exchange, send).run(self.app, scope, receive)
+        await Layer(exchange, send).run(self.app, scope, receive)
 
     def _seeing_handlers(self, handlers: tuple[Any, ...]) -> tuple[Any, ...]:
         by_exception, _by_status = handlers  # an app has both tables to itself

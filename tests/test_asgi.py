@@ -26,6 +26,7 @@ from session_plugin import (
     Outcome,
     SessionPluginError,
 )
+from session_plugin._asgi import Exchange, Layer
 from session_plugin.asgi import SessionScopeMiddleware
 
 from .apps import PlainASGIHarness
@@ -239,6 +240,207 @@ def test_an_error_answer_to_a_stream_that_failed_unseen(file_store: Store, statu
 
     bench.run(between(bench, failing, holding))
     assert bench.sent == [("start", []), ("body", [])]
+
+
+def swallowing(app: Any, scope: Any, receive: Any, send: Any) -> Any:
+    """A middleware that reports the errors of the app, and keeps them."""
+
+    async def report() -> None:
+        with contextlib.suppress(ValueError, BaseExceptionGroup):
+            await app(scope, receive, send)
+
+    return report()
+
+
+async def failing_work(bench: Bench, name: str, *, begins: asyncio.Event, begun: asyncio.Event, ends: Any) -> None:
+    """A transaction that is begun and fails when it is told."""
+    await begins.wait()
+    await bench.db.session.run_sync(insert(name))
+    begun.set()
+    await ends.wait()
+    raise ValueError
+
+
+def test_work_of_the_app_beside_its_own_start(file_store: Store) -> None:
+    """A task of the app that works while another one's start is on its way: that start does not commit half of it."""
+    bench = Bench(file_store)
+
+    async def scenario() -> None:
+        begins, begun, ends = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(failing_work(bench, "half", begins=begins, begun=begun, ends=ends))
+                await send(START)
+                ends.set()
+                await asyncio.get_running_loop().create_future()
+
+        async def waiting(app: Any, scope: Any, receive: Any, send: Any) -> None:
+            async def wait_and_send(message: Any) -> None:
+                begins.set()
+                await begun.wait()
+                await send(message)
+
+            await app(scope, receive, wait_and_send)
+
+        with pytest.raises(BaseExceptionGroup):
+            await between(bench, app, waiting)
+
+    bench.run(scenario())
+    assert bench.sent == [("start", [])]
+    assert file_store.names() == []
+
+
+def test_work_of_the_app_beside_its_own_end(file_store: Store) -> None:
+    """Background work that fails is rolled back, whoever keeps its error, also if it began beside the last message."""
+    bench = Bench(file_store)
+
+    async def scenario() -> None:
+        begins, begun, ends = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(failing_work(bench, "lost", begins=begins, begun=begun, ends=ends))
+                await send(START)
+                await send(LAST)
+                ends.set()
+
+        async def slow_send(message: Any) -> None:
+            if message is LAST:
+                begins.set()
+                await begun.wait()
+
+        inside = SessionScopeMiddleware(app, bench.db)
+        outside = SessionScopeMiddleware(partial(swallowing, inside), bench.db)
+        await outside({**HTTP}, bench.receive, slow_send)
+
+    bench.run(scenario())
+    assert file_store.names() == []
+
+
+def test_work_of_a_middleware_that_outlives_its_send(file_store: Store) -> None:
+    """A task of its send wrapper goes on beside the app, whose end does not commit half of it."""
+    bench = Bench(file_store)
+
+    async def scenario() -> None:
+        begins, begun, ends = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send(START)
+            await send(LAST)
+            begins.set()
+            await begun.wait()
+
+        async def logging(app: Any, scope: Any, receive: Any, send: Any) -> None:
+            tasks = []
+
+            async def log_and_send(message: Any) -> None:
+                if message is LAST:
+                    logs = failing_work(bench, "half", begins=begins, begun=begun, ends=ends)
+                    tasks.append(asyncio.create_task(logs))
+                await send(message)
+
+            await app(scope, receive, log_and_send)
+            ends.set()
+            await asyncio.gather(*tasks)
+
+        with pytest.raises(ValueError, match=r"^$"):
+            await between(bench, app, logging)
+
+    bench.run(scenario())
+    assert file_store.names() == []
+
+
+def test_two_messages_at_once(file_store: Store) -> None:
+    """One that has passed a middleware takes nothing from what that one still does with the other."""
+    bench = Bench(file_store)
+    push = {"type": "http.response.push", "path": "/style.css", "headers": []}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(send(START))
+            tasks.create_task(send(push))
+        await send(LAST)
+
+    async def auditing(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        pushed = asyncio.Event()
+
+        async def audit_and_send(message: Any) -> None:
+            if message is START:
+                await pushed.wait()
+                await asyncio.sleep(0)
+                await bench.db.session.run_sync(insert("audit"))
+            await send(message)
+            if message is push:
+                asyncio.get_running_loop().call_later(0.01, pushed.set)
+
+        await app(scope, receive, audit_and_send)
+
+    bench.run(between(bench, app, auditing))
+    assert [sent for sent in bench.sent if sent[0] == "start"] == [("start", ["audit"])]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_background_work_beside_the_layers_of_two_databases(file_store: Store, fails: bool) -> None:
+    """It fails, and a middleware between the layers keeps the error; the client may have left before."""
+    bench = Bench(file_store)
+    other = AsyncDatabase("sqlite+aiosqlite://")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        with contextlib.suppress(OSError):
+            await send(LAST)
+        await bench.db.session.run_sync(insert("lost"))
+        raise ValueError
+
+    async def send(message: Any) -> None:
+        if fails and message is LAST:
+            raise OSError
+
+    inside = SessionScopeMiddleware(SessionScopeMiddleware(app, bench.db), other)
+    outside = SessionScopeMiddleware(partial(swallowing, inside), other)
+    bench.run(SessionScopeMiddleware(outside, bench.db)({**HTTP}, bench.receive, send))
+    assert file_store.names() == []
+
+
+def test_a_middleware_that_answers_for_the_app_with_work_of_its_own(file_store: Store) -> None:
+    """The app returned without an answer; what the middleware does then is kept as its status says."""
+    bench = Bench(file_store)
+
+    async def silent(scope: Any, receive: Any, send: Any) -> None:
+        """Answers nothing."""
+
+    async def answering(app: Any, scope: Any, receive: Any, send: Any) -> None:
+        await app(scope, receive, send)
+        async with bench.db.session_scope() as session:
+            await session.run_sync(insert("own"))
+        await sending(bench, START, LAST)(scope, receive, send)
+
+    bench.run(between(bench, silent, answering))
+    assert bench.sent == [("start", ["own"]), ("body", ["own"])]
+
+
+def test_nothing_of_a_request_stays_in_the_contexts_of_its_tasks(file_store: Store) -> None:
+    """Such as that of a driver's connection, or of a task that goes on."""
+    bench = Bench(file_store)
+
+    async def scenario() -> list[Any]:
+        over = asyncio.Event()
+        tasks = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            tasks.append(asyncio.create_task(over.wait()))
+            await sending(bench, insert(f"row {len(tasks)}"), START, LAST)(scope, receive, send)
+
+        for _ in range(3):
+            await bench.serve(app)
+        gc.collect()
+        alive = [each for each in gc.get_objects() if isinstance(each, (Layer, Exchange))]
+        over.set()
+        await asyncio.gather(*tasks)
+        return alive
+
+    assert bench.run(scenario()) == []
 
 
 def test_a_stream_that_failed_is_completed_by_nobody(file_store: Store) -> None:

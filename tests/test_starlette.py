@@ -237,9 +237,11 @@ def test_other_connection_types_pass(file_store: Store) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append(scope["type"])
 
-    middleware = SessionScopeMiddleware(app, Database("sqlite://"))
-    asyncio.run(middleware({"type": "mqtt"}, None, None))  # type: ignore[arg-type]
+    db = Database("sqlite://")
+    pool = db.engine.pool
+    asyncio.run(SessionScopeMiddleware(app, db)({"type": "mqtt"}, None, None))  # type: ignore[arg-type]
     assert seen == ["mqtt"]
+    assert db.engine.pool is pool
 
 
 # -- several plugins, several apps -----------------------------------------------------------------

@@ -86,7 +86,6 @@ class SessionScope(Generic[S]):
         self.find_policy = find_policy
         self.has_session: bool = False
         self.in_transaction: bool = False
-        self.closed: bool = False
         self.permit_held: Callable[[], None] | None = None
         self._session: S | None = None
         self.outer: SessionScope[Any] | None = innermost.get() and open_scope()

@@ -31,6 +31,10 @@ from session_plugin._pools import FairAsyncQueuePool, FairQueuePool, fair_pool_c
 from .asgi_site import stores
 from .harness import Store, wait_for
 
+pytestmark = pytest.mark.filterwarnings(  # what these tests discard, and let be collected, nobody closes
+    "ignore:.*unclosed database:ResourceWarning",
+    "ignore:.*unclosed database:pytest.PytestUnraisableExceptionWarning",
+)
 ONE = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 30}
 SELECT = text("SELECT 1")
 

@@ -83,7 +83,7 @@ class HttpExchange(Exchange):
         if self.status is None or not self._is_last(message):
             return None
         layer.complete = True
-        layer.owes = scope.has_session and scope.active
+        layer.owes = scope.active
         if layer.outer is not None:
             return None
         if not scope.settle_idle():
@@ -129,12 +129,12 @@ class HttpExchange(Exchange):
             raise self.cut
 
     def _is_last(self, message: Message) -> bool:
-        kind = message["type"]
+        kind: str = message["type"]
         if kind in ("http.response.body", "http.response.zerocopysend"):
             return not (self.trailers or message.get("more_body", False))
         if kind == "http.response.trailers":
             return not message.get("more_trailers", False)
-        return bool(kind == "http.response.pathsend")
+        return kind == "http.response.pathsend"
 
     def _outcome(self, interrupted: bool = False) -> Outcome:
         scope = self.scope
@@ -181,7 +181,7 @@ class Layer:
         self.outer: Layer | None = exchange.innermost
         self.complete: bool = False
         self.owes: bool = False
-        self.depth: int = 0 if self.outer is None else depth.get() + 1
+        self._depth: int = 0 if self.outer is None else depth.get() + 1
         self._inner_depth: int | None = None
         self._exchange = exchange
         self._send = send
@@ -190,7 +190,7 @@ class Layer:
     def encloses_work(self) -> bool:
         """True unless the transaction is that of a middleware further out, which runs beside the app."""
         scope = self._exchange.scope
-        return self.outer is None or not scope.settled or scope.begun_at >= self.depth
+        return self.outer is None or not scope.settled or scope.begun_at >= self._depth
 
     def works_on(self) -> bool:
         """True if the transaction is that of an app further in, which goes on with it."""
@@ -205,8 +205,8 @@ class Layer:
         exchange, outer = self._exchange, self.outer
         exchange.innermost = self
         if outer is not None:
-            outer._inner_depth = self.depth
-            depth.set(self.depth)
+            outer._inner_depth = self._depth
+            depth.set(self._depth)
         try:
             await app(scope, receive, self.send)
         except BaseException as error:
@@ -217,11 +217,9 @@ class Layer:
             exchange.innermost = outer
             if outer is not None:
                 outer._inner_depth = None
-                depth.set(self.depth - 1)
+                depth.set(self._depth - 1)
         if self._refusal is not None:
             raise self._refusal
-        if exchange.complete and not exchange.scope.has_session:
-            return
         if (settling := exchange.returned(self)) is not None:
             await settling
 
@@ -244,7 +242,7 @@ class Layer:
             if due is not None:
                 await self._send(due)
             return
-        inside = depth.set(self.depth - 1)
+        inside = depth.set(self._depth - 1)
         try:
             await self._send(message)
         finally:

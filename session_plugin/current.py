@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .database import BaseDatabase
     from .scope import SessionScope
 
-
 depth: ContextVar[int] = ContextVar("session_plugin_depth", default=0)
 """How many middlewares the caller stands inside; an adapter whose middlewares run side by side counts them.
 

@@ -58,8 +58,8 @@ class SessionScope(Generic[S]):
     has_begun: bool = False
     error: BaseException | None = None
     settled: bool = False
-    closed: bool = False
     saved: bool = False
+    closed: bool = False
     begun_at: int = 0
     _policy: Policy | None = None
     doomed: str | None = None

@@ -252,13 +252,19 @@ def swallowing(app: Any, scope: Any, receive: Any, send: Any) -> Any:
     return report()
 
 
-async def failing_work(bench: Bench, name: str, *, begins: asyncio.Event, begun: asyncio.Event, ends: Any) -> None:
-    """A transaction that is begun and fails when it is told."""
-    await begins.wait()
-    await bench.db.session.run_sync(insert(name))
-    begun.set()
-    await ends.wait()
-    raise ValueError
+class FailingWork:
+    """A transaction that is begun, and fails, when it is told."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self.begins, self.begun, self.ends = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        await self.begins.wait()
+        await self._bench.db.session.run_sync(insert("half"))
+        self.begun.set()
+        await self.ends.wait()
+        raise ValueError
 
 
 def test_work_of_the_app_beside_its_own_start(file_store: Store) -> None:
@@ -266,19 +272,19 @@ def test_work_of_the_app_beside_its_own_start(file_store: Store) -> None:
     bench = Bench(file_store)
 
     async def scenario() -> None:
-        begins, begun, ends = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        work = FailingWork(bench)
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(failing_work(bench, "half", begins=begins, begun=begun, ends=ends))
+                tasks.create_task(work.run())
                 await send(START)
-                ends.set()
+                work.ends.set()
                 await asyncio.get_running_loop().create_future()
 
         async def waiting(app: Any, scope: Any, receive: Any, send: Any) -> None:
             async def wait_and_send(message: Any) -> None:
-                begins.set()
-                await begun.wait()
+                work.begins.set()
+                await work.begun.wait()
                 await send(message)
 
             await app(scope, receive, wait_and_send)
@@ -296,19 +302,19 @@ def test_work_of_the_app_beside_its_own_end(file_store: Store) -> None:
     bench = Bench(file_store)
 
     async def scenario() -> None:
-        begins, begun, ends = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        work = FailingWork(bench)
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(failing_work(bench, "lost", begins=begins, begun=begun, ends=ends))
+                tasks.create_task(work.run())
                 await send(START)
                 await send(LAST)
-                ends.set()
+                work.ends.set()
 
         async def slow_send(message: Any) -> None:
             if message is LAST:
-                begins.set()
-                await begun.wait()
+                work.begins.set()
+                await work.begun.wait()
 
         inside = SessionScopeMiddleware(app, bench.db)
         outside = SessionScopeMiddleware(partial(swallowing, inside), bench.db)
@@ -323,25 +329,24 @@ def test_work_of_a_middleware_that_outlives_its_send(file_store: Store) -> None:
     bench = Bench(file_store)
 
     async def scenario() -> None:
-        begins, begun, ends = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        work = FailingWork(bench)
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             await send(START)
             await send(LAST)
-            begins.set()
-            await begun.wait()
+            work.begins.set()
+            await work.begun.wait()
 
         async def logging(app: Any, scope: Any, receive: Any, send: Any) -> None:
             tasks = []
 
             async def log_and_send(message: Any) -> None:
                 if message is LAST:
-                    logs = failing_work(bench, "half", begins=begins, begun=begun, ends=ends)
-                    tasks.append(asyncio.create_task(logs))
+                    tasks.append(asyncio.create_task(work.run()))
                 await send(message)
 
             await app(scope, receive, log_and_send)
-            ends.set()
+            work.ends.set()
             await asyncio.gather(*tasks)
 
         with pytest.raises(ValueError, match=r"^$"):

@@ -325,6 +325,49 @@ def test_a_stream_that_is_still_open_is_closed(units: Units) -> None:
     units.runner.run(main())
 
 
+@on(*SYNC, *ASYNC)
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_a_stream_is_closed_before_its_transaction_ends(
+    units: Units, end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After it a server knows no cursor, and MariaDB would first have to send all that was not read."""
+    streams: list[Any] = []
+
+    def work(session: Session) -> None:
+        session.add_all(Parent(name=f"row {number}") for number in range(9))
+        session.flush()
+        streams.append(session.execute(select(Parent.name), execution_options={"yield_per": 2}))
+        streams[0].fetchone()
+        if end == "rollback":
+            units.db.doom("dry run")
+
+    units.run(work)
+    with pytest.raises(ResourceClosedError):
+        streams[0].all()
+    assert [record.message for record in caplog.records if record.name.startswith("sqlalchemy")] == []
+
+
+@pytest.mark.filterwarnings("ignore:.*ServerCursor object.*deleted while still open:ResourceWarning")
+@on(*POSTGRESQL)
+def test_closing_a_stream_that_a_savepoint_took_along_loses_nothing_in_silence(units: Units) -> None:
+    """Some drivers tell the server to close what it has closed already, which aborts the transaction."""
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        savepoint = session.begin_nested()
+        stream = session.execute(text("SELECT * FROM generate_series(1, 9)"), execution_options={"yield_per": 1})
+        stream.fetchone()
+        savepoint.rollback()
+
+    try:
+        units.run(work)
+    except TransactionAbortedError:
+        assert units.store.names() == []
+    else:
+        assert units.store.names() == ["tea"]
+    gc.collect()  # psycopg warns of a cursor that it could not close
+
+
 def test_a_two_phase_session_is_refused_by_an_aborted_transaction(postgresql: Any) -> None:
     """PREPARE TRANSACTION of an aborted transaction "succeeds" on PostgreSQL as well."""
     db = Database(

@@ -347,7 +347,7 @@ def test_a_stream_is_closed_before_its_transaction_ends(
     assert [record.message for record in caplog.records if record.name.startswith("sqlalchemy")] == []
 
 
-@pytest.mark.filterwarnings("ignore:.*ServerCursor object.*deleted while still open:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:.*ServerCursor.*deleted while still open:ResourceWarning")
 @on(*POSTGRESQL)
 def test_closing_a_stream_that_a_savepoint_took_along_loses_nothing_in_silence(units: Units) -> None:
     """Some drivers tell the server to close what it has closed already, which aborts the transaction."""

@@ -325,7 +325,6 @@ def test_a_stream_that_is_still_open_is_closed(units: Units) -> None:
     units.runner.run(main())
 
 
-@on(*SYNC, *ASYNC)
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 def test_a_stream_is_closed_before_its_transaction_ends(
     units: Units, end: str, caplog: pytest.LogCaptureFixture

@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SECONDS ?= 600
+WORKERS ?= 3
 CONSTRAINTS_FILE ?= constraints.txt
 PACKAGE ?= --editable .
+PARALLEL := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 CONSTRAINTS := --constraint $(CONSTRAINTS_FILE)
 test_IF_POSSIBLE = $(if $(shell command -v mariadb_config),--group mysqlclient)
 test-core_IF_POSSIBLE = $(test_IF_POSSIBLE)
 
-.PHONY: demo serve test soak mutants matrix lint docs package bench clean
+.PHONY: demo serve check test soak mutants matrix lint docs package bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m example_apps.demo
@@ -18,8 +20,13 @@ demo: $(VENV)/.demo
 serve: $(VENV)/.demo
 	$(BIN)/python -m example_apps.demo --serve
 
+check: $(VENV)/.test  # the fast core, for while you work
+	$(BIN)/python -m pytest --quick $(PARALLEL)
+
 test: $(VENV)/.test
-	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest $(PARALLEL)
+	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
 soak: $(VENV)/.test

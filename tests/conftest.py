@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hypothesis  # noqa: F401  asks the collector who holds what it is given, which must not be frozen by then
 import pytest
@@ -38,6 +39,39 @@ NOT_CORE = (
     "docs/your-own-adapter.md",
 )
 """What ``--core`` leaves out: it needs newer or other packages than the lowest that are supported."""
+
+NOT_QUICK = (
+    "tests/test_cancellation.py",
+    "tests/test_crowds.py",
+    "tests/test_disorder.py",
+    "tests/test_pools.py",
+    "tests/test_threads.py",
+)
+"""What ``--quick`` leaves out besides what is not core: it takes long or needs the machine for itself."""
+
+QUICK_DRIVERS = ("sqlite+pysqlite", "sqlite+aiosqlite", "postgresql+psycopg", "postgresql+psycopg_async")
+"""What ``--quick`` runs on."""
+
+STEADY = (
+    "tests/test_soak.py",
+    "tests/test_servers.py",
+    "tests/test_crowds.py",
+    "tests/test_threads.py",
+    "tests/test_pools.py",
+)
+"""Crowds and servers of many processes.  In a parallel run, one worker runs them all, so that no two meet."""
+
+LONG = (
+    "tests/test_bench.py",
+    "tests/test_docs.py",
+    "tests/test_neighbours_workers.py",
+    "tests/test_neighbours_sentry.py",
+    "tests/test_testing_pytest.py",
+    "tests/test_coming_from.py",
+)
+"""What a parallel run begins with besides, so that it does not end with one of them alone."""
+
+DRIVER = re.compile(r"\b(?:sqlite|postgresql|mariadb)\+\w+")
 
 missing: set[str] = set()
 left_out: set[str] = set()
@@ -71,19 +105,28 @@ def redis() -> Iterator[Redis]:
     yield from throwaway(Redis)
 
 
-def pytest_configure() -> None:
-    """A shell ignores SIGINT for what it starts in the background; a server of ours would never end on it."""
+def pytest_configure(config: pytest.Config) -> None:
+    """A shell ignores SIGINT for what it starts in the background; a server of ours would never end on it.
+
+    The processes that tests start are neither measured nor workers of pytest-xdist, whoever runs the tests.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if config.getoption("dist", "no") != "no":
+        return  # its workers run the tests
+    for name in ("COVERAGE_PROCESS_CONFIG", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        os.environ.pop(name, None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--core", action="store_true", help="the package and its frameworks, without neighbours")
+    parser.addoption("--quick", action="store_true", help="what is fast of the core, on SQLite and psycopg")
 
 
 def is_left_out(name: str, config: pytest.Config) -> bool:
     """True if ``name``, from the root, is not in this run; said at its end."""
-    if not config.getoption("core") or not any(fnmatch(name, pattern) for pattern in NOT_CORE):
+    patterns = (*NOT_CORE, *NOT_QUICK) if config.getoption("quick") else NOT_CORE if config.getoption("core") else ()
+    if not any(fnmatch(name, pattern) for pattern in patterns):
         return False
     left_out.add(name)
     return True
@@ -94,13 +137,41 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return (inside and is_left_out(collection_path.relative_to(config.rootpath).as_posix(), config)) or None
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the pages that are not core; test_docs.py has their names as parameters."""
-    pages = [item for item in items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
-    out = {item for item in pages if is_left_out(item.callspec.id, config)}
+    """Leave out what is not in this run, and divide it among the workers of a parallel one."""
+    out = {item for item in items if is_deselected(item, config)}
     if out:
         config.hook.pytest_deselected(items=list(out))
         items[:] = [item for item in items if item not in out]
+    if hasattr(config, "workerinput"):
+        items.sort(key=rank)
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
+def is_deselected(item: pytest.Item, config: pytest.Config) -> bool:
+    """True for a page that is not in this run, which is a parameter of test_docs.py, and for a driver that is not."""
+    if isinstance(item, pytest.Function) and hasattr(item, "callspec") and is_left_out(item.callspec.id, config):
+        return True
+    drivers = DRIVER.findall(item.nodeid) if config.getoption("quick") else []
+    others = [driver for driver in drivers if driver not in QUICK_DRIVERS]
+    left_out.update(others)
+    return bool(others)
+
+
+def rank(item: pytest.Item) -> int:
+    """The place in a parallel run: the lower, the earlier."""
+    module = item.nodeid.partition("::")[0]
+    return 0 if module in STEADY else 1 if module in LONG else 2
+
+
+def group(item: pytest.Item) -> str:
+    """What one worker runs in one go: the tests that share a server or a database."""
+    module = item.nodeid.partition("::")[0]
+    if module in STEADY:
+        return "steady"
+    return " ".join([item.nodeid.rpartition("::")[0], *DRIVER.findall(item.nodeid)])
 
 
 def throwaway(make: Callable[[], S]) -> Iterator[S]:
@@ -165,6 +236,20 @@ def no_thread_left() -> Iterator[None]:
     yield
     left = [thread.name for thread in threading.enumerate() if "serve_forever" in thread.name and not thread.daemon]
     assert not left, f"still running: {left}"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of a parallel run hands on what is said at the end."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput.update(missing=sorted(missing), left_out=sorted(left_out))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """It has ended; one that crashed hands on nothing."""
+    output = getattr(node, "workeroutput", {})
+    missing.update(output.get("missing", ()))
+    left_out.update(output.get("left_out", ()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,6 +12,8 @@ CONSTRAINTS := --constraint $(CONSTRAINTS_FILE)
 test_IF_POSSIBLE = $(if $(shell command -v mariadb_config),--group mysqlclient)
 test-core_IF_POSSIBLE = $(test_IF_POSSIBLE)
 
+export PYTHONDONTWRITEBYTECODE =  # or each worker of a test run would compile all of the tests
+
 .PHONY: demo serve check test soak mutants matrix lint docs package bench clean
 
 demo: $(VENV)/.demo

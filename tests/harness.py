@@ -15,10 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import ForeignKey, ForeignKeyConstraint, String, create_engine, event, func, select, text
+from sqlalchemy import URL, Engine, ForeignKey, ForeignKeyConstraint, String, create_engine, event, func, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
@@ -156,12 +159,12 @@ class Store:
             self.url = f"{driver}:///{location}"
             self.engine = create_engine(f"sqlite:///{location}")
             event.listen(self.engine, "connect", check_foreign_keys)
-            sqlite3.connect(location).execute("PRAGMA journal_mode=WAL").connection.close()
+            Path(location).write_bytes(empty_file())
         else:
             self.url = location.url(dialect_driver, location.shared_database)
             self.engine = create_engine(location.admin_url(location.shared_database))
+            create_tables(self.engine)
         self.commit_error = OperationalError if self.backend == "mariadb" else IntegrityError
-        Base.metadata.create_all(self.engine)
         self.sessions = sessionmaker(self.engine)
 
     def names(self) -> list[str]:
@@ -191,6 +194,28 @@ class Store:
                     return [str(error)]
                 return []
             return list(connection.execute(text(OPEN_TRANSACTIONS[self.backend])))
+
+
+@cache
+def empty_file() -> bytes:
+    """An SQLite database with the tables, which costs less to copy than to make."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "empty.db")
+        engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
+        with engine.connect() as connection:
+            connection.execute(text("PRAGMA journal_mode=WAL"))
+        Base.metadata.create_all(engine)
+        return path.read_bytes()
+
+
+with_tables: set[URL] = set()
+
+
+def create_tables(engine: Engine) -> None:
+    """Create them, unless that was done before: a server has one database for all of a run's harnesses."""
+    if engine.url not in with_tables:
+        Base.metadata.create_all(engine)
+        with_tables.add(engine.url)
 
 
 def check_foreign_keys(connection: Any, record: Any) -> None:

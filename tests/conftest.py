@@ -151,17 +151,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return (inside and is_left_out(collection_path.relative_to(config.rootpath).as_posix(), config)) or None
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is not in this run, and divide it among the workers of a parallel one."""
+    """Leave out what is not in this run, and begin a parallel one with what takes longest."""
     out = {item for item in items if is_deselected(item, config)}
     if out:
         config.hook.pytest_deselected(items=list(out))
         items[:] = [item for item in items if item not in out]
     if hasattr(config, "workerinput"):
         items.sort(key=rank)
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
 def is_deselected(item: pytest.Item, config: pytest.Config) -> bool:
@@ -184,12 +181,22 @@ def rank(item: pytest.Item) -> int:
     return 0 if module in STEADY else 1 if module in LONG else 2
 
 
-def group(item: pytest.Item) -> str:
-    """What one worker runs in one go: the tests that share a server or a database."""
-    module = item.nodeid.partition("::")[0]
-    if module in STEADY:
-        return "steady"
-    return " ".join([item.nodeid.rpartition("::")[0], *DRIVER.findall(item.nodeid)])
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Divide a parallel run into groups; each is run by one worker in one go.
+
+    A group are the tests of a module or a class on one driver, which share a server and a database, or all that is
+    `STEADY`.  The mark ``xdist_group`` says nothing to pytest-xdist 3.8 on pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            if nodeid.partition("::")[0] in STEADY:
+                return "steady"
+            return " ".join([nodeid.rpartition("::")[0], *DRIVER.findall(nodeid)])
+
+    return Groups(config, log)
 
 
 def throwaway(make: Callable[[], S]) -> Iterator[S]:

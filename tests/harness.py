@@ -97,6 +97,7 @@ def add_orphan(session: Session) -> None:
 def refuse_commits(session: Session) -> None:
     """Make MariaDB read-only, as a failover does, until the session has rolled back."""
     url = session.connection().engine.url.set(drivername="mariadb+pymysql", username="root", password="")
+    url = url.update_query_dict({"ssl_disabled": "true"})
     admin = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
 
     def set_read_only(value: int) -> None:

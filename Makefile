@@ -14,7 +14,7 @@ test-core_IF_POSSIBLE = $(test_IF_POSSIBLE)
 
 export PYTHONDONTWRITEBYTECODE =  # or each worker of a test run would compile all of the tests
 
-.PHONY: demo serve check test soak mutants matrix lint docs package bench clean
+.PHONY: demo serve check pytest test soak mutants matrix lint docs package bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m example_apps.demo
@@ -24,6 +24,9 @@ serve: $(VENV)/.demo
 
 check: $(VENV)/.test  # the fast core, for while you work
 	$(BIN)/python -m pytest --quick $(PARALLEL)
+
+pytest:  # on what is installed, as .ci/matrix does
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGUMENTS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m coverage erase

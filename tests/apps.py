@@ -53,6 +53,10 @@ class Handler(WSGIRequestHandler):
     def log(self, *args: Any) -> None:
         pass
 
+    def run_wsgi(self) -> None:
+        with self.server.harness.serving():
+            super().run_wsgi()
+
 
 class WSGIHarness(Harness):
     app: Any
@@ -60,6 +64,7 @@ class WSGIHarness(Harness):
     def start(self) -> None:
         self._server = make_server("127.0.0.1", 0, self.app, threaded=True, request_handler=Handler)
         self._server.daemon_threads = True
+        self._server.harness = self
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
@@ -174,8 +179,9 @@ class ASGIHarness(Harness):
 
     def start(self) -> None:
         config = uvicorn.Config(
-            self.app, "127.0.0.1", 0, loop="asyncio", log_config=None, lifespan="on", ws="websockets-sansio"
-        )
+            self.serve, "127.0.0.1", 0, interface="asgi3", loop="asyncio", log_config=None, lifespan="on",
+            ws="websockets-sansio",
+        )  # fmt: skip
         self._server = UvicornServer(config)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
@@ -183,6 +189,13 @@ class ASGIHarness(Harness):
             assert self._thread.is_alive()
             self._thread.join(0.01)
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        with self.serving():
+            await self.app(scope, receive, send)
 
     def has_seen_the_client_leave(self) -> bool:
         return not self._server.server_state.connections

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from session_plugin import ScopeClosedError
 
-from .harness import Act, ConflictError, HandledError, Harness, Parent, add, add_orphan, insert, wait_for
+from .harness import Act, ConflictError, HandledError, Harness, Parent, add, add_orphan, hold, insert, wait_for
 
 
 class Contract:
@@ -285,7 +285,7 @@ class Contract:
 
         def wait(session: Session) -> None:
             insert("half")(session)
-            gate.wait(5)
+            hold(gate)
 
         def finish(session: Session) -> None:
             finished.set()

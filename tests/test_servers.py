@@ -102,6 +102,7 @@ class Running:
             **os.environ,
             SITE: kind.site,
             DATABASE: postgresql.url(kind.driver, self.database),
+            "PYTHONFAULTHANDLER": "1",
             "PYTHONWARNINGS": "default::ResourceWarning,default::RuntimeWarning",
         }
         self.log = log
@@ -140,6 +141,15 @@ class Running:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process that was started."""
         self.process.send_signal(number)
+
+    def ended(self) -> int:
+        """The exit code, once it has ended; one that does not end shows where its threads are."""
+        try:
+            return self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.signal(signal.SIGABRT)
+            self.process.wait(20)
+            raise AssertionError(self.log.read_text()) from None
 
     def close(self) -> None:
         """End the server with its workers, if it runs, and drop the database."""
@@ -317,7 +327,7 @@ class TestEveryServer:
                 server.signal(server.kind.stop)
                 wait_for(lambda: any(client.cut for client in clients), 1)
                 release()
-            assert server.process.wait(20) == server.kind.code
+            assert server.ended() == server.kind.code
             told = {"held": held.result().status}
         for client in clients:
             client.over.set()
@@ -349,7 +359,7 @@ class TestWaitress:
             server.signal(signal.SIGTERM)
             with pytest.raises(http.client.RemoteDisconnected):
                 held.result()
-        assert server.process.wait(20) == -signal.SIGTERM
+        assert server.ended() == -signal.SIGTERM
         assert wait_for(lambda: server.connections() == [])
         assert server.store.names() == []
 

@@ -82,11 +82,16 @@ class Server:
         run = _as_unprivileged(folder, self.owner)
         port = free_port()
         make, serve = self._commands(folder / "data", port)
-        with open(folder / "log", "wb") as log:
-            subprocess.run(make, check=True, stdout=log, stderr=log, cwd=folder, **run)
-            self._process = subprocess.Popen(serve, stdout=log, stderr=log, cwd=folder, **run)
         url = self._url(port)
-        _wait_for(url, self._process, folder / "log")
+        try:
+            with open(folder / "log", "wb") as log:
+                subprocess.run(make, check=True, stdout=log, stderr=log, cwd=folder, **run)
+                serve = [*_ending_with_us(self.end_at_once), *serve]
+                self._process = subprocess.Popen(serve, stdout=log, stderr=log, cwd=folder, **run)
+            _wait_for(url, self._process, folder / "log")
+        except BaseException:  # such as a Ctrl-C
+            self.stop()
+            raise
         return url
 
     def _commands(self, data: Path, port: int) -> tuple[list[Any], list[Any]]:
@@ -150,7 +155,7 @@ class MariaDB(Server):
         return [make, *common, "--auth-root-authentication-method=normal", "--skip-test-db"], [serve, *common, *options]
 
     def _url(self, port: int) -> URL:
-        # else each connection reads all of the machine's certificates, which takes fifty times as long as the rest of it
+        # else each connection reads all of the certificates of the machine, fifty times the work of the rest of it
         return make_url(f"mariadb+pymysql://root@127.0.0.1:{port}/mysql?ssl_disabled=true")
 
 
@@ -178,7 +183,11 @@ class PgBouncer:
         )
         with open(self._folder / "log", "wb") as log:
             self._process = subprocess.Popen(
-                [program, "pgbouncer.ini"], stdout=log, stderr=log, cwd=self._folder, **run
+                [*_ending_with_us(signal.SIGKILL), program, "pgbouncer.ini"],
+                stdout=log,
+                stderr=log,
+                cwd=self._folder,
+                **run,
             )
         self._base = target.set(host="127.0.0.1", port=port, password=None)
         _wait_for(self._base, self._process, self._folder / "log")
@@ -205,7 +214,8 @@ class Redis:
         settings = {"port": port, "bind": "127.0.0.1", "save": "", "appendonly": "no"}
         options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         with open(self._folder / "log", "wb") as log:
-            self._process = subprocess.Popen([program, *options], stdout=log, stderr=log, cwd=self._folder, **run)
+            serve = [*_ending_with_us(signal.SIGKILL), program, *options]
+            self._process = subprocess.Popen(serve, stdout=log, stderr=log, cwd=self._folder, **run)
         self.url = f"redis://127.0.0.1:{port}/0"
         _wait_until(lambda: socket.create_connection(("127.0.0.1", port)).close(), self._process, self._folder / "log")
 
@@ -243,6 +253,12 @@ def _required_program(name: str) -> str:
     if program is None:
         raise NotInstalled(name)
     return program
+
+
+def _ending_with_us(number: signal.Signals) -> list[str]:
+    """What a command begins with that gets this signal when our process is gone, even if it was killed."""
+    program = shutil.which("setpriv")  # Linux has it
+    return [program, "--pdeathsig", number.name.removeprefix("SIG")] if program else []
 
 
 def _settings(values: dict[str, object], separator: str) -> str:

@@ -450,7 +450,9 @@ def test_an_outcome_shows_the_class_of_its_error_only() -> None:
     assert "error=None" in repr(Outcome())
 
 
-@pytest.mark.parametrize("fact", [Outcome(status=200), Decision(True, "success"), commit_on_success], ids=lambda fact: type(fact).__name__)
+@pytest.mark.parametrize(
+    "fact", [Outcome(status=200), Decision(True, "success"), commit_on_success], ids=lambda fact: type(fact).__name__
+)
 def test_what_crosses_a_boundary_is_frozen(fact: Any) -> None:
     for field in fields(fact):
         with pytest.raises(FrozenInstanceError):

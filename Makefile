@@ -37,7 +37,7 @@ test: $(VENV)/.test
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak --seconds $(SECONDS)
 
-mutants: $(VENV)/.mutants  # hours; MODULES="scope flask/_plugin" are some of them
+mutants: $(VENV)/.mutants  # hours; MODULES="scope/ending flask/plugin" are some of them
 	$(BIN)/python -m tests.mutants $(MODULES)
 	$(BIN)/python -m tests.mutants --wide $(MODULES)
 

@@ -1,15 +1,15 @@
-"""What can go wrong, in one tree; each message says what happened and then what to do.
+"""Every exception of session_plugin; each message says what happened and then what to do.
 
 ::
 
     SessionPluginError
-    ├── ConfigurationError          wrong before the first request
-    ├── NoScopeError                asked for a session where no unit of work is open
-    ├── ScopeClosedError            used a session after its unit of work ended
-    ├── ConcurrentUseError          two threads or tasks used one session at once
-    ├── TransactionAbortedError     the server had given the transaction up, or it was doomed
-    ├── ReadOnlyError               wrote under a read-only policy
-    ├── PolicyError                 a policy was chosen too late, raised, or answered nonsense
+    ├── ConfigurationError          the set-up is wrong; raised before the first request
+    ├── NoScopeError                a session was asked for where no unit of work is open
+    ├── ScopeClosedError            a session was used after its unit of work had ended
+    ├── ConcurrentUseError          two threads or tasks used one session at the same time
+    ├── TransactionAbortedError     COMMIT was refused: the server had aborted the transaction, or it was doomed
+    ├── ReadOnlyError               a read-only policy was about to write
+    ├── PolicyError                 a policy was chosen too late, raised, or returned no Decision
     └── IsolationError              a test did what ``db.isolated()`` cannot undo or cannot show
 
 SQLAlchemy's own exceptions always pass through unwrapped.
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class SessionPluginError(Exception):
-    """The base of every exception that session_plugin raises itself."""
+    """The base class of every exception that session_plugin itself raises."""
 
 
 class ConfigurationError(SessionPluginError):
@@ -42,8 +42,8 @@ class ConfigurationError(SessionPluginError):
 class NoScopeError(SessionPluginError, AttributeError):
     """A session was asked for outside any request, ``session_scope()`` or app context.
 
-    It is an `AttributeError` so that ``hasattr(db, "session")`` answers False at import
-    time, which libraries such as Flask-Admin rely on.
+    It is an `AttributeError` so that ``hasattr(db, "session")`` returns False at import time, which
+    libraries such as Flask-Admin rely on.
     """
 
 
@@ -58,9 +58,9 @@ class ConcurrentUseError(SessionPluginError, InvalidRequestError):
 class TransactionAbortedError(SessionPluginError, PendingRollbackError):
     """COMMIT was refused: the server had already aborted the transaction, or its unit of work is doomed.
 
-    PostgreSQL answers COMMIT of an aborted transaction with a ROLLBACK and no error; MySQL and
-    MariaDB roll back after a deadlock and go on in a new transaction, and SQLite after some
-    errors.  The swallowed error is ``__cause__``.
+    PostgreSQL turns COMMIT of an aborted transaction into a ROLLBACK and reports no error.  MySQL and
+    MariaDB roll back after a deadlock and go on in a new transaction; SQLite does so after some errors.
+    The exception that was caught and ignored is ``__cause__``.
     """
 
 
@@ -76,6 +76,6 @@ class IsolationError(SessionPluginError):
     """Inside ``db.isolated()``, or with the test kit, something was done that it cannot undo or cannot show."""
 
 
-def shown(url: URL) -> str:
-    """What a message says of ``url``: not its password, nor its query, in which drivers take passwords too."""
+def url_for_message(url: URL) -> str:
+    """Render ``url`` for a message: without its password, and without its query, in which drivers accept passwords."""
     return url.set(query={}).render_as_string(hide_password=True)

@@ -1,8 +1,7 @@
-"""How a unit of work begins and how it ends: pure functions of what is known about it.
+"""Policies: how a unit of work begins, and whether it commits or rolls back.
 
-A `Policy` joins the two.  It begins a transaction (``read_only``, ``isolation_level``), and
-its ``decide`` turns the `Outcome` of the work into a `Decision`.  Derive one with
-`dataclasses.replace`::
+A `Policy` says how transactions begin (``read_only``, ``isolation_level``), and its ``decide`` turns the
+`Outcome` of the work into a `Decision`.  Derive one from another with `dataclasses.replace`::
 
     serializable = replace(commit_on_success, name="serializable", isolation_level="SERIALIZABLE")
 """
@@ -22,13 +21,15 @@ __all__ = [
     "Outcome",
     "Policy",
     "commit_on_success",
+    "endpoint_policy",
     "manual",
     "read_only",
+    "read_only_autocommit",
     "response_status",
 ]
 
 SAFE_METHODS: frozenset[str] = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
-"""The methods that RFC 9110, section 9.2.1, calls safe."""
+"""The HTTP methods that RFC 9110, section 9.2.1, defines as safe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +71,21 @@ class Outcome:
         return None
 
     @classmethod
-    def answered(cls, status: int | None, error: BaseException | None, method: str | None) -> Outcome:
-        """The outcome of a request whose status is known.
+    def of_response(cls, status: int | None, error: BaseException | None, method: str | None) -> Outcome:
+        """Return the outcome of a request whose status is known.
 
-        Those without an error are kept, as making a frozen one takes longer than all else that a decision needs.
+        Outcomes without an error are cached: making a frozen one takes longer than the rest of a decision.
         """
-        if error is None and type(status) is int:  # a number of another type may be equal, and is not the same
-            return _answered(status, method)
+        if error is None and type(status) is int:  # an equal number of another type is not the same
+            return _of_response(status, method)
         return cls(status, error, method)
 
     @classmethod
     def raised(cls, error: BaseException, *, method: str | None = None) -> Outcome:
-        """The outcome of work that ended in ``error``.
+        """Return the outcome of work that ended in ``error``.
 
-        An exception that is itself a response below 400, such as a raised redirect, is a
-        response and no error.
+        An exception that is itself a response with a status below 400, such as a raised redirect, counts as a
+        response and not as an error.
         """
         status = response_status(error)
         is_error = status is None or status >= 400
@@ -92,7 +93,7 @@ class Outcome:
 
 
 @lru_cache
-def _answered(status: int, method: str | None) -> Outcome:
+def _of_response(status: int, method: str | None) -> Outcome:
     return Outcome(status, method=method)
 
 
@@ -115,9 +116,12 @@ class Policy:
 
     Attributes:
         decide: from `Outcome` to `Decision`; called each time a transaction is settled.
-        name: what logs and errors call it.
+        name: its name in logs and errors.
         read_only: begin READ ONLY transactions; the session refuses to flush.
         isolation_level: SQLAlchemy's name of the isolation level, or None for the engine's.
+
+    Raises:
+        PolicyError: ``decide`` is not a plain function of one argument.
     """
 
     decide: Callable[[Outcome], Decision]
@@ -129,20 +133,20 @@ class Policy:
         decide = self.decide
         if not _takes_one_argument(decide) or is_coroutine_function(decide):
             raise PolicyError(
-                f"The policy {self.name} cannot decide: it must be a plain function that takes an Outcome and returns "
-                "a Decision. As a decorator of an endpoint, write @db.policy(read_only)."
+                f"The policy {self.name} must be a plain function that takes one Outcome and returns a Decision. To "
+                "decorate an endpoint, write @db.policy(read_only)."
             )
 
 
 def is_coroutine_function(function: Any) -> bool:
-    """True for a coroutine function, and for an object whose ``__call__`` is one."""
+    """Return True for a coroutine function, and for an object whose ``__call__`` is one."""
     return iscoroutinefunction(function) or iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
 def _takes_one_argument(function: Any) -> bool:
     try:
         signature(function).bind(None)
-    except TypeError:  # it is not callable, or not so
+    except TypeError:  # it is not callable, or takes other arguments
         return False
     except ValueError:  # a builtin without a signature
         pass
@@ -151,10 +155,10 @@ def _takes_one_argument(function: Any) -> bool:
 
 @singledispatch
 def response_status(error: BaseException) -> int | None:
-    """The HTTP status of an exception that is itself a response, or None.
+    """Return the HTTP status of an exception that is itself a response, or None.
 
-    An adapter registers its framework's own class.  The attribute alone would not do:
-    `urllib.error.HTTPError` has a ``code`` too, and is an error whatever it says.
+    An adapter registers its framework's own class.  An attribute alone does not tell:
+    `urllib.error.HTTPError` has a ``code`` too, and is an error whatever its value.
     """
     return None
 
@@ -175,7 +179,7 @@ def _never_commit(outcome: Outcome) -> Decision:
 
 
 commit_on_success: Policy = Policy(_commit_unless_failed, "commit_on_success")
-"""The default: COMMIT, unless there was an exception, a status of 400 or more, or a cut stream."""
+"""The default: COMMIT, unless there was an exception, a status of 400 or more, or a stream that was cut short."""
 
 manual: Policy = Policy(_never_commit, "manual")
 """Nothing commits by itself: the app calls ``commit()``, and what it did not commit is rolled back."""
@@ -192,7 +196,7 @@ Its connections are those of a second pool, as large as the first one.
 
 
 def as_policy(value: object) -> Policy:
-    """``value`` as a `Policy`: itself, or a function from `Outcome` to `Decision` turned into one.
+    """Return ``value`` as a `Policy`: itself, or one that decides by a function from `Outcome` to `Decision`.
 
     Raises:
         PolicyError: it is neither.
@@ -202,6 +206,28 @@ def as_policy(value: object) -> Policy:
     if callable(value):
         return Policy(value, name=getattr(value, "__name__", repr(value)))
     raise PolicyError(
-        f"{value!r} is no policy. Pass commit_on_success, manual, read_only, a Policy, or a function "
+        f"{value!r} is not a policy. Give commit_on_success, manual, read_only, a Policy, or a function "
         "that takes an Outcome and returns a Decision."
     )
+
+
+_ENDPOINT_ATTRIBUTE = "__session_policies__"
+_endpoints_have_policies = False
+
+
+def set_endpoint_policy(endpoint: object, db: object, policy: Policy) -> None:
+    """Set the policy of the database ``db`` on an endpoint, or on a class or a blueprint of endpoints."""
+    global _endpoints_have_policies
+    setattr(endpoint, _ENDPOINT_ATTRIBUTE, {**getattr(endpoint, _ENDPOINT_ATTRIBUTE, {}), db: policy})
+    _endpoints_have_policies = True
+
+
+def endpoint_policy(endpoint: object, db: Any) -> Policy | None:
+    """Return the policy that ``@db.policy(...)`` set on ``endpoint``, or None; for ``find_policy`` of an adapter."""
+    policies: dict[Any, Policy] = getattr(endpoint, _ENDPOINT_ATTRIBUTE, {})
+    return policies.get(db) or policies.get(db.database) if policies else None
+
+
+def any_endpoint_policy() -> bool:
+    """Return False as long as no endpoint was given a policy, of any database."""
+    return _endpoints_have_policies

@@ -382,7 +382,7 @@ class Contract:
         """A session kept beyond its request never silently reopens."""
         kept: list[Session] = []
         app.request(Act(lambda session: kept.append(session)))
-        assert wait_for(lambda: kept[0]._session_scope.closed)
+        assert wait_for(lambda: kept[0]._unit_of_work.closed)
         with pytest.raises(ScopeClosedError, match=r"session_scope\(\)"):
             kept[0].execute(text("SELECT 1"))
 

@@ -63,10 +63,18 @@ IMPORTED_BEFORE = (
 )  # fmt: skip
 """What takes long to import and is not ours: once for all mutants."""
 MODULES = (
-    "_lifecycle", "scope", "_work", "_watch", "_session", "_permits", "policy", "wsgi", "_asgi", "asgi",
-    "flask/_settle", "flask/_plugin", "flask/_configuration", "starlette", "_hooks", "_drive", "database", "access",
-    "_engines", "_sqlite", "_mysql", "_client", "current", "sync_access", "async_access", "plugin", "configuration",
-    "_threads", "_processes", "_begin", "_autocommit", "_pools",
+    "policy", "plugin",
+    "engines/making", "engines/registry", "engines/variants", "engines/autocommit", "engines/pools",
+    "engines/semaphore",
+    "engines/guard", "engines/backends/interface", "engines/backends/sqlite", "engines/backends/postgresql",
+    "engines/backends/mysql",
+    "scope/lifecycle", "scope/ending", "scope/unit_of_work", "scope/transaction_state", "scope/session", "scope/blocks",
+    "scope/current", "scope/opening", "scope/permits", "scope/hooks", "scope/log", "scope/runner", "scope/threads",
+    "scope/session_scope",
+    "database/configuration", "database/core", "database/interface", "database/sync_interface",
+    "database/async_interface", "database/forks", "database/middleware",
+    "wsgi/middleware", "wsgi/response", "asgi/middleware", "asgi/request_cycle", "asgi/client",
+    "flask/plugin", "flask/settling", "flask/configuration", "starlette/plugin", "starlette/settling",
 )  # fmt: skip
 TESTS = [
     f"tests/test_{name}.py"
@@ -83,15 +91,20 @@ DRIVERS = (  # SQLite's, and one of PostgreSQL where SQLite cannot show it
     " or test_autocommit or test_isolation_level or test_read_only)"
 )
 NEAR = {
-    "core": ("tests/test_scope.py", "tests/test_lifecycle.py"),
-    "database": ("tests/test_database.py",),
+    "scope": ("tests/test_scope.py", "tests/test_lifecycle.py"),
+    "runner": ("tests/test_drive.py",),
+    "permits": ("tests/test_threads.py",),
+    "database": ("tests/test_database.py", "tests/test_secrets.py"),
+    "interface": ("tests/test_access.py",),
+    "plugin.py": ("tests/test_access.py",),
     "engines": ("tests/test_database.py", "tests/test_secrets.py"),
-    "access": ("tests/test_access.py",),
-    "begin": ("tests/test_autocommit.py", "tests/test_scope.py"),
+    "variants": ("tests/test_autocommit.py", "tests/test_scope.py"),
     "autocommit": ("tests/test_autocommit.py",),
-    "drive": ("tests/test_drive.py",),
-    "permits": ("tests/test_threads.py", "tests/test_pools.py"),
+    "semaphore": ("tests/test_threads.py", "tests/test_pools.py"),
     "pools": ("tests/test_pools.py",),
+    "guard": ("tests/test_scope.py", "tests/test_lifecycle.py"),
+    "sqlite": ("tests/test_sqlite.py",),
+    "mysql": ("tests/test_mysql.py",),
     "wsgi": ("tests/test_wsgi.py",),
     "asgi": ("tests/test_asgi.py",),
     "client": ("tests/test_client.py", "tests/test_asgi.py"),
@@ -266,7 +279,7 @@ def _tests_of(mutation: MutationSpec, limit: float) -> tuple[list[str], list[str
     if not found:  # it runs when the module is imported, or is the middle of a statement
         before = [line for line in map(int, of_lines) if first - 6 < line < first and of_lines[str(line)]]
         found = set(of_lines[str(max(before))] if before else [test for tests in of_lines.values() for test in tests])
-    near = NEAR.get(str(mutation.module_path.stem).lstrip("_")) or NEAR.get(mutation.module_path.parts[1], NEAR["core"])
+    near = NEAR.get(mutation.module_path.stem) or NEAR.get(mutation.module_path.parts[1], NEAR["scope"])
     tests = sorted(found, key=lambda test: (not test.startswith(near), seconds.get(test, 0)))
     until = accumulate(seconds.get(test, 0) for test in tests)
     bounded = [test for test, ends_at in zip(tests, until, strict=True) if ends_at < limit]
@@ -329,7 +342,7 @@ def _end_worker(*_: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("modules", nargs="*", default=[*MODULES], metavar="module", help="such as flask/_plugin")
+    parser.add_argument("modules", nargs="*", default=[*MODULES], metavar="module", help="such as flask/plugin")
     parser.add_argument("--wide", action="store_true", help="those that survived so far, against more tests")
     arguments = parser.parse_args()
     servers = [PostgreSQL(), MariaDB()]

@@ -21,9 +21,10 @@ from session_plugin import (
     manual,
     read_only,
 )
-from session_plugin._threads import after_fork_in_child
+from session_plugin.database.sync_interface import SyncInterface
+from session_plugin.engines.forks import after_fork_in_child
 from session_plugin.plugin import Plugin
-from session_plugin.sync_access import SyncAccess
+from session_plugin.policy import endpoint_policy
 
 from .harness import Base, insert
 
@@ -32,17 +33,17 @@ class App:
     """Anything that can be weakly referred to."""
 
 
-class APlugin(Plugin[Any], SyncAccess[Any]):
-    database_class = Database
+class APlugin(Plugin[Any], SyncInterface[Any]):
+    _database_class = Database
 
     @property
     def database(self) -> Any:
-        return self._the_database()
+        return self._current_database()
 
 
 def registered(plugin: APlugin, *apps: App) -> APlugin:
     for app in apps:
-        plugin.register(app, plugin.configuration)
+        plugin._register(app, plugin._configuration)
     return plugin
 
 
@@ -55,7 +56,7 @@ def test_a_policy_on_a_function_holds_when_it_is_called() -> None:
         assert db.scope.policy is read_only
         return number
 
-    assert (report.__name__, report.__doc__, db.marked_policy(report)) == ("report", "Doc.", read_only)
+    assert (report.__name__, report.__doc__, endpoint_policy(report, db)) == ("report", "Doc.", read_only)
     with db.session_scope():
         assert report(42) == 42
     with pytest.raises(NoScopeError):
@@ -76,7 +77,7 @@ def test_a_policy_on_a_coroutine_function() -> None:
         await db.dispose()
 
     assert asyncio.iscoroutinefunction(work)
-    assert (work.__name__, db.marked_policy(work)) == ("work", manual)
+    assert (work.__name__, endpoint_policy(work, db)) == ("work", manual)
     asyncio.run(main())
 
 
@@ -92,7 +93,7 @@ def test_a_policy_on_a_generator_function_is_left_to_the_adapter() -> None:
 
     assert db.policy(read_only)(rows) is rows
     assert db.policy(read_only)(events) is events
-    assert db.marked_policy(rows) is db.marked_policy(events) is read_only
+    assert endpoint_policy(rows, db) is endpoint_policy(events, db) is read_only
     db.dispose()
 
 
@@ -117,7 +118,7 @@ def test_each_app_gets_a_database_of_its_own() -> None:
         plugin.database_for(app).dispose()
 
 
-def test_a_plugin_shares_a_database_made_elsewhere() -> None:
+def test_a_plugin_shares_a_database_that_it_is_given() -> None:
     """With its other apps, and with a worker that imports no framework."""
     shared = Database("sqlite://", metadata=Base.metadata, policy=manual)
     app = App()
@@ -131,10 +132,17 @@ def test_a_plugin_shares_a_database_made_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: APlugin(AsyncDatabase("sqlite+aiosqlite://")), lambda: APlugin(Database("sqlite://"), echo=True)]
+    ("make", "says"),
+    [
+        (
+            lambda: APlugin(AsyncDatabase("sqlite+aiosqlite://")),
+            "needs a database of class Database, and .* AsyncDatabase",
+        ),
+        (lambda: APlugin(Database("sqlite://"), echo=True), "was given a Database and further options"),
+    ],
 )
-def test_a_database_made_elsewhere_must_fit(make: Any) -> None:
-    with pytest.raises(ConfigurationError, match="made elsewhere does not fit"):
+def test_a_database_that_a_plugin_is_given_must_fit(make: Any, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
         registered(make(), App())
 
 
@@ -169,19 +177,19 @@ def test_a_policy_is_that_of_its_own_database() -> None:
     @first.policy(read_only)
     def endpoint() -> None: ...
 
-    assert first.marked_policy(endpoint) is read_only
-    assert second.marked_policy(endpoint) is None
+    assert endpoint_policy(endpoint, first) is read_only
+    assert endpoint_policy(endpoint, second) is None
     second.policy(manual)(endpoint)
-    assert first.marked_policy(endpoint) is read_only
+    assert endpoint_policy(endpoint, first) is read_only
 
     @shared.policy(manual)
     def other() -> None: ...
 
-    assert first.marked_policy(other) is manual
-    assert first.marked_policy(None) is None
+    assert endpoint_policy(other, first) is manual
+    assert endpoint_policy(None, first) is None
 
 
-def test_a_database_made_elsewhere_is_told_nothing_more() -> None:
+def test_a_database_that_a_plugin_is_given_takes_no_further_options() -> None:
     """A policy that would silently not hold is an error."""
     shared = Database("sqlite://")
     for plugin in (
@@ -190,7 +198,7 @@ def test_a_database_made_elsewhere_is_told_nothing_more() -> None:
         APlugin(shared, class_=CustomSession),
         APlugin(shared, binds={Base: "default"}),
     ):
-        with pytest.raises(ConfigurationError, match="belongs to its own construction"):
+        with pytest.raises(ConfigurationError, match="further options"):
             registered(plugin, App())
     shared.dispose()
 

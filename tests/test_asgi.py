@@ -16,7 +16,6 @@ from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError, PendingRollbackError
 from sqlalchemy.util import await_only
 
-import session_plugin.asgi
 from session_plugin import (
     AsyncDatabase,
     ConcurrentUseError,
@@ -26,8 +25,8 @@ from session_plugin import (
     Outcome,
     SessionPluginError,
 )
-from session_plugin._asgi import Exchange, Layer
 from session_plugin.asgi import SessionScopeMiddleware
+from session_plugin.asgi.request_cycle import Layer, RequestCycle
 
 from .apps import PlainASGIHarness
 from .asgi_site import ASYNC_DRIVERS, Gate, Site, stores
@@ -440,7 +439,7 @@ def test_nothing_of_a_request_stays_in_the_contexts_of_its_tasks(file_store: Sto
         for _ in range(3):
             await bench.serve(app)
         gc.collect()
-        alive = [each for each in gc.get_objects() if isinstance(each, (Layer, Exchange))]
+        alive = [each for each in gc.get_objects() if isinstance(each, (Layer, RequestCycle))]
         over.set()
         await asyncio.gather(*tasks)
         return alive
@@ -1000,9 +999,9 @@ def test_a_thread_of_a_request_has_a_permit(file_store: Store) -> None:
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.to_thread(count, database.session)
-        held.append(database.scope.permit_held)
+        held.append(database._unit_of_work().permit)
         await send(START)
-        held.append(database.scope.permit_held)
+        held.append(database._unit_of_work().permit)
         await send(LAST)
 
     async def ignore(message: Any) -> None:
@@ -1066,7 +1065,7 @@ def sending_on(db: Any, *steps: Any) -> Any:
 @pytest.mark.parametrize("cancelled", [True, False])
 def test_shutdown_beside_a_request(file_store: Store, cancelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its connection goes back before the pool is disposed, if the request ends at all within the bound."""
-    monkeypatch.setattr(session_plugin.asgi, "LONGEST_WAIT", math.inf if cancelled else 0.05)
+    monkeypatch.setattr("session_plugin.asgi.middleware.LONGEST_WAIT", math.inf if cancelled else 0.05)
 
     async def scenario() -> None:
         db = AsyncDatabase(file_store.url, **POOL)

@@ -24,7 +24,10 @@ from session_plugin import (
     read_only,
     read_only_autocommit,
 )
-from session_plugin._autocommit import forbid_writing
+from session_plugin.database.interface import core_of
+from session_plugin.engines.variants import forbid_writing
+from session_plugin.scope import ending
+from session_plugin.scope.opening import open_unit_of_work
 
 from .drivers import POSTGRESQL, SYNC
 from .harness import Parent, add, insert
@@ -59,7 +62,7 @@ def dispose(units: Units) -> None:
 
 
 def pools(units: Units) -> list[Any]:
-    return [engine.pool for engine in units.db._known_engines]
+    return [engine.pool for engine in core_of(units.db).engines.known]
 
 
 def test_it_reads_what_is_committed(units: Units) -> None:
@@ -158,11 +161,11 @@ def test_it_ends_with_its_database(units: Units) -> None:
 @on(*SYNC)
 def test_requests_and_jobs_share_the_connections(units: Units) -> None:
     reading(units, names)
-    scope: SessionScope[Any] = SessionScope(units.db, origin="GET /", method="GET")
+    scope: SessionScope[Any] = open_unit_of_work(core_of(units.db), origin="GET /", method="GET")
     scope.use(read_only_autocommit)
     assert names(scope.session) == []
-    scope.settle(Outcome(200))
-    scope.close()
+    ending.settle(scope, Outcome(200))
+    ending.close(scope)
     assert [pool.checkedin() for pool in pools(units)].count(1) == 1
 
 
@@ -192,7 +195,7 @@ def test_an_engine_made_elsewhere_is_told(tmp_path: Path) -> None:
     """How to connect to its database is not known; nothing is done by half."""
     engine = create_engine(f"sqlite:///{tmp_path / 'test.db'}")
     db = Database(engine)
-    with pytest.raises(ConfigurationError, match="made elsewhere"), db.session_scope() as session:
+    with pytest.raises(ConfigurationError, match="that you created yourself"), db.session_scope() as session:
         db.use(read_only_autocommit)
         session.execute(text("SELECT 1"))
     engine.dispose()
@@ -200,5 +203,5 @@ def test_an_engine_made_elsewhere_is_told(tmp_path: Path) -> None:
 
 def test_a_database_that_cannot_be_told_is_named() -> None:
     engine = create_mock_engine("mssql+pyodbc://", lambda *statement: None)
-    with pytest.raises(ConfigurationError, match="mssql is not known"):
+    with pytest.raises(ConfigurationError, match="outside a transaction on mssql"):
         forbid_writing(engine)  # type: ignore[arg-type]

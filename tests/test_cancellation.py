@@ -22,8 +22,9 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from session_plugin import AsyncDatabase
 from session_plugin.asgi import SessionScopeMiddleware
-from session_plugin.current import find_scope
+from session_plugin.database.interface import core_of
 from session_plugin.flask import SessionPlugin as FlaskPlugin
+from session_plugin.scope.current import find
 from session_plugin.starlette import AsyncSessionPlugin, SessionPlugin
 
 from .asgi_site import ASYNC_DRIVERS, Site, stores
@@ -135,7 +136,7 @@ class Case:
     async def connect(self) -> None:
         """Have a connection in the pool: connecting is the driver's, and no part of a request."""
         block = self.db.database.session_scope()
-        if self.db.database.is_async:
+        if core_of(self.db).is_async:
             async with block as session:
                 await session.execute(select(1))
         else:
@@ -148,7 +149,7 @@ class Case:
         names = self.store.names()
         assert names in WHOLE, f"{when}: {names}"
         assert self.wrong == [], when
-        assert find_scope(getattr(self.db, "database", self.db)) is None
+        assert find(core_of(self.db)) is None
 
     def check_hooks(self, when: str) -> None:
         names = self.store.names()

@@ -43,6 +43,7 @@ from session_plugin import (
     manual,
     read_only,
 )
+from session_plugin.database.interface import core_of
 
 from .harness import Base, Parent, insert
 from .units import Units, on
@@ -107,7 +108,7 @@ AT_CONSTRUCTION: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("a path", lambda: Database("shop.db"), ConfigurationError, "dialect\\+driver"),
     ("a URL of two slashes", lambda: Database("sqlite://shop.db"), ConfigurationError, "sqlite:///relative/path"),
     ("a port that is none", lambda: Database("postgresql://u:secret@h:p/d"), ConfigurationError, "dialect\\+driver"),
-    ("an old dialect", lambda: Database("postgres://u:secret@h/d"), ConfigurationError, "knows no dialect"),
+    ("an old dialect", lambda: Database("postgres://u:secret@h/d"), ConfigurationError, "has no dialect for"),
     ("bytes", lambda: Database(SECRET.encode()), ConfigurationError, "type bytes.*Give a URL"),
     ("a list", lambda: Database([SECRET]), ConfigurationError, "type list.*Give a URL"),
     ("a path object", lambda: Database(Path("x.db")), ConfigurationError, "Give a URL"),
@@ -132,38 +133,38 @@ AT_CONSTRUCTION: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("binds to None", lambda: Database(MEMORY, binds={Parent: None}), ConfigurationError, "Give a URL, an Engine"),
     ("binds to a URL", lambda: Database(MEMORY, binds={Parent: SECRET}), ConfigurationError, "give an Engine"),
     ("binds to nobody", lambda: Database(MEMORY, binds={Parent: "r"}), ConfigurationError, "'default'. Name one"),
-    ("binds of a name", lambda: Database(MEMORY, binds={SECRET: "default"}), ConfigurationError, "a mapped class"),
+    ("binds of a name", lambda: Database(MEMORY, binds={SECRET: "default"}), ConfigurationError, "Give a mapped class"),
     ("binds to async", lambda: Database(MEMORY, binds={Parent: create_async_engine(ASYNC_MEMORY)}), ConfigurationError,
      "does not fit"),
     ("an unknown option", lambda: Database(SECRET, poolsize=3), ConfigurationError, "poolsize.*Correct"),
     ("a number as string", lambda: Database("sqlite:///x.db", pool_timeout="5"), ConfigurationError, "int\\("),
     ("a wrong value", lambda: Database(MEMORY, echo="loud"), ConfigurationError, "echo.*Correct"),
-    ("a policy's name", lambda: Database(MEMORY, policy="read_only"), PolicyError, "Pass commit_on_success"),
-    ("None for a policy", lambda: Database(MEMORY, policy=None), PolicyError, "Pass commit_on_success"),
+    ("a policy's name", lambda: Database(MEMORY, policy="read_only"), PolicyError, "Give commit_on_success"),
+    ("None for a policy", lambda: Database(MEMORY, policy=None), PolicyError, "Give commit_on_success"),
     ("an async policy", lambda: Database(MEMORY, policy=a_coroutine_function), PolicyError, "a plain function"),
-    ("a policy of nothing", lambda: Policy(None), PolicyError, "takes an Outcome"),
-    ("a policy of no argument", lambda: SyncPlugin(policy=lambda: True), PolicyError, "takes an Outcome"),
+    ("a policy of nothing", lambda: Policy(None), PolicyError, "takes one Outcome"),
+    ("a policy of no argument", lambda: SyncPlugin(policy=lambda: True), PolicyError, "takes one Outcome"),
     ("a bare decorator", lambda: Database(MEMORY).policy(lambda: None), PolicyError, "@db.policy\\("),
-    ("a decorated number", lambda: Database(MEMORY).policy(manual)(3), ConfigurationError, "Put it above"),
+    ("a decorated number", lambda: Database(MEMORY).policy(manual)(3), ConfigurationError, "Put it directly above"),
     ("the app as source", lambda: FlaskPlugin(flask_app()), ConfigurationError, "db.init_app\\(app\\)"),
     ("the ASGI app as source", lambda: AsyncPlugin(FastAPI()), ConfigurationError, "db.init_app\\(app\\)"),
     ("a source of an argument", lambda: FlaskPlugin(lambda app: MEMORY), ConfigurationError, "without arguments"),
-    ("an async source", lambda: AsyncPlugin(a_coroutine_function), ConfigurationError, "only a plain function"),
-    ("init_app(None)", lambda: FlaskPlugin(MEMORY).init_app(None), ConfigurationError, "what Flask\\(\\) made"),
-    ("init_app(Flask)", lambda: FlaskPlugin(MEMORY).init_app(Flask), ConfigurationError, "what Flask\\(\\) made"),
-    ("another framework", lambda: AsyncPlugin().init_app(Flask("x")), ConfigurationError, "before it is wrapped"),
-    ("a router", lambda: AsyncPlugin().init_app(APIRouter()), ConfigurationError, "FastAPI app itself"),
-    ("init_app twice", lambda: twice(FlaskPlugin(MEMORY), flask_app()), ConfigurationError, "once is enough"),
-    ("init_app twice, ASGI", lambda: twice(SyncPlugin(MEMORY), FastAPI()), ConfigurationError, "once is enough"),
-    ("init_app too late", after_the_first_request, ConfigurationError, "where the app is made"),
-    ("init_app too late, ASGI", after_the_start, ConfigurationError, "where the app is made"),
+    ("an async source", lambda: AsyncPlugin(a_coroutine_function), ConfigurationError, "must be a plain function"),
+    ("init_app(None)", lambda: FlaskPlugin(MEMORY).init_app(None), ConfigurationError, "Flask.* returned"),
+    ("init_app(Flask)", lambda: FlaskPlugin(MEMORY).init_app(Flask), ConfigurationError, "Flask.* returned"),
+    ("another framework", lambda: AsyncPlugin().init_app(Flask("x")), ConfigurationError, "before you wrap the app"),
+    ("a router", lambda: AsyncPlugin().init_app(APIRouter()), ConfigurationError, "takes a Starlette or FastAPI app"),
+    ("init_app twice", lambda: twice(FlaskPlugin(MEMORY), flask_app()), ConfigurationError, "Call it once"),
+    ("init_app twice, ASGI", lambda: twice(SyncPlugin(MEMORY), FastAPI()), ConfigurationError, "Call it once"),
+    ("init_app too late", after_the_first_request, ConfigurationError, "where you create the app"),
+    ("init_app too late, ASGI", after_the_start, ConfigurationError, "where you create the app"),
     ("no configuration", lambda: FlaskPlugin().init_app(flask_app()), ConfigurationError, "SQLALCHEMY_DATABASE_URI"),
     ("a wrong key", lambda: FlaskPlugin().init_app(flask_app(SQLALCHEMY_ENGINES=SECRET)), ConfigurationError,
      "SQLALCHEMY_ENGINES.*must be a dict"),
     ("wrong options", lambda: FlaskPlugin(MEMORY).init_app(flask_app(SQLALCHEMY_ENGINE_OPTIONS=[1])),
      ConfigurationError, "must be a dict"),
     ("an async one in Flask", lambda: FlaskPlugin(AsyncDatabase(ASYNC_MEMORY)).init_app(flask_app()),
-     ConfigurationError, "must be a Database"),
+     ConfigurationError, "needs a database of class Database"),
     ("a middleware of a URL", lambda: Wsgi(app, SECRET), ConfigurationError, "with a Database"),
     ("a middleware of nothing", lambda: Asgi(app, None), ConfigurationError, "with a Database"),
     ("arguments swapped", lambda: Asgi(Database(MEMORY), app), ConfigurationError, "\\(app, database\\)"),
@@ -172,7 +173,7 @@ AT_CONSTRUCTION: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      "its find_policy"),
     ("an async one under WSGI", lambda: Wsgi(app, AsyncDatabase(ASYNC_MEMORY)), ConfigurationError, "cannot await"),
     ("no metadata at all", lambda: Database(MEMORY).create_all(), ConfigurationError, "metadata=Base.metadata"),
-    ("no default engine", lambda: Database({"r": MEMORY}).engine, ConfigurationError, "'r'. Ask"),
+    ("no default engine", lambda: Database({"r": MEMORY}).engine, ConfigurationError, "'r'. Take"),
     ("no init_app", lambda: FlaskPlugin(MEMORY).session, NoScopeError, "call db.init_app\\(app\\)"),
     ("no init_app, ASGI", lambda: asyncio.run(AsyncPlugin(ASYNC_MEMORY).get_session()), NoScopeError, "init_app"),
     ("no init_app, create_all", lambda: SyncPlugin(MEMORY).create_all(), NoScopeError, "call db.init_app"),
@@ -210,10 +211,10 @@ INSIDE: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
     ("a coroutine function", lambda db: db.on_commit(a_coroutine_function), ConfigurationError, "or use AsyncDatabase"),
     ("a partial of one", lambda db: db.on_commit(functools.partial(a_coroutine_function)), ConfigurationError, "plain"),
     ("an async object", lambda db: db.on_commit(AsyncCallable()), ConfigurationError, "The hook AsyncCallable"),
-    ("a hook's arguments", lambda db: db.on_commit(lambda order: None), ConfigurationError, "'order'. Give those"),
-    ("use(None)", lambda db: db.use(None), PolicyError, "Pass commit_on_success"),
+    ("a hook's arguments", lambda db: db.on_commit(lambda order: None), ConfigurationError, "'order'. Give its"),
+    ("use(None)", lambda db: db.use(None), PolicyError, "Give commit_on_success"),
     ("use() of a coroutine function", lambda db: db.use(a_coroutine_function), PolicyError, "a plain function"),
-    ("use() too late", lambda db: (select_one(db), db.use(read_only)), PolicyError, "Choose before the first"),
+    ("use() too late", lambda db: (select_one(db), db.use(read_only)), PolicyError, "Choose the policy before"),
     ("a policy that raises", lambda db: (db.use(lambda o: 1 / 0), select_one(db)), PolicyError, "ZeroDivisionError"),
     ("a policy of True", lambda db: (db.use(lambda o: True), select_one(db)), PolicyError, "Decision\\(commit"),
     ("a decision of words", lambda db: (db.use(lambda o: Decision("no", "")), select_one(db)), PolicyError, "True"),
@@ -274,8 +275,8 @@ def test_what_is_said_here_wins_over_a_session_factory() -> None:
     other = create_engine(MEMORY)
     maker = sessionmaker(engine(), binds={Parent: engine()})
     db = Database(maker, class_=Own, binds={Parent: other})
-    assert (db.binds, issubclass(db.sessionmaker.class_, Own)) == ({Parent: other}, True)
-    assert Database(maker).binds == maker.kw["binds"]
+    assert (core_of(db).engines.binds, issubclass(db.sessionmaker.class_, Own)) == ({Parent: other}, True)
+    assert core_of(Database(maker)).engines.binds == maker.kw["binds"]
 
 
 def test_the_configuration_wins_over_bind() -> None:
@@ -300,7 +301,7 @@ def test_a_thread_is_told_that_it_inherits_nothing() -> None:
         thread = threading.Thread(target=work, name="mailer")
         thread.start()
         thread.join()
-    assert "in the thread mailer, and a thread inherits none" in str(told[0])
+    assert "in the thread mailer, and threads inherit none" in str(told[0])
     db.dispose()
 
 
@@ -405,7 +406,9 @@ def test_an_outer_block_that_leaves_a_joined_one_behind_commits_nothing() -> Non
                 await go_on.wait()
                 session.add(Parent(name="rest"))
 
-        with pytest.raises(ConcurrentUseError, match=r"Await that task inside, or open a session_scope\(new=True\)"):
+        with pytest.raises(
+            ConcurrentUseError, match=r"Await the task before the block ends, or open a session_scope\(new=True\)"
+        ):
             async with db.session_scope():
                 left_behind = asyncio.create_task(join())
                 await half_done.wait()
@@ -486,7 +489,7 @@ def test_a_swallowed_error_of_a_raw_cursor_is_no_phantom(units: Units) -> None:
             cursor.execute("SELECT 1/0")
         cursor.close()
 
-    with pytest.raises(TransactionAbortedError, match="an error was raised and caught"):
+    with pytest.raises(TransactionAbortedError, match="An error was raised and caught"):
         units.run(work)
     assert units.store.names() == []
 

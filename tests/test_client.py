@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from session_plugin._client import Client
+from session_plugin.asgi.client import Client
 
 PUSH = {"type": "http.response.push", "path": "/style.css", "headers": []}
 
@@ -64,4 +64,4 @@ def sent_of(messages: list[Any]) -> list[Any]:
         raise AssertionError
 
     client = Client(receive)
-    return [due for message in messages if (due := client.due(message)) is not None]
+    return [due for message in messages if (due := client.hold_back(message)) is not None]

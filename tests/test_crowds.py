@@ -19,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from session_plugin.database.interface import core_of
 from session_plugin.flask import SessionPlugin
 
 from . import wsgi_site
@@ -339,7 +340,7 @@ def test_in_the_order_of_arrival(store: Store) -> None:
     with site.running(), ThreadPoolExecutor(20) as clients:
         clients.submit(site.get, "/hold")
         assert gate.reached.wait(10)
-        waiting = site.db.database._permits._queue
+        waiting = core_of(site.db.database).semaphore._queue
         for number in range(10):
             kind = "accessor" if number % 2 else "dependency"
             clients.submit(site.get, f"/{kind}/{number}")

@@ -22,13 +22,14 @@ from session_plugin import (
     ConfigurationError,
     Database,
     NoScopeError,
-    _engines,
-    _processes,
     commit_on_success,
     manual,
 )
-from session_plugin._processes import dispose_at_exit, forget_inherited_connections
-from session_plugin._session import ScopeSession
+from session_plugin.database import forks
+from session_plugin.database.forks import dispose_at_exit, forget_inherited_connections
+from session_plugin.database.interface import core_of
+from session_plugin.engines.making import connection_limit
+from session_plugin.scope.session import ScopeSession
 
 from .conftest import make_store
 from .harness import Base, Parent, insert, wait_for
@@ -321,7 +322,7 @@ def test_the_default_policy(dispose: Any) -> None:
     db = dispose(Database("sqlite://", policy=manual))
     with db.session_scope():
         assert db.scope.policy is manual
-    assert dispose(Database("sqlite://"))._default_policy is commit_on_success
+    assert dispose(Database("sqlite://"))._core.default_policy is commit_on_success
 
 
 # -- 17: misconfiguration is told at start-up --------------------------------------------------------
@@ -332,20 +333,20 @@ def test_the_default_policy(dispose: Any) -> None:
     [
         (lambda: Database(), "No database is configured"),
         (lambda: Database("postgres//nonsense:secret@"), "cannot be read"),
-        (lambda: Database("postgresql+nonsense://u:secret@h/d"), "knows no dialect"),
+        (lambda: Database("postgresql+nonsense://u:secret@h/d"), "has no dialect for"),
         (lambda: Database("mysql+cymysql://u:secret@h/d"), "not installed: pip install cymysql"),
         (lambda: Database("sqlite+aiosqlite://"), "Use AsyncDatabase"),
         (lambda: Database("postgresql+asyncpg://u:secret@h/d"), "Use AsyncDatabase"),
         (lambda: AsyncDatabase("sqlite://"), r"Write sqlite\+aiosqlite://"),
         (lambda: AsyncDatabase("postgresql+psycopg2://u:secret@h/d"), "sync driver|not installed"),
         (lambda: Database("sqlite://", poolsize=3), "poolsize"),
-        (lambda: Database(create_async_engine("sqlite+aiosqlite://")), "an Engine goes to Database"),
+        (lambda: Database(create_async_engine("sqlite+aiosqlite://")), "give an Engine to Database"),
         (lambda: AsyncDatabase(create_engine("sqlite://")), "an AsyncEngine to AsyncDatabase"),
-        (lambda: Database(create_engine("sqlite://"), pool_size=3), "pool_size.*too late"),
-        (lambda: Database(42), "names no database"),
+        (lambda: Database(create_engine("sqlite://"), pool_size=3), "pool_size cannot be applied"),
+        (lambda: Database(42), "does not name a database"),
         (lambda: Database({"default": {"pool_size": 3}}), 'need a "url" each'),
         (lambda: Database("sqlite://", binds={Order: "reports"}), "names the engine 'reports'"),
-        (lambda: Database("sqlite://", policy="commit"), "is no policy"),
+        (lambda: Database("sqlite://", policy="commit"), "is not a policy"),
         (lambda: Database("sqlite://").create_all(), "metadata=Base.metadata"),
     ],
 )
@@ -465,7 +466,7 @@ def test_worker_processes(request: pytest.FixtureRequest, tmp_path: Path, method
 def test_what_a_forked_child_forgets(dispose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool, and not its connections: closing one would end the parent's session on the server."""
     db = dispose(Database("sqlite://"))
-    monkeypatch.setattr(_processes, "databases", WeakSet([db]))  # other tests' pools are none of its business
+    monkeypatch.setattr(forks, "alive", WeakSet([core_of(db)]))  # other tests' pools are none of its business
     with db.session_scope() as session:
         session.execute(text("SELECT 1"))
     inherited = db.engine.pool
@@ -494,7 +495,7 @@ def test_what_the_end_of_a_process_disposes(dispose: Any, monkeypatch: pytest.Mo
     ours, theirs = dispose(Database("sqlite://")), dispose(Database(create_engine("sqlite://")))
     needs_loop = AsyncDatabase("sqlite+aiosqlite://")
     pools = [db.engine.pool for db in (ours, theirs, needs_loop)]
-    monkeypatch.setattr(_processes, "databases", WeakSet([ours, theirs, needs_loop]))
+    monkeypatch.setattr(forks, "alive", WeakSet(map(core_of, (ours, theirs, needs_loop))))
     dispose_at_exit()
     kept = [db.engine.pool is pool for db, pool in zip((ours, theirs, needs_loop), pools, strict=True)]
     assert kept == [False, True, True]
@@ -512,11 +513,11 @@ def test_what_the_end_of_a_process_disposes(dispose: Any, monkeypatch: pytest.Mo
 )
 def test_how_many_connections_a_pool_hands_out(options: Any, limits: Any) -> None:
     """And for how many seconds it lets one wait; None is no limit."""
-    assert _engines.limits(create_engine("sqlite:///x", **options), options) == limits
+    assert connection_limit(create_engine("sqlite:///x", **options), options) == limits
 
 
 def test_the_overflow_of_an_engine_made_elsewhere_does_not_count() -> None:
-    assert _engines.limits(create_engine("sqlite:///x", pool_size=3), None) == (3, 30)
+    assert connection_limit(create_engine("sqlite:///x", pool_size=3), None) == (3, 30)
 
 
 def test_databases_are_collected() -> None:

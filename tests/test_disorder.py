@@ -30,7 +30,8 @@ from sqlalchemy.orm import Session
 
 from session_plugin import AsyncDatabase, Database
 from session_plugin.asgi import SessionScopeMiddleware
-from session_plugin.current import find_scope
+from session_plugin.database.interface import core_of
+from session_plugin.scope.current import find
 from session_plugin.wsgi import SessionScopeMiddleware as WSGIMiddleware
 
 from .harness import POOL, Parent, Store, add_orphan, check_foreign_keys, insert
@@ -200,7 +201,7 @@ class Databases:
     def check_nothing_is_left(self, database: Any) -> None:
         assert sync_engine(database).pool.checkedout() == 0
         assert self.store.open_transactions() == []
-        assert find_scope(database) is None
+        assert find(core_of(database)) is None
 
 
 def sync_engine(database: Any) -> Any:
@@ -365,7 +366,7 @@ class ASGIApp:
             raise
 
     async def run(self, do: Any, session: Any) -> None:
-        if self.database.is_async:
+        if core_of(self.database).is_async:
             await session.run_sync(do)
         else:
             do(session)
@@ -377,7 +378,7 @@ class ASGIApp:
             return  # SQLite has one writer
         block = self.database.session_scope(new=new)
         try:
-            async with block if self.database.is_async else in_async(block) as session:
+            async with block if core_of(self.database).is_async else in_async(block) as session:
                 await self.run(insert(name), session)
                 if not is_new:
                     ledger.did(name)
@@ -476,7 +477,7 @@ def test_asgi(
         except BaseException as error:
             return error
         finally:
-            assert find_scope(database) is None
+            assert find(core_of(database)) is None
         return None
 
     databases.store.clear()
@@ -649,5 +650,5 @@ def test_wsgi(
         if server.complete and "200 of 8 bytes" not in program:  # what follows its last byte is late work
             assert durable == set(app.before_the_end), "a complete success was told"
     assert durable >= durable_at_start, "what was told is gone"
-    assert find_scope(database) is None
+    assert find(core_of(database)) is None
     databases.check_nothing_is_left(database)

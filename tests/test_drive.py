@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
-from session_plugin._drive import arun, run, uncancelled
+from session_plugin.scope.runner import arun, run, uncancelled
 
 
 class Oops(Exception):

@@ -22,8 +22,9 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from session_plugin import AsyncDatabase, Database, PolicyError
 from session_plugin.asgi import SessionScopeMiddleware as ASGIMiddleware
-from session_plugin.current import find_scope
+from session_plugin.database.interface import core_of
 from session_plugin.flask import SessionPlugin as FlaskPlugin
+from session_plugin.scope.current import find
 from session_plugin.starlette import AsyncSessionPlugin, SessionPlugin
 from session_plugin.wsgi import SessionScopeMiddleware as WSGIMiddleware
 
@@ -200,7 +201,7 @@ class World:
         self.repairs: list[Callable[[], Any]] = []
         self.db: Any = None
         self.build(store.url)
-        self.is_async = self.db.database.is_async
+        self.is_async = core_of(self.db).is_async
         if store.backend == "sqlite":
             event.listen(self.engine, "connect", check_foreign_keys)
 
@@ -472,7 +473,7 @@ def check_whole(world: World) -> None:
     world.repair()
     assert world.engine.pool.checkedout() == 0
     assert wait_for(lambda: not world.store.open_transactions())
-    assert find_scope(world.db.database) is None
+    assert find(core_of(world.db)) is None
     world.ask(nothing, idle)
     assert (world.status, world.complete, world.error) == (201, True, None)
     assert world.store.names() == ["tea"]

@@ -120,7 +120,7 @@ def test_dependency_override_replaces_the_session(file_store: Store) -> None:
 
     @site.app.get("/")
     async def endpoint(session: Annotated[Any, Depends(site.db.get_session)]) -> Any:
-        made.append(site.db.scope.has_session)
+        made.append(site.db._unit_of_work().has_session)
         return {"session": session}
 
     site.app.dependency_overrides[site.db.get_session] = lambda: "fake"
@@ -576,15 +576,15 @@ def test_a_session_that_is_not_used_costs_nothing(sync_store: Store, monkeypatch
     site = Site(sync_store, sync=True)
     hops: list[Any] = []
     facts: list[Any] = []
-    monkeypatch.setattr("session_plugin.scope.in_thread", lambda *args, **options: hops.append(args))
+    monkeypatch.setattr("session_plugin.scope.ending.in_thread", lambda *args, **options: hops.append(args))
 
     @site.app.get("/unasked")
     async def unasked() -> None:
-        facts.append(site.db.scope.has_session)
+        facts.append(site.db._unit_of_work().has_session)
 
     @site.app.get("/unused")
     async def unused(session: Annotated[Session, Depends(site.db.get_session)]) -> Any:
-        facts.append(site.db.scope.has_session)
+        facts.append(site.db._unit_of_work().has_session)
         facts.append(session.in_transaction())
         return StreamingResponse(iter([b"body"]))
 

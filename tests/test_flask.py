@@ -1229,7 +1229,7 @@ def test_app_context_without_use_takes_nothing(site: Site, app: Any, db: Any) ->
         db.scope  # noqa: B018
         assert db.engine.pool.checkedout() == 0
     with app.app_context():
-        scope = db.scope
+        scope = db._unit_of_work()
         app.test_client().get("/")
     assert (scope.closed, scope.has_session) == (True, False)
 

@@ -28,8 +28,8 @@ from session_plugin import (
     read_only,
 )
 from session_plugin.testing import IsolationWarning
-from session_plugin.testing._open import _inherited, leave_to_parent
-from session_plugin.testing._turns import Turn, Turns
+from session_plugin.testing.isolation.isolation import _inherited, leave_to_parent
+from session_plugin.testing.isolation.turns import Turn, Turns
 
 from .drivers import MARIADB, POSTGRESQL, SQLITE
 from .harness import SQLALCHEMY_2_0, Base, Child, Parent, add, add_orphan, insert
@@ -257,7 +257,7 @@ def test_the_tests_session_keeps_what_it_has_not_saved(units: Units) -> None:
 def test_what_the_test_has_not_committed_is_told(units: Units) -> None:
     with Isolated(units) as isolated:
         isolated.see(insert("tea"))
-        with pytest.raises(IsolationError, match="not committed"):
+        with pytest.raises(IsolationError, match="uncommitted work"):
             units.run(insert("coffee"))
         isolated.see(lambda session: session.commit())
         units.run(insert("coffee"))
@@ -331,7 +331,7 @@ def test_writing_outside_while_work_inside_is_open_is_told(units: Units) -> None
         nested(units, inner)
 
     with Isolated(units) as isolated:
-        with pytest.raises(IsolationError, match="one connection that one decides about both"):
+        with pytest.raises(IsolationError, match="the end of the inner transaction would decide about both"):
             units.run(outer)
         assert isolated.names() == []
 
@@ -480,7 +480,7 @@ def test_a_flush_that_anyio_cancels_is_undone_alone(units: Units) -> None:
 @contextmanager
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr("session_plugin.testing._turns.LONGEST_WAIT", 0.05)
+        patch.setattr("session_plugin.testing.isolation.turns.LONGEST_WAIT", 0.05)
         yield
 
 
@@ -498,7 +498,7 @@ def test_who_waits_too_long_is_told_for_whom(units: Units, monkeypatch: pytest.M
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-    assert f"before the transaction of session_scope() at {__file__}" in told[0]
+    assert f"while the transaction of session_scope() at {__file__}" in told[0]
 
 
 @on("sqlite+pysqlite")
@@ -781,9 +781,9 @@ def test_one_of_those_who_wait_lets_the_tests_session_step_aside() -> None:
     turns, asked = Turns(is_async=False), []
 
     class OfTheTest:
-        _session_scope = None
+        _unit_of_work = None
 
-        def step_aside(self, turn: Turn) -> None:
+        def step_aside(self, *, wrote: bool) -> None:
             asked.append(turn)
             turns._let_step_aside(turn)
 

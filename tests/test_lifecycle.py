@@ -33,18 +33,19 @@ from session_plugin import (
     Database,
     Outcome,
     ScopeClosedError,
-    SessionScope,
     TransactionAbortedError,
-    _watch,
     commit_on_success,
     manual,
     read_only,
 )
-from session_plugin._drive import run
-from session_plugin._lifecycle import settle
-from session_plugin._processes import forget_open_scopes
-from session_plugin._watch import WRITING
-from session_plugin._work import MANY_STREAMS
+from session_plugin.database.forks import forget_open_units
+from session_plugin.database.interface import core_of
+from session_plugin.engines.guard import WRITING
+from session_plugin.scope import ending
+from session_plugin.scope.lifecycle import settle
+from session_plugin.scope.opening import open_unit_of_work
+from session_plugin.scope.runner import run
+from session_plugin.scope.transaction_state import MANY_RESULTS
 
 from .drivers import ASYNC, POSTGRESQL, SYNC
 from .harness import POOL, Base, Child, Parent, add, add_orphan, insert
@@ -169,34 +170,34 @@ def test_a_scope_that_was_not_settled_rolls_back_at_its_close(units: Units) -> N
     if units.is_async:
 
         async def main() -> None:
-            scope = SessionScope(units.db, origin="test")
+            scope = open_unit_of_work(core_of(units.db), origin="test")
             await scope.session.run_sync(insert("lost"))
-            await scope.aclose()
-            await scope.aclose()
+            await ending.aclose(scope)
+            await ending.aclose(scope)
 
         units.runner.run(main())
     else:
-        scope = SessionScope(units.db, origin="test")
+        scope = open_unit_of_work(core_of(units.db), origin="test")
         insert("lost")(scope.session)
-        scope.close()
-        scope.close()
+        ending.close(scope)
+        ending.close(scope)
     assert units.store.names() == []
 
 
 def test_a_rollback_that_fails_at_the_close_raises_nothing(units: Units) -> None:
     """Who closes can do nothing about it; the pool is whole."""
     fail_once(units.sync_engine, "rollback")
-    scope = SessionScope(units.db, origin="test")
+    scope = open_unit_of_work(core_of(units.db), origin="test")
 
     async def main() -> None:
         await scope.session.run_sync(insert("lost"))
-        await scope.aclose()
+        await ending.aclose(scope)
 
     if units.is_async:
         units.runner.run(main())
     else:
         insert("lost")(scope.session)
-        scope.close()
+        ending.close(scope)
     for number in range(6):
         units.run(insert(f"row {number}"))
     assert len(units.store.names()) == 6
@@ -214,24 +215,24 @@ def test_settling_twice_settles_what_came_in_between(units: Units) -> None:
         return work
 
     async def main() -> None:
-        scope = SessionScope(units.db, origin="test")
+        scope = open_unit_of_work(core_of(units.db), origin="test")
         for name in ("first", "second"):
             await scope.session.run_sync(late(scope, name))
-            await scope.asettle(Outcome())
+            await ending.asettle(scope, Outcome())
         await scope.session.run_sync(late(scope, "third"))
-        await scope.asettle(Outcome(interrupted=True))
-        await scope.aclose()
+        await ending.asettle(scope, Outcome(interrupted=True))
+        await ending.aclose(scope)
 
     if units.is_async:
         units.runner.run(main())
     else:
-        scope = SessionScope(units.db, origin="test")
+        scope = open_unit_of_work(core_of(units.db), origin="test")
         for name in ("first", "second"):
             late(scope, name)(scope.session)
-            scope.settle(Outcome())
+            ending.settle(scope, Outcome())
         late(scope, "third")(scope.session)
-        scope.settle(Outcome(interrupted=True))
-        scope.close()
+        ending.settle(scope, Outcome(interrupted=True))
+        ending.close(scope)
     assert units.store.names() == log == ["first", "second"]
 
 
@@ -259,10 +260,10 @@ def test_a_sync_scope_under_an_event_loop_hops_only_to_talk(units: Units) -> Non
     event.listen(units.sync_engine, "commit", lambda connection: threads.append(threading.current_thread()))
 
     async def main(work: Any) -> None:
-        scope = SessionScope(units.db, origin="test")
+        scope = open_unit_of_work(core_of(units.db), origin="test")
         work(scope.session)
-        await scope.asettle(Outcome())
-        await scope.aclose()
+        await ending.asettle(scope, Outcome())
+        await ending.aclose(scope)
 
     def begins(session: Session) -> None:
         event.listen(session, "after_commit", lambda session: silent.append(threading.current_thread()))
@@ -300,12 +301,12 @@ def test_an_ending_makes_the_calls_in_its_order() -> None:
     """The page of the lifecycle, read off the generator itself."""
     db = Database("sqlite://", metadata=Base.metadata, **POOL)
     db.create_all()
-    scope = SessionScope(db, origin="test")
+    scope = open_unit_of_work(core_of(db), origin="test")
     insert("tea")(scope.session)
     calls = [call.__name__ for call in settle(scope, Outcome(status=404))]
     assert calls == ["rollback"]
     run(settle(scope, Outcome(status=404)))
-    scope.close()
+    ending.close(scope)
     db.dispose()
 
 
@@ -391,7 +392,7 @@ def test_a_two_phase_session_is_refused_by_an_aborted_transaction(postgresql: An
 def test_an_async_database_needs_a_running_loop() -> None:
     db = AsyncDatabase("sqlite+aiosqlite://")
     with pytest.raises(RuntimeError, match="no running event loop"):
-        _ = SessionScope(db, origin="test").session
+        _ = open_unit_of_work(core_of(db), origin="test").session
 
 
 def test_an_unread_core_result_is_closed_with_its_transaction() -> None:
@@ -400,17 +401,17 @@ def test_an_unread_core_result_is_closed_with_its_transaction() -> None:
     db.create_all()
     with db.session_scope() as session:
         session.add_all(Parent(name=f"row {number}") for number in range(300))
-    scope = SessionScope(db, origin="test")
+    scope = open_unit_of_work(core_of(db), origin="test")
     unread = scope.session.execute(text("SELECT name FROM parent"))
     unread.fetchone()
     for _ in range(250):
         assert scope.session.scalar(text("SELECT count(*) FROM parent")) == 300
-    assert len(scope.work.streams) <= 101
-    scope.settle(Outcome())
+    assert len(scope.transaction.open_results) <= 101
+    ending.settle(scope, Outcome())
     with pytest.raises(ResourceClosedError):
         unread.fetchall()
-    assert scope.work.streams == []
-    scope.close()
+    assert scope.transaction.open_results == []
+    ending.close(scope)
     db.dispose()
 
 
@@ -480,13 +481,13 @@ def test_a_stream_is_closed_whichever_way_it_was_opened(
     db.create_all()
     with db.session_scope() as session:
         session.add_all(Parent(name=f"row {number:02}") for number in range(50))
-    scope = SessionScope(db, origin="test")
+    scope = open_unit_of_work(core_of(db), origin="test")
     stream = STREAMS[way](scope.session)
     next(iter(stream))
-    scope.settle(Outcome())
+    ending.settle(scope, Outcome())
     with pytest.raises(ResourceClosedError):
         list(stream)
-    scope.close()
+    ending.close(scope)
     db.dispose()
 
 
@@ -494,15 +495,15 @@ def test_a_stream_of_an_engine_that_streams_everything_is_closed(postgresql: Pos
     """Unless the statement says that it is none."""
     db = Database(postgresql.url("psycopg"), execution_options={"stream_results": True})
     numbers = text("SELECT * FROM generate_series(1, 3000)")
-    scope = SessionScope(db, origin="test")
+    scope = open_unit_of_work(core_of(db), origin="test")
     stream = scope.session.execute(numbers)
     rows = scope.session.execute(numbers, execution_options={"stream_results": False})
     stream.fetchone()
-    scope.settle(Outcome())
+    ending.settle(scope, Outcome())
     assert len(rows.all()) == 3000
     with pytest.raises(ResourceClosedError):
         stream.all()
-    scope.close()
+    ending.close(scope)
     db.dispose()
 
 
@@ -514,13 +515,13 @@ def test_what_a_listener_makes_of_an_unread_result_is_closed() -> None:
 
     event.listen(MappingSession, "do_orm_execute", lambda state: state.invoke_statement().mappings())
     db = Database("sqlite://", class_=MappingSession)
-    scope = SessionScope(db, origin="test")
+    scope = open_unit_of_work(core_of(db), origin="test")
     numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000) SELECT i FROM n"
     unread = scope.session.execute(text(numbers))
-    scope.settle(Outcome())
+    ending.settle(scope, Outcome())
     with pytest.raises(ResourceClosedError):
         list(unread)
-    scope.close()
+    ending.close(scope)
     db.dispose()
 
 
@@ -529,10 +530,10 @@ def test_results_that_were_read_are_not_kept() -> None:
     db = Database("sqlite://", metadata=Base.metadata)
     db.create_all()
     with db.session_scope() as session:
-        for _ in range(3 * MANY_STREAMS):
+        for _ in range(3 * MANY_RESULTS):
             session.execute(text("SELECT 1")).all()
             session.execute(select(literal(1)).select_from(Parent).execution_options(yield_per=5)).all()
-        assert len(db.scope.work.streams) <= MANY_STREAMS
+        assert len(db._unit_of_work().transaction.open_results) <= MANY_RESULTS
     db.dispose()
 
 
@@ -735,7 +736,7 @@ def test_a_rollback_waits_for_the_statement_of_a_sibling(postgresql: Any, driver
             async with db.session_scope() as session:
                 pid = await session.scalar(PID)
                 sleeping = asyncio.create_task(session.execute(text("SELECT pg_sleep(0.2)")))
-                while not db.scope.work.busy:
+                while not db._unit_of_work().transaction.busy:
                     await asyncio.sleep(0.01)
                 await getattr(session, cut)()
                 assert sleeping.done()
@@ -753,7 +754,7 @@ def test_a_rollback_beside_a_statement_without_end_breaks_no_pool(
     postgresql: Any, driver: str, cut: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection is discarded, and the sibling is told."""
-    monkeypatch.setattr(_watch, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr("session_plugin.engines.guard.LONGEST_WAIT", 0.05)
 
     async def main() -> None:
         db = AsyncDatabase(postgresql.url(driver), pool_size=1, max_overflow=0, pool_timeout=5)
@@ -762,7 +763,7 @@ def test_a_rollback_beside_a_statement_without_end_breaks_no_pool(
             async with db.session_scope() as session:
                 await session.execute(text("SELECT 1"))
                 sleeping = asyncio.create_task(session.execute(text("SELECT pg_sleep(5)")))
-                while not db.scope.work.busy:
+                while not db._unit_of_work().transaction.busy:
                     await asyncio.sleep(0.01)
                 await getattr(session, cut)()
                 with pytest.raises(Exception):  # noqa: B017  each driver has its own word for it
@@ -783,7 +784,7 @@ def test_the_end_beside_a_statement_without_end_keeps_no_connection(
     postgresql: Any, driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is committed, and the connection is discarded."""
-    monkeypatch.setattr(_watch, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr("session_plugin.engines.guard.LONGEST_WAIT", 0.05)
 
     async def main() -> None:
         db = AsyncDatabase(postgresql.url(driver), pool_size=1, max_overflow=0, pool_timeout=5)
@@ -793,7 +794,7 @@ def test_the_end_beside_a_statement_without_end_keeps_no_connection(
             async with db.session_scope() as session:
                 await session.execute(text("CREATE TABLE half_done (id INTEGER)"))
                 sleeping = asyncio.create_task(session.execute(text("SELECT pg_sleep(5)")))
-                while not db.scope.work.busy:
+                while not db._unit_of_work().transaction.busy:
                     await asyncio.sleep(0.01)
         with pytest.raises(Exception):  # noqa: B017  each driver has its own word for it
             await sleeping
@@ -849,7 +850,7 @@ def test_a_forked_child_does_nothing_with_the_session_of_its_parent(
             status = 1
             try:
                 for call in (partial(connection.execute, text("DELETE FROM parent")), session.commit):
-                    with pytest.raises(ScopeClosedError, match="of the parent process"):
+                    with pytest.raises(ScopeClosedError, match="belongs to the parent process"):
                         call()
                 session.rollback()
                 session.close()
@@ -869,19 +870,19 @@ def test_a_forked_child_does_nothing_with_the_session_of_its_parent(
     db.dispose()
 
 
-def test_an_abandoned_scope_says_nothing_to_the_database() -> None:
+def test_a_unit_of_work_that_is_detached_after_a_fork_sends_nothing() -> None:
     """What a forked child does with the scopes of its parent."""
     db = Database("sqlite://", metadata=Base.metadata)
     db.create_all()
     with db.session_scope() as session:
         insert("lost")(session)
         connection = session.connection()
-        forget_open_scopes()
+        forget_open_units()
         assert db.scope.closed
         assert session.in_transaction()
         with pytest.raises(ScopeClosedError):
             session.execute(text("SELECT 1"))
-        with pytest.raises(ScopeClosedError, match="of the parent process"):
+        with pytest.raises(ScopeClosedError, match="belongs to the parent process"):
             connection.execute(text("SELECT 1"))
     assert session.in_transaction()
     session.rollback()
@@ -894,7 +895,7 @@ def test_a_fork_beside_a_connection_that_was_closed_by_hand() -> None:
     db = Database("sqlite://")
     with db.session_scope(new=True) as session:
         session.connection().close()
-        forget_open_scopes()
+        forget_open_units()
         assert db.scope.closed
     session.close()
     db.dispose()

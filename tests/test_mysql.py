@@ -11,7 +11,8 @@ from sqlalchemy import select, text, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from session_plugin import Database, TransactionAbortedError, _mysql, read_only
+from session_plugin import Database, TransactionAbortedError, read_only
+from session_plugin.engines.backends import MySQL
 
 from .drivers import MARIADB
 from .harness import POOL, Parent, insert
@@ -129,8 +130,9 @@ def test_a_lost_transaction_is_not_committed(units: Units) -> None:
 def test_a_full_lock_table_loses_the_transaction_too() -> None:
     """Its size is not to be had here, but the error's number is known."""
     pooled: Any = None
-    assert _mysql.has_rolled_back(pooled, OperationalError("", {}, Exception(1206, "lock table full")))
-    assert not _mysql.has_rolled_back(pooled, OperationalError("", {}, Exception(1062, "duplicate entry")))
+    dialect: Any = None
+    assert MySQL().is_aborted(pooled, OperationalError("", {}, Exception(1206, "lock table full")), dialect)
+    assert not MySQL().is_aborted(pooled, OperationalError("", {}, Exception(1062, "duplicate entry")), dialect)
 
 
 @on(*MARIADB)

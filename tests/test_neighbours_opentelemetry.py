@@ -22,6 +22,7 @@ from sqlalchemy.exc import IntegrityError
 
 import session_plugin.flask
 from session_plugin import Database
+from session_plugin.fastapi import AsyncSessionPlugin
 
 from . import asgi_site, wsgi_site
 from .conftest import make_store
@@ -92,7 +93,7 @@ def site(request: pytest.FixtureRequest, store: Store, spans: Spans) -> Iterator
     if request.param == "init_app first":
         site.db.init_app(app)
     instrument()
-    app.get("/{name}")(async_view(site.db) if site.db.database_class.is_async else sync_view(site.db))
+    app.get("/{name}")(async_view(site.db) if isinstance(site.db, AsyncSessionPlugin) else sync_view(site.db))
     with site.running():
         spans.trace_database(site.sync_engine)
         site.request_param = request.param
@@ -141,7 +142,7 @@ def test_answered_commit_is_the_answer_of_the_request(store: Store, spans: Spans
     app = FastAPI(exception_handlers={IntegrityError: lambda request, error: JSONResponse({}, 409)})
     site = asgi_site.Site(store, app, sync=not store.driver.endswith("asyncpg"))
     FastAPIInstrumentor.instrument_app(app, tracer_provider=spans.provider, exclude_spans=["send", "receive"])
-    app.get("/{name}")(async_view(site.db) if site.db.database_class.is_async else sync_view(site.db))
+    app.get("/{name}")(async_view(site.db) if isinstance(site.db, AsyncSessionPlugin) else sync_view(site.db))
     with site.running():
         assert site.get("/orphan").status == 409
     (span,) = spans.of_requests(1)

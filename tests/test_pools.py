@@ -24,9 +24,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool
 
-from session_plugin import AsyncDatabase, Database, _permits, read_only_autocommit
-from session_plugin._permits import Permits
-from session_plugin._pools import FairAsyncQueuePool, FairQueuePool, fair_pool_class
+from session_plugin import AsyncDatabase, Database, read_only_autocommit
+from session_plugin.engines import semaphore
+from session_plugin.engines.pools import FairAsyncQueuePool, FairQueuePool, fair_pool_class
+from session_plugin.engines.semaphore import FairSemaphore
 
 from .asgi_site import stores
 from .harness import Store, wait_for
@@ -47,7 +48,7 @@ def db(tmp_path: Path) -> Iterator[Database]:
 
 
 def permits(database: Any) -> Any:
-    return getattr(database.engine, "sync_engine", database.engine).pool._permits
+    return getattr(database.engine, "sync_engine", database.engine).pool._semaphore
 
 
 def waits(database: Any, number: int) -> Any:
@@ -184,7 +185,7 @@ def test_without_a_time_out(db: Database) -> None:
 
 @pytest.mark.parametrize("timeout", [0, -1])
 def test_a_time_out_that_is_over_at_once(timeout: int) -> None:
-    one = Permits(1, timeout)
+    one = FairSemaphore(1, timeout)
     assert one.take()
     with pytest.raises(PoolTimeoutError):
         one.wait()
@@ -352,13 +353,13 @@ def test_a_connection_is_back_before_the_next_one_is_told(db: Database, monkeypa
     """So that it never waits inside."""
     pool: Any = db.engine.pool
     inside: list[int] = []
-    release = pool._permits.release
+    release = pool._semaphore.release
 
     def look_and_release() -> None:
         inside.append(pool.checkedin())
         release()
 
-    monkeypatch.setattr(pool._permits, "release", look_and_release)
+    monkeypatch.setattr(pool._semaphore, "release", look_and_release)
     db.engine.connect().close()
     assert inside == [1]
 
@@ -376,7 +377,7 @@ def test_a_connection_that_is_collected_while_another_is_asked_for(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the very thread that asks, between its look at the pool and its waiting, or while it waits."""
-    make, wait = _permits.WaitingThread, _permits.WaitingThread.wait
+    make, wait = semaphore.WaitingThread, semaphore.WaitingThread.wait
     held = [db.engine.connect()]
 
     def close_and_make() -> Any:
@@ -387,9 +388,9 @@ def test_a_connection_that_is_collected_while_another_is_asked_for(
         held.pop().close()
         return wait(waiting, seconds)
 
-    monkeypatch.setattr(_permits, "WaitingThread", close_and_make)
+    monkeypatch.setattr(semaphore, "WaitingThread", close_and_make)
     db.engine.connect().close()
-    monkeypatch.setattr(_permits, "WaitingThread", make)
+    monkeypatch.setattr(semaphore, "WaitingThread", make)
     held.append(db.engine.connect())
     monkeypatch.setattr(make, "wait", close_and_wait)
     db.engine.connect().close()
@@ -465,7 +466,7 @@ def test_every_engine_made_here_has_such_a_pool(tmp_path: Path) -> None:
         reader = session.connection().engine
     pools: list[Any] = [db.engine.pool, db.engines["reports"].pool, reader.pool]
     assert [type(pool) for pool in pools] == [FairQueuePool] * 3
-    assert [pool._permits._capacity for pool in pools] == [1, 2, 1]
+    assert [pool._semaphore._capacity for pool in pools] == [1, 2, 1]
     db.dispose()
     assert type(db.engine.pool) is FairQueuePool
     assert db.engine.pool is not pools[0]
@@ -503,7 +504,7 @@ def test_options_of_a_pool_are_understood(tmp_path: Path) -> None:
     pool: Any = Database(f"sqlite:///{tmp_path}/shop.db", **options).engine.pool
     for each in (pool, pool.recreate()):
         assert (each._recycle, each._pre_ping, each._pool.use_lifo, each.logging_name) == (7, True, True, "shop")
-        assert (each.size(), each.timeout(), each._permits._capacity) == (5, 30, 15)
+        assert (each.size(), each.timeout(), each._semaphore._capacity) == (5, 30, 15)
 
 
 def test_what_a_pool_logs_is_found_where_sqlalchemy_logs_it(
@@ -547,7 +548,7 @@ def test_a_url_whose_dialect_a_plugin_of_sqlalchemy_chooses(monkeypatch: pytest.
 
 def test_a_connection_may_be_collected_under_the_lock() -> None:
     """Whatever the thread does in that moment."""
-    one = Permits(1, None)
+    one = FairSemaphore(1, None)
     assert one.take()
     with one._lock:
         one.release()
@@ -556,7 +557,7 @@ def test_a_connection_may_be_collected_under_the_lock() -> None:
 
 def test_a_closed_event_loop_keeps_no_permit(store: Store) -> None:
     """Its tasks were neither cancelled nor awaited, and wait for ever."""
-    one = Permits(1, 5)
+    one = FairSemaphore(1, 5)
     assert one.take()
     loop = asyncio.new_event_loop()
     abandoned = loop.create_task(one.await_one())
@@ -570,7 +571,7 @@ def test_a_closed_event_loop_keeps_no_permit(store: Store) -> None:
 
 def test_who_was_served_leaves_no_timer() -> None:
     """It would hold the request until the time-out."""
-    one = Permits(1, 30)
+    one = FairSemaphore(1, 30)
 
     async def scenario() -> None:
         assert one.take()
@@ -587,7 +588,7 @@ def test_who_was_served_leaves_no_timer() -> None:
 @pytest.mark.parametrize("timeout", [None, 30])
 def test_a_time_out_of_somebody_elses(timeout: float | None) -> None:
     """Such as a signal's handler raises: it is neither the pool's, nor lost."""
-    one = Permits(1, timeout)
+    one = FairSemaphore(1, timeout)
     assert one.take()
 
     def too_long(*more: Any) -> None:
@@ -605,7 +606,7 @@ def test_a_time_out_of_somebody_elses(timeout: float | None) -> None:
 
 def test_what_the_time_out_says() -> None:
     """SQLAlchemy's own class and code, and how many wait beside."""
-    one = Permits(1, 0.05)
+    one = FairSemaphore(1, 0.05)
     assert one.take()
     with pytest.raises(PoolTimeoutError, match="connections, 1, are at work, and 0 more wait") as raised:
         one.wait()

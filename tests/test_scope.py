@@ -40,16 +40,19 @@ from session_plugin import (
     ReadOnlyError,
     ScopeClosedError,
     SessionPluginError,
-    SessionScope,
     TransactionAbortedError,
     commit_on_success,
     manual,
     read_only,
     read_only_autocommit,
 )
-from session_plugin._permits import wait_for_permit
-from session_plugin._watch import Watch, watch_of
-from session_plugin._work import Work
+from session_plugin.database.interface import core_of
+from session_plugin.engines.guard import ConnectionGuard, guard_of
+from session_plugin.scope import ending
+from session_plugin.scope.current import Entered
+from session_plugin.scope.opening import open_unit_of_work
+from session_plugin.scope.permits import wait_for_permit
+from session_plugin.scope.transaction_state import TransactionState
 
 from .drivers import POSTGRESQL, SQLITE, SYNC
 from .harness import Base, Parent, add, add_orphan, count, insert
@@ -242,19 +245,19 @@ def test_an_inherited_scope_is_not_joined_after_its_end() -> None:
 def test_a_closed_scope_is_around_nobody_who_opens_the_next() -> None:
     """A task that has inherited it works in what is open further out, and keeps nothing of the closed one."""
     db = Database("sqlite://")
-    outer = SessionScope(db, origin="outer")
-    with outer.entered():
-        closed = SessionScope(db, origin="closed")
-        closed.close()
-        with closed.entered():
-            assert SessionScope(db, origin="next").outer is outer
+    outer = open_unit_of_work(core_of(db), origin="outer")
+    with Entered(outer):
+        closed = open_unit_of_work(core_of(db), origin="closed")
+        ending.close(closed)
+        with Entered(closed):
+            assert open_unit_of_work(core_of(db), origin="next").outer is outer
     db.dispose()
 
 
 @on(*SYNC)  # SQLAlchemy itself cannot give back the connection of an async session that is collected
 def test_a_swallowed_error_does_not_keep_a_scope_that_is_never_closed(units: Units) -> None:
     """Its connection comes back, and it warns: the traceback of the error does not hold on to the session."""
-    scope = SessionScope(units.db, origin="left open")
+    scope = open_unit_of_work(core_of(units.db), origin="left open")
     insert("tea")(scope.session)
     scope.session.expunge_all()
     with contextlib.suppress(IntegrityError):
@@ -268,7 +271,7 @@ def test_a_swallowed_error_does_not_keep_a_scope_that_is_never_closed(units: Uni
 def test_a_scope_that_is_never_closed_warns() -> None:
     """With where it was opened."""
     db = Database("sqlite://")
-    scope = SessionScope(db, origin="POST /orders")
+    scope = open_unit_of_work(core_of(db), origin="POST /orders")
     scope.session.execute(text("SELECT 1"))
     with pytest.warns(ResourceWarning, match="POST /orders was never closed and held a connection"):
         del scope
@@ -788,11 +791,11 @@ def test_hooks_without_a_transaction_run_at_the_end(units: Units) -> None:
 def test_a_hook_may_be_registered_before_the_session_is_asked_for() -> None:
     """Nothing has made a session yet, and the hook runs all the same."""
     db, ran = Database("sqlite://"), []
-    scope = SessionScope(db, origin="POST /orders")
-    with scope.entered():
+    scope = open_unit_of_work(core_of(db), origin="POST /orders")
+    with Entered(scope):
         db.on_commit(ran.append, "tea")
-    scope.settle(Outcome())
-    scope.close()
+    ending.settle(scope, Outcome())
+    ending.close(scope)
     assert ran == ["tea"]
     db.dispose()
 
@@ -944,7 +947,7 @@ def test_two_tasks_at_once_on_postgresql(postgresql: Any, driver: str) -> None:
         async with db.session_scope() as session:
             await session.execute(text("SELECT 1"))
             sleeping = asyncio.create_task(session.execute(text("SELECT pg_sleep(0.3)")))
-            while not db.scope.work.busy:
+            while not db._unit_of_work().transaction.busy:
                 await asyncio.sleep(0.01)
             with pytest.raises(ConcurrentUseError, match="session_scope"):
                 await session.execute(text("SELECT 1"))
@@ -973,7 +976,7 @@ def test_two_threads_at_once_are_refused(postgresql: Any, policy: Policy) -> Non
         thread = threading.Thread(target=sibling)
         thread.start()
         started.wait()
-        while not db.scope.work.busy:
+        while not db._unit_of_work().transaction.busy:
             assert thread.is_alive()
         with pytest.raises(ConcurrentUseError, match="session_scope"):
             session.execute(text("SELECT 1"))
@@ -991,7 +994,7 @@ def test_the_end_waits_for_the_statement_of_a_thread(postgresql: Any) -> None:
         statement = text("SELECT pg_backend_pid() FROM pg_sleep(0.3)")
         thread = threading.Thread(target=lambda: answers.append(session.scalar(statement)))
         thread.start()
-        while not db.scope.work.busy:
+        while not db._unit_of_work().transaction.busy:
             assert thread.is_alive()
     thread.join()
     with db.session_scope() as session:
@@ -1103,35 +1106,35 @@ def test_a_raised_redirect_that_leaves_a_joined_block_dooms_nothing(units: Units
 
 def test_a_scope_that_ended_without_a_session_makes_none(units: Units) -> None:
     async def aend(scope: Any) -> None:
-        await scope.aclose()
+        await ending.aclose(scope)
 
-    scope: Any = SessionScope(units.db, origin="GET /")
+    scope: Any = open_unit_of_work(core_of(units.db), origin="GET /")
     if units.is_async:
         units.runner.run(aend(scope))
     else:
-        scope.close()
+        ending.close(scope)
     with pytest.raises(ScopeClosedError, match=r"GET /\) has ended"):
         _ = scope.session
 
 
 def test_two_threads_that_ask_at_once_get_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
     db = Database("sqlite://")
-    scope = SessionScope(db, origin="test")
+    scope = open_unit_of_work(core_of(db), origin="test")
     sessions: list[Any] = []
-    make = db._new_session
+    make = core_of(db).new_session
     second = threading.Thread(target=lambda: sessions.append(scope.session))
 
-    def make_while_the_second_waits() -> Session:
+    def make_while_the_second_waits(unit: Any) -> Session:
         second.start()
         while sys._current_frames()[second.ident or 0].f_code.co_name != "session":
             pass
-        return make()
+        return make(unit)
 
-    monkeypatch.setattr(db, "_new_session", make_while_the_second_waits)
+    monkeypatch.setattr(core_of(db), "new_session", make_while_the_second_waits)
     sessions.append(scope.session)
     second.join()
     assert sessions[0] is sessions[1]
-    scope.close()
+    ending.close(scope)
     db.dispose()
 
 
@@ -1156,20 +1159,20 @@ def test_work_after_the_response_that_is_not_saved_is_an_error_in_the_log(
         add_orphan(session)
 
     async def asettle(work: Any, outcome: Outcome) -> None:
-        scope: Any = SessionScope(units.db, origin="POST /orders")
+        scope: Any = open_unit_of_work(core_of(units.db), origin="POST /orders")
         try:
             await scope.session.run_sync(work)
-            await scope.asettle(outcome)
+            await ending.asettle(scope, outcome)
         finally:
-            await scope.aclose()
+            await ending.aclose(scope)
 
     def settle(work: Any, outcome: Outcome) -> None:
-        scope: Any = SessionScope(units.db, origin="POST /orders")
+        scope: Any = open_unit_of_work(core_of(units.db), origin="POST /orders")
         try:
             work(scope.session)
-            scope.settle(outcome)
+            ending.settle(scope, outcome)
         finally:
-            scope.close()
+            ending.close(scope)
 
     def end(work: Any, outcome: Outcome) -> None:
         units.runner.run(asettle(work, outcome)) if units.is_async else settle(work, outcome)
@@ -1186,11 +1189,11 @@ def test_work_after_the_response_that_is_not_saved_is_an_error_in_the_log(
 def test_a_watch_lets_go_of_its_own_mark_only(units: Units) -> None:
     """Two sessions on one connection: the first to end leaves the other one watched."""
     with units.store.engine.connect() as connection:
-        first, second = Watch(connection), Watch(connection)
+        first, second = ConnectionGuard(connection), ConnectionGuard(connection)
         first.release()
-        assert watch_of(connection) is second
+        assert guard_of(connection) is second
         second.release()
-        assert watch_of(connection) is None
+        assert guard_of(connection) is None
 
 
 @pytest.mark.parametrize("how", ["plain", "many", "no parameters"])
@@ -1237,7 +1240,7 @@ def test_engines_of_one_dialect_are_watched_once(tmp_path: Path) -> None:
 def test_a_connection_that_is_back_is_watched_no_more(units: Units) -> None:
     """Even where something still holds the watch, such as the traceback of an error."""
     watches: list[Any] = []
-    units.run(lambda session: watches.append(watch_of(session.connection())))
+    units.run(lambda session: watches.append(guard_of(session.connection())))
     connections: list[Any] = []
     event.listen(units.sync_engine, "checkout", lambda driver, record, proxy: connections.append(dict(record.info)))
     units.run(lambda session: session.connection())
@@ -1248,10 +1251,10 @@ def test_a_connection_that_is_back_is_watched_no_more(units: Units) -> None:
 def test_nothing_joins_a_scope_that_had_nothing_to_settle() -> None:
     """What comes after its settling is late work, whatever came before."""
     db = Database("sqlite://")
-    scope = SessionScope(db, origin="test")
-    scope.settle(Outcome())
+    scope = open_unit_of_work(core_of(db), origin="test")
+    ending.settle(scope, Outcome())
     assert not scope.can_be_joined
-    scope.close()
+    ending.close(scope)
     db.dispose()
 
 
@@ -1259,13 +1262,13 @@ def test_nothing_joins_a_scope_that_had_nothing_to_settle() -> None:
 def test_what_was_ended_by_hand_is_nothing_to_settle(end: str) -> None:
     """Until the next statement."""
     db = Database("sqlite://")
-    scope = SessionScope(db, origin="test")
+    scope = open_unit_of_work(core_of(db), origin="test")
     for _ in range(2):
         scope.session.execute(text("SELECT 1"))
         assert scope.active
         getattr(scope.session, end)()
         assert not scope.active
-    scope.close()
+    ending.close(scope)
     db.dispose()
 
 
@@ -1277,11 +1280,11 @@ def test_a_scope_has_saved_what_a_settling_committed(statement: str, status: int
     """Then no answer may say that nothing was; to read is to save nothing."""
     db = Database("sqlite://", metadata=Base.metadata)
     db.create_all()
-    scope = SessionScope(db, origin="test")
+    scope = open_unit_of_work(core_of(db), origin="test")
     scope.session.execute(text(statement))
-    scope.settle(Outcome(status))
+    ending.settle(scope, Outcome(status))
     assert scope.saved is saved
-    scope.close()
+    ending.close(scope)
     db.dispose()
 
 
@@ -1347,7 +1350,7 @@ def test_nobody_is_a_sibling_of_itself() -> None:
     db = Database("sqlite://")
     with db.session_scope() as session:
         connection: Any = session.connection().connection.driver_connection
-        connection.create_function("is_busy", 0, lambda: db.scope.work.busy)
+        connection.create_function("is_busy", 0, lambda: db._unit_of_work().transaction.busy)
         assert not session.scalar(text("SELECT is_busy()"))
     db.dispose()
 
@@ -1356,20 +1359,20 @@ def test_nobody_is_a_sibling_of_itself() -> None:
 def test_an_outcome_has_the_status_that_was_given(statuses: tuple[int, int]) -> None:
     """Not an equal one, which another request was answered by."""
     for status in statuses:
-        assert Outcome.answered(status, None, "GET").status is status
+        assert Outcome.of_response(status, None, "GET").status is status
         assert commit_on_success.decide(Outcome(status)).reason == f"status {status}"
 
 
 def test_requests_that_end_alike_share_their_outcome_and_its_decision() -> None:
     """Both are frozen, and to make them takes longer than all else that a decision needs."""
-    first, second = (Outcome.answered(200, None, "GET") for _ in range(2))
+    first, second = (Outcome.of_response(200, None, "GET") for _ in range(2))
     assert first is second
     assert commit_on_success.decide(first) is commit_on_success.decide(second)
 
 
 def test_who_was_refused_to_flush_is_refused_again() -> None:
     """For as long as the other one flushes."""
-    work = Work()
+    work = TransactionState()
     work.begin_flush()
 
     def flush() -> None:
@@ -1386,13 +1389,13 @@ def test_nothing_joins_what_is_being_settled(units: Units) -> None:
     """From the moment on at which the ending is asked for."""
 
     async def main() -> None:
-        scope = SessionScope(units.db, origin="test")
+        scope = open_unit_of_work(core_of(units.db), origin="test")
         await scope.session.run_sync(insert("tea"))
-        ending = asyncio.create_task(scope.asettle(Outcome()))
+        settling = asyncio.create_task(ending.asettle(scope, Outcome()))
         await asyncio.sleep(0)
         assert not scope.can_be_joined
-        await ending
-        await scope.aclose()
+        await settling
+        await ending.aclose(scope)
 
     units.runner.run(main())
 
@@ -1402,20 +1405,20 @@ def test_permits_are_one_per_scope_and_all_come_back() -> None:
     db = Database("sqlite://", pool_size=2, max_overflow=0)
 
     async def main() -> None:
-        first, second, asked_twice, ends_early, last = (SessionScope(db, origin="test") for _ in range(5))
+        first, second, asked_twice, ends_early, last = (open_unit_of_work(core_of(db), origin="test") for _ in range(5))
         await wait_for_permit(first)
         await wait_for_permit(second)
         waiting = [asyncio.create_task(wait_for_permit(scope)) for scope in (asked_twice, asked_twice, ends_early)]
         await asyncio.sleep(0)
-        await ends_early.aclose()
-        await first.aclose()
-        await second.aclose()
+        await ending.aclose(ends_early)
+        await ending.aclose(first)
+        await ending.aclose(second)
         await asyncio.wait_for(asyncio.gather(*waiting), 5)
         await wait_for_permit(asked_twice)
         await wait_for_permit(ends_early)
         await asyncio.wait_for(wait_for_permit(last), 5)
-        await asked_twice.aclose()
-        await last.aclose()
+        await ending.aclose(asked_twice)
+        await ending.aclose(last)
 
     asyncio.run(main())
     db.dispose()
@@ -1423,8 +1426,8 @@ def test_permits_are_one_per_scope_and_all_come_back() -> None:
 
 def test_a_scope_may_be_left_in_another_context(units: Units) -> None:
     """As in a fixture whose halves run in two tasks: the copy of the variable ends with its context."""
-    scope: Any = SessionScope(units.db, origin="test")
-    block = scope.entered()
+    scope: Any = open_unit_of_work(core_of(units.db), origin="test")
+    block = Entered(scope)
     contextvars.copy_context().run(block.__enter__)
     block.__exit__(None, None, None)
     with pytest.raises(NoScopeError):
@@ -1434,7 +1437,7 @@ def test_a_scope_may_be_left_in_another_context(units: Units) -> None:
 @on(*SYNC)
 def test_nobody_begins_while_an_unused_session_is_let_go(units: Units) -> None:
     """What another thread begins in that moment would be open for good."""
-    scope: Any = SessionScope(units.db, origin="test")
+    scope: Any = open_unit_of_work(core_of(units.db), origin="test")
     session = scope.session
     refused: list[BaseException] = []
 
@@ -1443,19 +1446,19 @@ def test_nobody_begins_while_an_unused_session_is_let_go(units: Units) -> None:
             insert("lost")(session)
         refused.append(caught.value)
 
-    scope.permit_held = begin
-    scope.close()
+    scope.permit = begin
+    ending.close(scope)
     assert len(refused) == 1
 
 
 def test_a_permit_is_back_when_its_scope_is_closed_unsettled() -> None:
     """After the connection, and with it the session is let go."""
     db = Database("sqlite://")
-    scope: Any = SessionScope(db, origin="test")
+    scope: Any = open_unit_of_work(core_of(db), origin="test")
     scope.session.connection()
     held: list[int] = []
-    scope.permit_held = lambda: held.append(db.engine.pool.checkedout())  # type: ignore[attr-defined]
-    scope.close()
+    scope.permit = lambda: held.append(db.engine.pool.checkedout())  # type: ignore[attr-defined]
+    ending.close(scope)
     assert held == [0]
     with pytest.raises(ScopeClosedError):
         _ = scope.session
@@ -1546,19 +1549,19 @@ with db.session_scope() as session:
 
 @on(*SYNC)
 def test_a_doom_before_the_session(units: Units) -> None:
-    scope: Any = SessionScope(units.db, origin="test")
+    scope: Any = open_unit_of_work(core_of(units.db), origin="test")
     scope.doom("dry run")
     insert("lost")(scope.session)
-    scope.settle(Outcome())
-    scope.close()
+    ending.settle(scope, Outcome())
+    ending.close(scope)
     assert units.store.names() == []
 
 
 def test_unsaved_work_of_a_joined_block_that_outlives_its_scope() -> None:
     db = Database("sqlite://")
-    scope = SessionScope(db, origin="test")
-    with scope.entered(), pytest.raises(ScopeClosedError), db.session_scope() as session:
+    scope = open_unit_of_work(core_of(db), origin="test")
+    with Entered(scope), pytest.raises(ScopeClosedError), db.session_scope() as session:
         session.add(Parent(name="lost"))
         scope.closed = True
-    scope.close()
+    ending.close(scope)
     db.dispose()

@@ -29,7 +29,8 @@ import session_plugin.fastapi
 import session_plugin.flask
 import session_plugin.starlette
 from session_plugin import AsyncDatabase, Database, Outcome, ScopeClosedError, asgi, wsgi
-from session_plugin.scope import SessionScope
+from session_plugin.database.interface import core_of
+from session_plugin.scope.opening import open_unit_of_work
 
 from .harness import Base, Child, Parent, Store, check_foreign_keys
 
@@ -178,7 +179,7 @@ def test_no_public_object_shows_a_password_or_a_value() -> None:
     db = Database(url)
     plugin = session_plugin.flask.SessionPlugin(url)
     plugin.init_app(Flask(__name__))
-    scope = SessionScope(db, origin="GET /orders")
+    scope = open_unit_of_work(core_of(db), origin="GET /orders")
     shown = [db, plugin, plugin.configuration, scope, Outcome(500, error), wsgi, db.scoped_session]
     for thing in shown:
         assert SECRET not in repr(thing) + str(thing)
@@ -201,7 +202,7 @@ def test_a_rollback_that_fails_is_logged_without_its_text(caplog: pytest.LogCapt
 
 
 def test_a_path_forges_no_line_of_the_log() -> None:
-    scope = SessionScope(Database("sqlite://"), origin="GET /x\nERROR all is lost")
+    scope = open_unit_of_work(core_of(Database("sqlite://")), origin="GET /x\nERROR all is lost")
     assert "\n" not in str(scope)
     assert "\n" not in scope.closed_message
 

@@ -14,7 +14,11 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import PoolResetState
 
-from session_plugin import ConfigurationError, Database, SessionScope, _sqlite
+from session_plugin import ConfigurationError, Database
+from session_plugin.database.interface import core_of
+from session_plugin.engines.backends import sqlite
+from session_plugin.scope import ending
+from session_plugin.scope.opening import open_unit_of_work
 
 from .harness import Base, Parent, insert
 
@@ -85,9 +89,9 @@ def begins(db: Any) -> list[str]:
 )
 def test_immediate_where_a_scope_may_write(db: Any, method: str | None, begin: str) -> None:
     seen = begins(db)
-    scope = SessionScope(db, origin="test", method=method)
+    scope = open_unit_of_work(core_of(db), origin="test", method=method)
     scope.session.execute(text("SELECT 1"))
-    scope.close()
+    ending.close(scope)
     assert seen == [begin]
 
 
@@ -232,4 +236,4 @@ def test_deferred_constraints_are_checked_at_commit(db: Any) -> None:
 def test_a_connection_that_is_only_to_be_terminated_is_left_alone() -> None:
     """As of one that is collected outside its event loop: nothing can be said to it any more."""
     state = PoolResetState(transaction_was_reset=False, terminate_only=True, asyncio_safe=False)
-    _sqlite._reset(None, None, state)
+    sqlite._reset(None, None, state)

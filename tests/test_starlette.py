@@ -223,7 +223,7 @@ def test_init_app_twice_or_too_late() -> None:
     db = SessionPlugin("sqlite://")
     app = Starlette()
     db.init_app(app)
-    with pytest.raises(ConfigurationError, match="once is enough"):
+    with pytest.raises(ConfigurationError, match="Call it once"):
         db.init_app(app)
     app.middleware_stack = app.build_middleware_stack()
     with pytest.raises(ConfigurationError, match="where the app is made"):
@@ -376,14 +376,14 @@ def test_mounted_apps_answer_their_own_errors(file_store: Store, where: str) -> 
 
 def test_rebuilding_the_stack_does_not_pile_up_layers(file_store: Store) -> None:
     """Instrumentation rebuilds an app's middleware; each plugin still has one layer inside it."""
-    from session_plugin.starlette import SettlingMiddleware
+    from session_plugin.starlette.settling import SettlingMiddleware
 
     app = Starlette()
     SessionPlugin("sqlite://").init_app(app)
     AsyncSessionPlugin(file_store.url).init_app(app)
     for _ in range(3):
         app.build_middleware_stack()
-    assert len(list(SettlingMiddleware.accesses(app.router.middleware_stack))) == 2
+    assert len(list(SettlingMiddleware.databases_of(app.router.middleware_stack))) == 2
 
 
 def test_policy_of_a_mounted_apps_endpoint(store: Store) -> None:

@@ -99,7 +99,7 @@ def test_a_connection_dies_in_the_middle(units: Units) -> None:
 def test_sqlite_has_no_connection_to_lose(units: Units) -> None:
     with Isolated(units):
         kill_connection(units.db)
-        with pytest.raises(IsolationError, match="How to fail so on sqlite"):
+        with pytest.raises(IsolationError, match="does not know how to cause this failure on sqlite"):
             units.run(insert("tea"))
 
 
@@ -118,7 +118,7 @@ def test_an_exhausted_pool_gives_nothing(units: Units) -> None:
 def test_a_failure_that_never_came_is_told(units: Units) -> None:
     """A test that asked for one and would pass without it has shown nothing."""
     for ask in (fail_next_commit, kill_connection):
-        with pytest.raises(IsolationError, match="has not come"), Isolated(units):
+        with pytest.raises(IsolationError, match="has not happened"), Isolated(units):
             ask(units.db)
 
 

@@ -18,10 +18,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from session_plugin import Database, Outcome
-from session_plugin._permits import Permits, _allow_threads, wait_for_permit
-from session_plugin._threads import WORKERS, in_thread
+from session_plugin.database.interface import core_of
+from session_plugin.engines.semaphore import FairSemaphore, allow_threads
 from session_plugin.exceptions import ScopeClosedError
-from session_plugin.scope import SessionScope
+from session_plugin.scope import ending
+from session_plugin.scope.current import Entered
+from session_plugin.scope.opening import open_unit_of_work
+from session_plugin.scope.permits import wait_for_permit
+from session_plugin.scope.threads import WORKERS, in_thread
 
 from .asgi_site import Site, stores
 from .harness import POOL, Base, Parent, Store, add, count, insert
@@ -87,7 +91,7 @@ def test_the_dependency_waits_before_it_has_a_thread(store: Store) -> None:
 
     @site.app.get("/")
     async def endpoint(session: Annotated[Session, Depends(site.db.get_session)]) -> bool:
-        return site.db.scope.permit_held is not None
+        return site.db._unit_of_work().permit is not None
 
     with site.running():
         assert site.get().json is True
@@ -146,7 +150,7 @@ def test_permits_never_leak(store: Store) -> None:
 def test_a_request_that_stops_waiting_returns_its_permit(store: Store) -> None:
     """Cancelled while it waits, or just as it is served: the next in line is served."""
     site = Site(store, sync=True, pool_size=1, max_overflow=0, pool_timeout=3)
-    permits = site.db.init_app(site.app) or site.db.database._permits
+    permits = site.db.init_app(site.app) or core_of(site.db.database).semaphore
 
     async def scenario() -> None:
         release = await permits.acquire()
@@ -169,8 +173,8 @@ def test_permits_asked_for_twice_at_once(store: Store) -> None:
     database = Database(store.url, pool_size=2, max_overflow=0)
 
     async def scenario() -> None:
-        permits = database._permits
-        scope = SessionScope(database, origin="test")
+        permits = core_of(database).semaphore
+        scope = open_unit_of_work(core_of(database), origin="test")
         first, second = await permits.acquire(), await permits.acquire()
         waiting = [asyncio.create_task(wait_for_permit(scope)) for _ in range(2)]
         await asyncio.sleep(0)
@@ -178,12 +182,12 @@ def test_permits_asked_for_twice_at_once(store: Store) -> None:
         first()
         second()
         await asyncio.gather(*waiting)
-        await scope.aclose()
+        await ending.aclose(scope)
         all_back = [await asyncio.wait_for(permits.acquire(), 5) for _ in range(2)]
-        late = SessionScope(database, origin="test")
+        late = open_unit_of_work(core_of(database), origin="test")
         beyond_the_end = asyncio.create_task(wait_for_permit(late))
         await asyncio.sleep(0)
-        await late.aclose()
+        await ending.aclose(late)
         for release in all_back:
             assert release is not None
             release()
@@ -198,7 +202,7 @@ def test_permits_asked_for_twice_at_once(store: Store) -> None:
 def test_who_waits_too_long_for_a_permit_is_told() -> None:
     """In a task or a thread, by SQLAlchemy's own exception; neither keeps a place in the queue, or a thread."""
     database = Database("sqlite://", pool_size=1, max_overflow=0, pool_timeout=0.05)
-    permits = database._permits
+    permits = core_of(database).semaphore
 
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
@@ -227,7 +231,7 @@ def test_who_waits_too_long_for_a_permit_is_told() -> None:
 
 def test_a_permit_that_comes_too_late_goes_to_the_next() -> None:
     """It was handed over just as the one who waited for it gave up."""
-    permits = Permits(1, None)
+    permits = FairSemaphore(1, None)
 
     async def scenario() -> None:
         release = await permits.acquire()
@@ -245,7 +249,7 @@ def test_a_permit_that_comes_too_late_goes_to_the_next() -> None:
 
 def test_a_thread_that_waits_takes_no_place_among_the_threads() -> None:
     """Those who hold a connection may need one before they give it back."""
-    permits = Permits(1, 5)
+    permits = FairSemaphore(1, 5)
 
     async def scenario() -> None:
         to_thread.current_default_thread_limiter().total_tokens = 1
@@ -264,7 +268,7 @@ def test_a_thread_that_waits_takes_no_place_among_the_threads() -> None:
 def test_a_thread_that_waits_where_there_is_no_anyio(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing counts threads there."""
     monkeypatch.delitem(sys.modules, "anyio.to_thread")
-    permits = Permits(1, 5)
+    permits = FairSemaphore(1, 5)
 
     async def scenario() -> None:
         release = await permits.acquire()
@@ -284,17 +288,17 @@ def test_a_thread_that_outlives_its_request_keeps_no_permit(store: Store, use: A
     database = Database(store.url, pool_size=1, max_overflow=0)
 
     async def scenario() -> None:
-        holding, ended = (SessionScope(database, origin="test") for _ in range(2))
+        holding, ended = (open_unit_of_work(core_of(database), origin="test") for _ in range(2))
         holding.loop = ended.loop = asyncio.get_running_loop()
         await wait_for_permit(holding)
         late = asyncio.create_task(asyncio.to_thread(use, ended.session))
-        while not database._permits._queue:
+        while not core_of(database).semaphore._queue:
             await asyncio.sleep(0.01)
-        await ended.aclose()
-        await holding.aclose()
+        await ending.aclose(ended)
+        await ending.aclose(holding)
         with pytest.raises(ScopeClosedError):
             await late
-        release = await asyncio.wait_for(database._permits.acquire(), 5)
+        release = await asyncio.wait_for(core_of(database).semaphore.acquire(), 5)
         assert release is not None
 
     asyncio.run(scenario())
@@ -306,12 +310,12 @@ def test_who_holds_a_connection_waits_for_no_permit() -> None:
     database = Database("sqlite://", pool_size=1, max_overflow=0, pool_timeout=0.1)
 
     async def scenario() -> None:
-        scope = SessionScope(database, origin="test")
+        scope = open_unit_of_work(core_of(database), origin="test")
         scope.loop = asyncio.get_running_loop()
         scope.session.execute(text("SELECT 1"))
-        await database._permits.acquire()
+        await core_of(database).semaphore.acquire()
         assert await asyncio.to_thread(scope.session.scalar, text("SELECT 42")) == 42
-        await scope.aclose()
+        await ending.aclose(scope)
 
     asyncio.run(scenario())
     database.dispose()
@@ -322,15 +326,18 @@ def test_a_unit_of_work_inside_one_with_a_permit_waits_for_none() -> None:
     first, other = (Database("sqlite://", pool_size=1, max_overflow=0, pool_timeout=0.1) for _ in range(2))
 
     async def scenario() -> None:
-        outer = SessionScope(first, origin="test")
+        outer = open_unit_of_work(core_of(first), origin="test")
         outer.loop = asyncio.get_running_loop()
         await wait_for_permit(outer)
-        with outer.entered():
-            inside, beside = SessionScope(first, origin="test"), SessionScope(other, origin="test")
+        with Entered(outer):
+            inside, beside = (
+                open_unit_of_work(core_of(first), origin="test"),
+                open_unit_of_work(core_of(other), origin="test"),
+            )
         for scope in (inside, beside):
             assert await asyncio.to_thread(scope.session.scalar, text("SELECT 42")) == 42
-        assert inside.permit_held is None
-        assert beside.permit_held is not None
+        assert inside.permit is None
+        assert beside.permit is not None
         for scope in (beside, inside, outer):
             await scope.aclose()
 
@@ -342,23 +349,23 @@ def test_a_unit_of_work_inside_one_with_a_permit_waits_for_none() -> None:
 def test_a_thread_that_outlives_its_event_loop_counts_nowhere() -> None:
     loop = asyncio.new_event_loop()
     loop.close()
-    _allow_threads(loop, -1)
+    allow_threads(loop, -1)
 
 
 def test_a_forked_child_starts_with_all_permits() -> None:
     """Those that requests of the parent hold come back there only."""
     database = Database("sqlite://", pool_size=1, max_overflow=0)
-    assert asyncio.run(database._permits.acquire()) is not None
+    assert asyncio.run(core_of(database).semaphore.acquire()) is not None
     child = os.fork()
     if child == 0:
-        os._exit(0 if database._permits._free == 1 else 1)
+        os._exit(0 if core_of(database).semaphore._free == 1 else 1)
     assert os.waitpid(child, 0)[1] == 0
     database.dispose()
 
 
 def test_no_permit_where_nothing_limits_the_pool() -> None:
     """A pool without a limit needs none."""
-    assert asyncio.run(Permits(None, None).acquire()) is None
+    assert asyncio.run(FairSemaphore(None, None).acquire()) is None
 
 
 def test_holders_do_not_queue_behind_those_who_wait() -> None:
@@ -384,18 +391,18 @@ def test_an_ending_that_holds_a_connection_does_not_queue_behind_those_who_wait_
     async def end(name: str, *, permit: bool, connected: bool, beside: bool) -> None:
         """While every worker of those who can wait (``beside``), or of the others, is taken."""
         gate = threading.Event()
-        scope = SessionScope(db, origin="test")
+        scope = open_unit_of_work(core_of(db), origin="test")
         if permit:
             await wait_for_permit(scope)
         (insert if connected else add)(name)(scope.session)
         blocked = [in_thread(lambda: gate.wait(10), can_wait=beside) for _ in range(WORKERS)]
         try:
-            await asyncio.wait_for(scope.asettle(Outcome()), 5)
+            await asyncio.wait_for(ending.asettle(scope, Outcome()), 5)
         finally:
             gate.set()
-        assert scope.permit_held is None
+        assert scope.permit is None
         await asyncio.gather(*blocked)
-        await scope.aclose()
+        await ending.aclose(scope)
 
     async def main() -> None:
         await end("tea", permit=True, connected=False, beside=True)
@@ -419,19 +426,19 @@ def test_a_permit_is_back_once_its_scope_is_settled(tmp_path: Path, work: Any) -
     db.create_all()
 
     async def main() -> None:
-        scope = SessionScope(db, origin="test")
+        scope = open_unit_of_work(core_of(db), origin="test")
         await wait_for_permit(scope)
         await wait_for_permit(scope)
-        assert scope.permit_held is not None
+        assert scope.permit is not None
         if work is not None:
             work("tea")(scope.session)
-        await scope.asettle(Outcome())
-        assert scope.permit_held is None
+        await ending.asettle(scope, Outcome())
+        assert scope.permit is None
         scope.loop = asyncio.get_running_loop()
         await asyncio.to_thread(count, scope.session)
-        assert scope.permit_held is not None
-        await scope.aclose()
-        assert scope.permit_held is None
+        assert scope.permit is not None
+        await ending.aclose(scope)
+        assert scope.permit is None
 
     asyncio.run(main())
     db.dispose()

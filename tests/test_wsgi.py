@@ -17,8 +17,9 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from session_plugin import Database, Outcome, PolicyError, ScopeClosedError, commit_on_success, read_only
-from session_plugin.policy import Decision
-from session_plugin.wsgi import SessionScopeMiddleware, scopes_of
+from session_plugin.policy import Decision, endpoint_policy
+from session_plugin.wsgi import SessionScopeMiddleware
+from session_plugin.wsgi.middleware import open_units
 
 from .apps import PlainWSGIHarness
 from .contract import Contract, on
@@ -332,7 +333,7 @@ def test_write_on_a_server_without_write(db: Any, store: Store) -> None:
         return []
 
     server = Writeless(store).serve(SessionScopeMiddleware(app, db))
-    assert "offers no write()" in str(server.error)
+    assert "has no write()" in str(server.error)
 
 
 def test_exc_info_is_not_kept(db: Any, store: Store) -> None:
@@ -890,7 +891,7 @@ def test_inner_middleware_knows_the_endpoint(db: Any, store: Store) -> None:
         count(db.session)
         return endpoint(environ, start_response)
 
-    inner = SessionScopeMiddleware(queries_first, db, find_policy=lambda: db.marked_policy(endpoint))
+    inner = SessionScopeMiddleware(queries_first, db, find_policy=lambda: endpoint_policy(endpoint, db))
     server = Server(store).serve(SessionScopeMiddleware(authenticate, db))
     assert (server.error, server.sent[-1]) == (None, (b"0", []))
 
@@ -942,14 +943,14 @@ def test_an_environ_that_outlives_its_request_has_no_scopes(db: Any, store: Stor
     """Whether somebody keeps them or not."""
     kept: list[Any] = []
     environ = new_environ()
-    app = SessionScopeMiddleware(answering([b"a"], work=lambda: kept.append(db.scope)), db)
+    app = SessionScopeMiddleware(answering([b"a"], work=lambda: kept.append(db._unit_of_work())), db)
     body: Any = app(environ, Server(store).start_response)
-    assert scopes_of(environ) == kept
+    assert open_units(environ) == kept
     body.close()
-    assert scopes_of(environ) == []
+    assert open_units(environ) == []
     kept.clear()
     del body
-    assert scopes_of(environ) == []
+    assert open_units(environ) == []
 
 
 # -- threads, and the rest ---------------------------------------------------------------------------

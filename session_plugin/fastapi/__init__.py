@@ -1,4 +1,4 @@
-"""The adapter for FastAPI, which is Starlette's: ``Depends(db.get_session)`` is all that FastAPI adds.
+"""The adapter for FastAPI: Starlette's, whose ``get_session`` is the dependency.
 
 ::
 

@@ -1,5 +1,5 @@
 """The adapter for Flask: an extension with ``init_app``."""
 
-from ._plugin import SessionPlugin
+from .plugin import SessionPlugin
 
 __all__ = ["SessionPlugin"]

@@ -1,4 +1,4 @@
-"""Clients that go away in the middle of a response."""
+"""`leave_midstream`: clients that disconnect in the middle of a response."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wsgiref.util import setup_testing_defaults
 
 @dataclass(frozen=True)
 class Left:
-    """What a client had when it went away.
+    """What a client had received when it disconnected.
 
     Attributes:
         status: of the response.
@@ -28,7 +28,7 @@ class Left:
 def leave_midstream(
     app: Any, method: str, path: str, *, json: Any = None, headers: Mapping[str, str] | None = None, chunks: int = 1
 ) -> Left:
-    """Make a request of a WSGI app, read ``chunks`` chunks of its body, and go away.
+    """Make a request of a WSGI app, read ``chunks`` chunks of its body, and disconnect.
 
     Args:
         app: the app, such as a Flask app.
@@ -36,7 +36,7 @@ def leave_midstream(
         path: with its query.
         json: the body of the request, or None for an empty one.
         headers: of the request.
-        chunks: how many are read.
+        chunks: how many to read.
     """
     url, body = urlsplit(path), _body(json)
     environ: dict[str, Any] = {
@@ -57,7 +57,7 @@ def leave_midstream(
     response: Iterable[bytes] = app(environ, start_response)
     read = b""
     try:
-        for _, chunk in zip(range(chunks), response, strict=False):  # in this order, none is read in vain
+        for _, chunk in zip(range(chunks), response, strict=False):  # in this order, no chunk too many is read
             read += chunk
     finally:
         getattr(response, "close", lambda: None)()
@@ -67,7 +67,7 @@ def leave_midstream(
 async def aleave_midstream(
     app: Any, method: str, path: str, *, json: Any = None, headers: Mapping[str, str] | None = None, chunks: int = 1
 ) -> Left:
-    """As `leave_midstream`, for an ASGI app, whose lifespan is not run."""
+    """As `leave_midstream`, for an ASGI app; its lifespan is not run."""
     url, gone, status, read = urlsplit(path), asyncio.Event(), 0, b""
     left_to_read = chunks
     sent = {"content-type": "application/json", **(headers or {})}

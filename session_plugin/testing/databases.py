@@ -1,4 +1,4 @@
-"""A database for each worker of a parallel test run."""
+"""`worker_database`: a database for each worker of a parallel test run."""
 
 from __future__ import annotations
 
@@ -7,57 +7,49 @@ import os
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
+
+from ..engines.backends import Backend, backend_for
 
 WORKER = "PYTEST_XDIST_WORKER"
 
 
 @contextmanager
 def worker_database(url: str | URL, worker_id: str | None = None) -> Generator[URL]:
-    """An empty database beside that of ``url`` for one worker, dropped at the end of the block.
+    """Create an empty database beside that of ``url`` for one worker, and drop it at the end of the block.
 
     Args:
         url: the test database; its user may create others.
-        worker_id: the worker, by default what pytest-xdist says in the environment.  Without one, or with
-            ``"master"``, the answer is ``url`` itself, and nothing is created or dropped.
+        worker_id: the worker; from the environment variable of pytest-xdist unless given.  If there is none, or
+            it is ``"master"``, ``url`` itself is yielded, and nothing is created or dropped.
 
     Yields:
-        the URL of the worker's own database, the same as ``url`` where the database is in memory.
+        the URL of the worker's own database; ``url`` itself for a database in memory.
     """
     parsed = make_url(url)
+    backend = backend_for(parsed.get_backend_name())
     worker = os.environ.get(WORKER, "master") if worker_id is None else worker_id
-    in_memory = parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:")
-    if worker == "master" or in_memory:
+    if worker == "master" or backend.is_in_memory(parsed):
         yield parsed
         return
-    own = parsed.set(database=_name(parsed, worker))
-    _drop(parsed, own)
-    if parsed.get_backend_name() != "sqlite":
-        _execute(parsed, "CREATE DATABASE {}", own)
+    own = backend.worker_url(parsed, worker)
+    _drop(parsed, own, backend)
+    if backend.create_statement is not None:
+        _execute(parsed, backend.create_statement, own)
     try:
         yield own
     finally:
-        _drop(parsed, own)
+        _drop(parsed, own, backend)
 
 
-def _name(url: URL, worker: str) -> str:
-    if url.get_backend_name() != "sqlite":
-        return f"{url.database}_{worker}"
-    path = Path(url.database or "")
-    return str(path.with_stem(f"{path.stem}_{worker}"))
-
-
-def _drop(url: URL, own: URL) -> None:
-    if url.get_backend_name() != "sqlite":
-        force = " WITH (FORCE)" if url.get_backend_name() == "postgresql" else ""  # the app may still have connections
-        _execute(url, "DROP DATABASE IF EXISTS {}" + force, own)
-        return
-    for suffix in ("", "-wal", "-shm"):
-        Path(f"{own.database}{suffix}").unlink(missing_ok=True)
+def _drop(url: URL, own: URL, backend: Backend) -> None:
+    if backend.drop_statement is not None:
+        _execute(url, backend.drop_statement, own)
+    for file in backend.files(own):
+        file.unlink(missing_ok=True)
 
 
 def _execute(url: URL, statement: str, own: URL) -> None:

@@ -1,45 +1,42 @@
-"""The hooks of finished transactions, kept back for a test to look at."""
+"""`captured_hooks`: the hooks of finished transactions, kept for a test to look at."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..access import HasDatabase
-    from ..database import BaseDatabase
+from ..database.core import HasDatabase
+from ..database.interface import core_of
 
 
 class CapturedHooks(list[Callable[[], Any]]):
     """The hooks that were due in the block, in order; each is a `functools.partial` of what was registered."""
 
-    def __init__(self, database: BaseDatabase[Any]) -> None:
+    def __init__(self, core: Any) -> None:
         super().__init__()
-        self._database = database
+        self._core = core
 
     def capture(self, calls: list[Callable[[], Any]]) -> None:
-        """Keep ``calls``."""
+        """Keep ``calls`` instead of making them."""
         self += calls
 
     def run(self) -> Awaitable[None] | None:
-        """Call them as the database would, each in a unit of work of its own; on an async database, to be awaited.
+        """Call them as the database would, each in a unit of work of its own; on an async database, await the result.
 
-        What they raise is logged.  They are called once: afterwards none is left.
+        What they raise is logged.  They are called once: afterwards the list is empty.
         """
         calls = [*self]
         self.clear()
-        database: Any = self._database
-        class_ = type(database)  # the database itself keeps them back
-        answer: Awaitable[None] | None = (class_._arun_hooks if database.is_async else class_._run_hooks)(
-            database, calls
-        )
-        return answer
+        core = self._core
+        class_ = type(core)  # the instance has `capture` in place of its method
+        running: Awaitable[None] | None = (class_.arun_hooks if core.is_async else class_.run_hooks)(core, calls)
+        return running
 
 
 @contextmanager
 def captured_hooks(db: HasDatabase) -> Generator[CapturedHooks]:
-    """Keep the hooks that ``on_commit`` and ``on_rollback`` make due in the block, instead of calling them.
+    """Keep the hooks that become due in the block, instead of calling them.
 
     ::
 
@@ -48,13 +45,13 @@ def captured_hooks(db: HasDatabase) -> Generator[CapturedHooks]:
         assert [hook.func for hook in hooks] == [send_receipt]
         hooks.run()
     """
-    database = db.database
-    captured = CapturedHooks(database)
-    around = vars(database).get("_run_hooks")
-    database._run_hooks = captured.capture  # type: ignore[method-assign]
+    core = core_of(db)
+    captured = CapturedHooks(core)
+    around = vars(core).get("run_hooks")
+    core.run_hooks = captured.capture
     try:
         yield captured
     finally:
-        del database._run_hooks
+        del core.run_hooks
         if around is not None:
-            database._run_hooks = around  # type: ignore[method-assign]
+            core.run_hooks = around

@@ -1,4 +1,4 @@
-"""Fixtures for pytest, there wherever session_plugin is installed.
+"""Fixtures for pytest, available wherever session_plugin is installed.
 
 An app's ``conftest.py`` overrides `session_plugin_database`, and its tests ask for the others.
 """
@@ -20,7 +20,7 @@ import pytest
 from ..exceptions import IsolationError
 
 if TYPE_CHECKING:
-    from ..access import Access
+    from ..database.interface import DatabaseInterface
 
 
 _created: WeakSet[Any] = WeakSet()
@@ -28,35 +28,37 @@ _created: WeakSet[Any] = WeakSet()
 
 
 @pytest.fixture(scope="session")
-def session_plugin_database() -> Access[Any]:
-    """The database of the tests, or the plugin that has it: override this one."""
+def session_plugin_database() -> DatabaseInterface[Any]:
+    """The database of the tests, or the plugin that has it: override this fixture."""
     raise IsolationError(
-        "The fixture session_plugin_database is not defined. Return your db from one of that name in conftest.py, with "
-        'scope="session".'
+        "The fixture session_plugin_database is not defined. Define a fixture of that name in conftest.py, with "
+        'scope="session", that returns your db.'
     )
 
 
 @pytest.fixture(scope="module")
-def session_plugin_schema(session_plugin_database: Access[Any]) -> None:
-    """Creates the missing tables, once per run: override it to run migrations, or to do nothing."""
-    database: Any = session_plugin_database.database
+def session_plugin_schema(session_plugin_database: DatabaseInterface[Any]) -> None:
+    """Create the missing tables, once per run: override it to run migrations, or to do nothing."""
+    database = session_plugin_database.database
     if database in _created:
         return
     _created.add(database)
-    if not database.is_async:
+    if not inspect.iscoroutinefunction(database.create_all):
         database.create_all()
         return
 
     async def create() -> None:
         await database.create_all()
-        await database.dispose()  # which leaves it to the event loop of the tests
+        await database.dispose()  # so that the event loop of the tests can use it
 
     with ThreadPoolExecutor(1) as thread:  # where no event loop runs
         thread.submit(asyncio.run, create()).result()
 
 
 @pytest.fixture
-def isolated_database(request: pytest.FixtureRequest, session_plugin_database: Access[Any]) -> Access[Any]:
+def isolated_database(
+    request: pytest.FixtureRequest, session_plugin_database: DatabaseInterface[Any]
+) -> DatabaseInterface[Any]:
     """The database, isolated: what the test commits is undone at its end."""
     request.getfixturevalue("db_session")
     return session_plugin_database
@@ -64,15 +66,15 @@ def isolated_database(request: pytest.FixtureRequest, session_plugin_database: A
 
 @pytest.fixture
 def db_session(
-    request: pytest.FixtureRequest, session_plugin_database: Access[Any], session_plugin_schema: None
+    request: pytest.FixtureRequest, session_plugin_database: DatabaseInterface[Any], session_plugin_schema: None
 ) -> Any:
     """A session of the test's own on the isolated database, to arrange and to assert with."""
-    if not session_plugin_database.database.is_async:
+    if not inspect.iscoroutinefunction(session_plugin_database.database.create_all):
         return request.getfixturevalue("_isolated_sync")
     if not inspect.iscoroutinefunction(getattr(request.function, "__wrapped__", request.function)):
         raise IsolationError(
-            "An async database is isolated on the event loop of its app, and a test that is a plain function has none. "
-            "With TestClient: client.portal.wrap_async_context_manager(db.isolated())."
+            "An async database is isolated on the event loop of its app, and a test that is a plain function has no "
+            "event loop. With TestClient, use client.portal.wrap_async_context_manager(db.isolated())."
         )
     return request.getfixturevalue(
         "_isolated_anyio" if "anyio_backend" in request.fixturenames else "_isolated_asyncio"
@@ -80,14 +82,14 @@ def db_session(
 
 
 @pytest.fixture
-def _isolated_sync(session_plugin_database: Access[Any]) -> Generator[Any]:
+def _isolated_sync(session_plugin_database: DatabaseInterface[Any]) -> Generator[Any]:
     database: Any = session_plugin_database
     block: AbstractContextManager[Any] = database.isolated()
     with block as session:
         yield session
 
 
-async def _isolated(session_plugin_database: Access[Any]) -> AsyncGenerator[Any]:
+async def _isolated(session_plugin_database: DatabaseInterface[Any]) -> AsyncGenerator[Any]:
     database: Any = session_plugin_database
     async with database.isolated() as session:
         yield session

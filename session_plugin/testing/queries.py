@@ -1,4 +1,4 @@
-"""How many statements were sent, which, and from where."""
+"""`assert_queries`: how many statements were sent, which, and from where."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 
-from ._statements import controls
-
-if TYPE_CHECKING:
-    from ..access import HasDatabase
+from ..database.core import HasDatabase
+from ..database.interface import core_of
+from .isolation.statements import controls
 
 _NOT_THE_USERS = tuple(
     str(Path(path).resolve())
@@ -42,9 +41,9 @@ class Query:
 
 @contextmanager
 def assert_queries(db: HasDatabase, *, max: int) -> Generator[list[Query]]:  # noqa: A002
-    """Fail if the block sends more than ``max`` statements through ``db``; the message says which, and from where.
+    """Fail if the block sends more than ``max`` statements through ``db``; the message lists them with their origins.
 
-    Whatever begins and ends transactions and savepoints does not count.
+    Statements that begin and end transactions and savepoints do not count.
 
     Yields:
         the statements so far.
@@ -52,15 +51,15 @@ def assert_queries(db: HasDatabase, *, max: int) -> Generator[list[Query]]:  # n
     Raises:
         AssertionError: there were more.
     """
-    database = db.database
+    core = core_of(db)
     queries: list[Query] = []
 
     def note(connection: Connection, cursor: Any, statement: str, *more: Any) -> None:
-        is_ours = any(engine.pool is connection.engine.pool for engine in database._known_engines)
+        is_ours = any(engine.pool is connection.engine.pool for engine in core.engines.known)
         if is_ours and not controls(statement):
             queries.append(Query(statement, _origin()))
 
-    event.listen(Engine, "before_cursor_execute", note)  # of one that is made in the block, too
+    event.listen(Engine, "before_cursor_execute", note)  # also on engines that are made in the block
     try:
         yield queries
     finally:
@@ -79,7 +78,7 @@ def _origin() -> str:
 
 
 def _frames() -> Iterator[FrameType]:
-    """The calls that are under way, the innermost first, those of the task around an async statement included."""
+    """Yield the frames of the running code, the innermost first, and of the task around an async statement."""
     frame: FrameType | None = sys._getframe(1)
     greenlet: Any = sys.modules.get("greenlet")
     current = greenlet and greenlet.getcurrent()

@@ -1,0 +1,169 @@
+"""`SessionScopeMiddleware` for ASGI, which may be applied more than once.
+
+The outermost one opens the unit of work, settles it before the last byte, and closes it.  Every one
+settles before the first byte what was done inside it, so the innermost settles first: inside an app's
+exception handling, where `session_plugin.starlette` puts one, the app's own handlers see a failed commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..database.core import DatabaseCore, HasDatabase
+from ..database.interface import core_of
+from ..database.middleware import check_middleware
+from ..exceptions import ConfigurationError
+from ..policy import Policy
+from ..scope.current import innermost, leave
+from ..scope.ending import aclose, close_if_idle
+from ..scope.opening import open_unit_of_work
+from .client import Client
+from .request_cycle import HttpCycle, Layer, RequestCycle, WebSocketCycle
+from .types import ASGIApp, Message, Receive, Scope, Send
+
+KEY = "session_plugin"
+POLL_INTERVAL = 0.01
+LONGEST_WAIT = 5.0
+"""Seconds for which the shutdown waits for requests to end."""
+
+
+class SessionScopeMiddleware:
+    """Gives every request, and every WebSocket handshake, a unit of work on ``database``."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        database: HasDatabase,
+        *,
+        find_policy: Callable[[Scope], Policy | None] | None = None,
+    ) -> None:
+        """Wrap ``app``.
+
+        Args:
+            app: any ASGI app.
+            database: a `Database`, an `AsyncDatabase`, or a plugin.
+            find_policy: from the ASGI scope to the policy of the endpoint, or None; see
+                `session_plugin.policy.endpoint_policy`.
+
+        Raises:
+            ConfigurationError: an argument has a wrong type.
+        """
+        check_middleware(app, database, find_policy)
+        self.app = app
+        self._db = database
+        self._find_policy = find_policy
+        self._open_cycles = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] not in ("http", "websocket"):
+            await (self._lifespan if scope["type"] == "lifespan" else self.app)(scope, receive, send)
+            return
+        core = core_of(self._db)
+        cycles: dict[Any, RequestCycle] = scope.setdefault(KEY, {})
+        if core in cycles:
+            await Layer(cycles[core], send).run(self.app, scope, receive)
+            return
+        client = Client(receive)
+        cycle = cycles[core] = self._open(core, scope, client)
+        self._open_cycles += 1
+        token = innermost.set(cycle.unit)
+        try:
+            try:
+                await Layer(cycle, send).run(self.app, scope, client.receive)
+            finally:
+                leave(token)
+        finally:
+            del cycles[core]
+            try:
+                if not close_if_idle(cycle.unit):
+                    await aclose(cycle.unit)
+            finally:
+                client.close()
+                self._open_cycles -= 1
+
+    def _open(self, core: DatabaseCore, scope: Scope, client: Client) -> RequestCycle:
+        method = scope.get("method")
+        find_policy = self._find_policy
+        unit = open_unit_of_work(
+            core,
+            origin=f"{method or 'WEBSOCKET'} {scope['path']}",
+            method=method,
+            find_policy=None if find_policy is None else lambda: find_policy(scope),
+        )
+        if not core.is_async:
+            unit.loop = asyncio.get_running_loop()
+        kind = HttpCycle if scope["type"] == "http" else WebSocketCycle
+        return kind(unit, client)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Report a misconfiguration at startup, and dispose before the server hears that the shutdown is complete.
+
+        On that message a server ends its event loop, and does not wait for the app to return.
+        """
+        try:
+            require_asyncio()
+            database = self._db.database
+        except Exception as error:
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": _without_secrets(error)})
+            raise
+        disposing: set[Any] = scope.setdefault(KEY, set())
+        if database in disposing:
+            await self.app(scope, receive, send)
+            return
+        disposing.add(database)
+
+        async def dispose_and_send(message: Message) -> None:
+            if message["type"] != "lifespan.startup.complete":
+                await dispose()
+            await send(message)
+
+        async def dispose() -> None:
+            await self._wait_for_open_cycles()
+            disposed = database.dispose()
+            if inspect.isawaitable(disposed):
+                await disposed
+
+        try:
+            await self.app(scope, receive, dispose_and_send)
+        finally:
+            await dispose()
+
+    async def _wait_for_open_cycles(self) -> None:
+        """Wait for requests that the server has cancelled and not awaited: their connections go back first."""
+        deadline = time.monotonic() + LONGEST_WAIT
+        while self._open_cycles and time.monotonic() < deadline:  # noqa: ASYNC110  an app may serve several loops
+            await asyncio.sleep(POLL_INTERVAL)
+
+
+def find_cycle(scope: Scope, db: HasDatabase) -> RequestCycle | None:
+    """Return the request cycle that a middleware further out has opened on the database of ``db``, or None."""
+    cycles: dict[Any, RequestCycle] | None = scope.get(KEY)
+    return cycles.get(core_of(db)) if cycles else None
+
+
+def require_asyncio() -> None:
+    """Check that the server runs the app on asyncio, which SQLAlchemy and the ending of a unit of work need.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError as error:
+        raise ConfigurationError(
+            "session_plugin needs asyncio, and this server runs the app on another event loop, such as trio's. Start "
+            "it with its asyncio worker: hypercorn --worker-class asyncio."
+        ) from error
+
+
+def _without_secrets(error: Exception) -> str:
+    """Return what a server may log; the message of any other error can contain the password of a URL."""
+    if isinstance(error, ConfigurationError):
+        return str(error)
+    return f"The function that names the database failed: {type(error).__name__}"

@@ -1,0 +1,235 @@
+"""`DatabaseCore`: a database as the units of work and the adapters see it.
+
+An app sees it as a `Database` or an `AsyncDatabase`, both of which have one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from sqlalchemy import Engine, MetaData, Table
+from sqlalchemy.orm import Mapper, Session, sessionmaker
+
+from ..engines.making import require_greenlet
+from ..engines.registry import DEFAULT, Engines
+from ..exceptions import ConfigurationError
+from ..policy import Policy, as_policy
+from ..scope.blocks import asession_scope, session_scope
+from ..scope.log import log_failed_hook
+from ..scope.session import scope_session_class
+from ..scope.unit_of_work import UnitOfWork
+from .configuration import Configuration
+
+
+class HasDatabase(Protocol):
+    """Anything with a database: a `Database`, an `AsyncDatabase`, or a plugin."""
+
+    @property
+    def database(self) -> Any:
+        """The `Database` or `AsyncDatabase`."""
+
+
+class DatabaseCore(ABC):
+    """What sync and async databases share.
+
+    Attributes:
+        engines: by name.
+        maker: the session factory.
+        metadata: as given, or None.
+        default_policy: of units of work that choose no other one.
+        semaphore: with a permit for each connection, for sync sessions under an event loop.
+        closes_itself: True if the user's session class has a ``close()`` of its own.
+    """
+
+    is_async: bool
+
+    def __init__(self, configuration: Configuration) -> None:
+        """Make the engines and the session factory; nothing connects yet.
+
+        Raises:
+            ConfigurationError: the configuration cannot work.
+        """
+        configuration = configuration.unfolded()
+        if configuration.source is None or configuration.source == {}:
+            raise ConfigurationError(
+                "No database is configured. Give a URL, such as sqlite:///shop.db, or an Engine as the first argument; "
+                "in Flask the configuration may name it: SQLALCHEMY_DATABASE_URI."
+            )
+        self.default_policy: Policy = as_policy(configuration.policy)
+        self.metadata: MetaData | None = configuration.metadata
+        session_class = configuration.session_class(self.default_session_class())
+        session_options, engine_options = configuration.divided_options(session_class)
+        binds = configuration.binds or {}
+        self.engines = Engines(configuration.source, binds, engine_options, self, is_async=self.is_async)
+        self.has_lazy_cursors: bool = self.engines.have_lazy_cursors
+        self.streams_results: bool = self.engines.stream_results
+        if self.engines.binds:
+            session_options["binds"] = self.engines.binds
+        self.maker: Any = self.make_maker(session_class, self.engines.named.get(DEFAULT), session_options)
+        classes = (session_class, self.maker.kw.get("sync_session_class", session_class))
+        self.closes_itself: bool = any(not each.close.__module__.startswith("sqlalchemy.") for each in classes)
+        self.semaphore = self.engines.make_semaphore()
+        alive.add(self)
+
+    @abstractmethod
+    def default_session_class(self) -> type[Any]:
+        """Return SQLAlchemy's own session class."""
+
+    @abstractmethod
+    def make_maker(self, class_: Any, bind: Any, options: dict[str, Any]) -> Any:
+        """Make the session factory."""
+
+    @abstractmethod
+    def new_session(self, unit: UnitOfWork[Any] | None) -> Any:
+        """Make the session of ``unit``; for None, one that belongs to no unit of work."""
+
+    @abstractmethod
+    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
+        """Make the calls that are due, each in a unit of work of its own."""
+
+    def engine_for(self, engine: Engine, policy: Policy, *, may_write: bool) -> Engine:
+        """Return ``engine``, or its variant that begins as ``policy`` says."""
+        return self.engines.variants.engine_for(engine, policy, may_write=may_write)
+
+    def schema_connection(self, engine: Any) -> Any:
+        """Return a block with a connection that creates or drops tables, and commits that."""
+        return engine.begin()
+
+    def tables_by_engine(self, metadata: MetaData) -> Iterator[tuple[Any, list[Table]]]:
+        """Yield each engine with the tables of ``metadata`` that live on it."""
+        binds = self.engines.binds
+        bound = {table: engine for key, engine in binds.items() for table in _tables(key)}
+        default = self.engines.named.get(DEFAULT)
+        for engine in dict.fromkeys([*self.engines.named.values(), *binds.values()]):
+            tables = [table for table in metadata.sorted_tables if bound.get(table, default) is engine]
+            if tables:
+                yield engine, tables
+
+
+class SyncCore(DatabaseCore):
+    """The core of a `Database`."""
+
+    is_async: bool = False
+
+    def default_session_class(self) -> type[Any]:
+        """Return `Session`."""
+        return Session
+
+    def make_maker(self, class_: Any, bind: Any, options: dict[str, Any]) -> Any:
+        """Make a `sessionmaker`."""
+        return sessionmaker(bind, class_=scope_session_class(class_), **options)
+
+    def new_session(self, unit: UnitOfWork[Any] | None) -> Any:
+        """Make a session."""
+        session = self.maker()
+        session._unit_of_work = unit
+        return session
+
+    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
+        """Make the calls; what they raise is logged."""
+        for call in calls:
+            try:
+                with session_scope(self, new=True):
+                    result = call()
+                    if inspect.iscoroutine(result):
+                        result.close()
+                        raise TypeError("a hook of a sync database returned a coroutine, which nothing awaits")
+            except Exception:
+                log_failed_hook(call)
+
+
+class AsyncCore(DatabaseCore):
+    """The core of an `AsyncDatabase`, which serves one event loop at a time."""
+
+    is_async: bool = True
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    def default_session_class(self) -> type[Any]:
+        """Return `AsyncSession`."""
+        require_greenlet()
+        from sqlalchemy.ext.asyncio import AsyncSession
+
+        return AsyncSession
+
+    def make_maker(self, class_: Any, bind: Any, options: dict[str, Any]) -> Any:
+        """Make an `async_sessionmaker`; without expiry, since an async session cannot load lazily what it expired."""
+        from sqlalchemy.ext.asyncio import async_sessionmaker
+
+        sync_class = options.pop("sync_session_class", class_.sync_session_class)
+        options.setdefault("expire_on_commit", False)
+        return async_sessionmaker(bind, class_=class_, sync_session_class=scope_session_class(sync_class), **options)
+
+    def new_session(self, unit: UnitOfWork[Any] | None) -> Any:
+        """Make a session on the running event loop.
+
+        Raises:
+            ConfigurationError: another event loop that is not closed uses this database.
+        """
+        self.adopt_running_loop()
+        session = self.maker()
+        session.sync_session._unit_of_work = unit
+        return session
+
+    def adopt_running_loop(self) -> None:
+        """Let the running event loop use this database, with connections of its own.
+
+        Raises:
+            ConfigurationError: another event loop that is not closed uses this database.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            raise ConfigurationError(
+                "This async database is in use on another event loop, and its connections cannot serve "
+                "two. Make one AsyncDatabase per loop, or `await db.dispose()` on the first one."
+            )
+        if self._loop is not None:
+            self.engines.forget_connections()
+        self._loop = loop
+
+    async def dispose(self) -> None:
+        """Close the pooled connections of the engines made here; then another event loop may use the database."""
+        for engine in self.engines.made_here:
+            await engine.dispose()
+        self._loop = None
+
+    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
+        """Make and await the calls inside SQLAlchemy's greenlet; what they raise is logged."""
+        if calls:
+            from sqlalchemy.util import await_only
+
+            await_only(self.arun_hooks(calls))
+
+    async def arun_hooks(self, calls: list[Callable[[], Any]]) -> None:
+        """Make and await the calls; what they raise is logged."""
+        for call in calls:
+            try:
+                async with asession_scope(self, new=True):
+                    result = call()
+                    if inspect.isawaitable(result):
+                        await result
+            except (Exception, asyncio.CancelledError):  # this task's own cancellation waits in `uncancelled`
+                log_failed_hook(call)
+
+
+alive: WeakSet[DatabaseCore] = WeakSet()
+"""Those of all databases that are alive."""
+
+
+def _tables(key: Any) -> Iterator[Table]:
+    """Yield the tables of a key of ``binds``: a table, or a mapper or mapped class with its subclasses."""
+    if isinstance(key, Table):
+        yield key
+        return
+    mapped_class: type[Any] = key.class_ if isinstance(key, Mapper) else key
+    if isinstance(table := getattr(mapped_class, "__table__", None), Table):
+        yield table
+    subclasses: list[type[Any]] = mapped_class.__subclasses__()
+    for subclass in subclasses:
+        yield from _tables(subclass)

@@ -1,0 +1,257 @@
+"""`DatabaseInterface`: what an app calls, wherever it is.
+
+`Database` and `AsyncDatabase` have it, and so do the plugins, for the database of the current app.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from sqlalchemy import MetaData
+from sqlalchemy.util import ScopedRegistry
+
+from ..exceptions import ConfigurationError, NoScopeError, ScopeClosedError
+from ..policy import Policy, as_policy, commit_on_success, is_coroutine_function, set_endpoint_policy
+from ..scope.current import find
+from ..scope.session_scope import SessionScope
+from ..scope.typevars import S
+from ..scope.unit_of_work import UnitOfWork
+from .configuration import Configuration, PolicyLike
+from .core import DatabaseCore, HasDatabase
+
+if TYPE_CHECKING:
+    from .configuration import Source
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def core_of(db: HasDatabase) -> Any:
+    """Return the core of a database, or of the one that a plugin has: a `SyncCore` or an `AsyncCore`."""
+    return db.database._core
+
+
+class DatabaseInterface(ABC, Generic[S]):
+    """The part that sync and async databases share."""
+
+    _core: DatabaseCore
+
+    def __init__(
+        self,
+        source: Source | None = None,
+        *,
+        class_: type[S] | None = None,
+        policy: PolicyLike = commit_on_success,
+        metadata: MetaData | None = None,
+        binds: Mapping[Any, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Configure a database; nothing connects yet.
+
+        Args:
+            source: a URL, an engine, a session factory, or named engines:
+                ``{"default": ..., "reports": {"url": ..., "pool_size": 2}}``.  A plugin also takes a
+                database, or a function that returns any of these and is called when it is needed.
+            class_: the session class; SQLAlchemy's `Session` or `AsyncSession` unless given.
+            policy: how units of work begin and end unless they choose otherwise.
+            metadata: for ``create_all()`` and for migration tools.
+            binds: from a mapped class, a mapper or a table to an engine or the name of one.
+            **options: of the session class and of ``create_engine()``, under SQLAlchemy's names.
+
+        Raises:
+            ConfigurationError: any of it cannot work.
+        """
+        self._set_up(Configuration(source, class_, policy, metadata, binds, options))
+
+    @abstractmethod
+    def _set_up(self, configuration: Configuration) -> None:
+        """Make what can be made now."""
+
+    @property
+    @abstractmethod
+    def database(self) -> Any:
+        """The database behind this object, for the current app."""
+
+    def _unit_of_work(self) -> UnitOfWork[S]:
+        """Return the unit of work that the running code is inside.
+
+        Raises:
+            NoScopeError: there is none.
+        """
+        unit = find(self.database._core)
+        if unit is None:
+            raise self._no_scope()
+        return unit
+
+    def _no_scope(self) -> NoScopeError:
+        thread = threading.current_thread()
+        if thread is threading.main_thread():
+            where, who = "here", "In a job or a script"
+        else:
+            where, who = f"in the thread {thread.name}, and threads inherit none", "In a thread of your own"
+        block = "async with" if self.database._core.is_async else "with"
+        return NoScopeError(
+            f"No unit of work is open {where}, so there is no session. {who}, open one: `{block} db.session_scope() as "
+            "session:`. For requests, call db.init_app(app), or wrap the app in SessionScopeMiddleware."
+        )
+
+    @property
+    def scope(self) -> SessionScope[S]:
+        """The unit of work that the running code is inside.
+
+        Raises:
+            NoScopeError: there is none.
+        """
+        return SessionScope(self._unit_of_work())
+
+    @property
+    def session(self) -> S:
+        """The session of the unit of work that the running code is inside; made at the first call.
+
+        Raises:
+            NoScopeError: there is no unit of work here.
+            ScopeClosedError: the one that was inherited here has ended.
+        """
+        unit = self._unit_of_work()
+        if unit.closed:
+            raise ScopeClosedError(unit.closed_message)
+        return unit.session
+
+    def on_commit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        """Call ``function(*args, **kwargs)`` once this transaction's data is durable.
+
+        It is called with no transaction open, in a unit of work of its own that commits at its
+        end; what it raises is logged.  It is dropped if the transaction, or the savepoint in
+        which it was registered, rolls back.  Coroutine functions need an async database.
+
+        Raises:
+            NoScopeError: there is no unit of work here.
+            ConfigurationError: ``function`` cannot be called, or not by a sync database.
+        """
+        self._unit_of_work().add_hook("commit", self._hook(function, args, kwargs))
+
+    def on_rollback(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        """Call ``function(*args, **kwargs)`` once this transaction is rolled back; see `on_commit`."""
+        self._unit_of_work().add_hook("rollback", self._hook(function, args, kwargs))
+
+    def _hook(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[], Any]:
+        if not callable(function):
+            raise ConfigurationError(
+                f"A hook must be a function, and an object of type {type(function).__name__} cannot be called. Give "
+                "the function and its arguments: db.on_commit(send, order_id)."
+            )
+        name = getattr(function, "__qualname__", type(function).__name__)
+        if is_coroutine_function(function) and not self.database._core.is_async:
+            raise ConfigurationError(
+                f"The hook {name} is a coroutine function, which a sync database cannot await. Make it a plain "
+                "function, or use AsyncDatabase."
+            )
+        try:
+            inspect.signature(function).bind(*args, **kwargs)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"The hook {name} cannot be called with these arguments: {error}. Give its arguments after it: "
+                "db.on_commit(send, order_id)."
+            ) from None
+        except ValueError:
+            pass  # a builtin without a signature
+        return partial(function, *args, **kwargs)
+
+    def doom(self, reason: str = "doom() was called") -> None:
+        """Decide that the current unit of work rolls back, whatever happens; ``reason`` is logged."""
+        self._unit_of_work().doom(reason)
+
+    def use(self, policy: PolicyLike) -> None:
+        """Choose how the current unit of work begins and ends.
+
+        Raises:
+            NoScopeError: there is no unit of work here.
+            PolicyError: ``policy`` is not a policy, or the transaction has begun in another way.
+        """
+        self._unit_of_work().use(policy)
+
+    def policy(self, policy: PolicyLike) -> Callable[[F], F]:
+        """Decorate an endpoint, a class of endpoints or a function: its unit of work is under ``policy``.
+
+        The adapters for Flask, FastAPI and Starlette look at the endpoint before the first
+        statement of the request, a dependency's included; elsewhere the policy is chosen when
+        the function is called.
+        """
+        chosen = as_policy(policy)
+
+        def decorate(function: F) -> F:
+            if not callable(function):
+                raise ConfigurationError(
+                    "@db.policy(...) decorates a function or a class, and was given an object of type "
+                    f"{type(function).__name__}. Put it directly above a function or a class."
+                )
+            as_it_is = isinstance(function, type) or _is_generator(function)
+            decorated = function if as_it_is else self._using(chosen, function)
+            set_endpoint_policy(decorated, self, chosen)
+            return decorated
+
+        return decorate
+
+    def _using(self, policy: Policy, function: F) -> F:
+        wrapper: Any
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                self.use(policy)
+                return await function(*args, **kwargs)
+        else:
+
+            @functools.wraps(function)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                self.use(policy)
+                return function(*args, **kwargs)
+
+        return wrapper  # type: ignore[no-any-return]
+
+    @property
+    def metadata(self) -> MetaData:
+        """The `MetaData` given at construction.
+
+        Raises:
+            ConfigurationError: none was given.
+        """
+        metadata: MetaData | None = self.database._core.metadata
+        if metadata is None:
+            raise ConfigurationError("This database has no metadata. Construct it with metadata=Base.metadata.")
+        return metadata
+
+
+class ScopeRegistry(ScopedRegistry[Any]):
+    """Makes a `scoped_session` proxy the session of the current unit of work; it registers nothing."""
+
+    def __init__(self, db: DatabaseInterface[Any]) -> None:
+        self._db = db
+
+    def __call__(self) -> Any:
+        """Return the session of the current unit of work."""
+        return self._db.session
+
+    def has(self) -> bool:
+        """Return True if the current unit of work has made its session."""
+        unit = find(core_of(self._db))
+        return unit is not None and unit.has_session and not unit.closed
+
+    def set(self, obj: Any) -> None:
+        """Refuse."""
+        raise ConfigurationError(
+            "The session belongs to the unit of work; a scoped_session cannot replace it. In a test, "
+            "use db.isolated(), or give the database another engine."
+        )
+
+    def clear(self) -> None:
+        """Do nothing: the session stays with its unit of work, which closes it."""
+
+
+def _is_generator(function: Callable[..., Any]) -> bool:
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)

@@ -1,0 +1,103 @@
+"""`SyncInterface`: what an app calls on a sync database."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import scoped_session, sessionmaker
+
+from ..engines.registry import DEFAULT
+from ..scope import blocks
+from ..scope.typevars import SyncS
+from .interface import DatabaseInterface, ScopeRegistry, core_of
+from .isolation import make_isolation
+
+if TYPE_CHECKING:
+    from contextlib import _GeneratorContextManager
+
+
+class SyncInterface(DatabaseInterface[SyncS]):
+    """What a sync database adds."""
+
+    @property
+    @abstractmethod
+    def database(self) -> Any:
+        """The `Database` behind this object, for the current app."""
+
+    def session_scope(self, *, new: bool = False) -> _GeneratorContextManager[SyncS, None, None]:
+        """Open a unit of work: commit at the end of the block, roll back if an error leaves it.
+
+        Inside a unit of work that is open and unsettled it joins that one, which then decides;
+        an error that leaves the block dooms it.  With ``new`` it is always one of its own.
+
+        Yields:
+            the session of the unit of work.
+        """
+        return blocks.session_scope(core_of(self), new=new)
+
+    @contextmanager
+    def isolated(self) -> Generator[SyncS]:
+        """For a test: whatever is done through this database in the block commits, and is undone at its end.
+
+        That holds for requests, ``session_scope()``, background work, threads and hooks.
+
+        Yields:
+            a session of the test's own, to arrange and to assert with.
+
+        Raises:
+            IsolationError: it is isolated already, or something was done that cannot be undone.
+        """
+        isolation = make_isolation(core_of(self))
+        with isolation.entered():
+            yield isolation.session
+
+    @property
+    def engine(self) -> Engine:
+        """The default engine."""
+        engine: Engine = core_of(self).engines.called(DEFAULT)
+        return engine
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """The engines by name; a database with one engine calls it ``"default"``."""
+        named: Mapping[str, Engine] = core_of(self).engines.named
+        return named
+
+    @property
+    def sessionmaker(self) -> sessionmaker[SyncS]:
+        """A factory of sessions that belong to no unit of work, configured like those that do."""
+        maker: sessionmaker[SyncS] = core_of(self).maker
+        return maker
+
+    @property
+    def scoped_session(self) -> scoped_session[SyncS]:
+        """SQLAlchemy's `scoped_session` for libraries that expect one; its scope is our unit of work.
+
+        A plugin has it before any app is known, since such libraries ask for it at import time.
+        """
+        registry: scoped_session[SyncS] = scoped_session(cast(Any, lambda **options: self.sessionmaker(**options)))
+        registry.registry = ScopeRegistry(self)
+        return registry
+
+    def create_all(self) -> None:
+        """Create the missing tables of ``metadata``, each on the engine that ``binds`` names."""
+        core = core_of(self)
+        for engine, tables in core.tables_by_engine(self.metadata):
+            with core.schema_connection(engine) as connection:
+                self.metadata.create_all(connection, tables=tables)
+
+    def drop_all(self) -> None:
+        """Drop the tables of ``metadata``, each on the engine that ``binds`` names."""
+        core = core_of(self)
+        for engine, tables in core.tables_by_engine(self.metadata):
+            with core.schema_connection(engine) as connection:
+                self.metadata.drop_all(connection, tables=tables)
+
+    def dispose(self) -> None:
+        """Close the pooled connections of the engines made here; you dispose of engines that you created yourself."""
+        for engine in core_of(self).engines.made_here:
+            engine.dispose()

@@ -1,0 +1,69 @@
+"""MySQL and MariaDB."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import Dialect
+from sqlalchemy.pool import PoolProxiedConnection
+
+from .interface import Backend, CommitFailure
+
+_READ_ONLY_OPTION = "session_plugin_mysql_read_only"
+_ENDS_TRANSACTION = {1020, 1206, 1213}
+"""Changed since the snapshot, lock table full, deadlock: InnoDB rolls the whole transaction back."""
+_LOCK_WAIT_TIMEOUT = 1205
+
+
+class MySQL(Backend):
+    """After some errors the server rolls back and goes on in a new transaction without reporting that.
+
+    COMMIT would then save the second half of the work only.
+    """
+
+    names = ("mysql", "mariadb")
+    async_driver = "asyncmy"
+    read_only_statement = "SET SESSION TRANSACTION READ ONLY"
+    goes_on_after_abort = True
+    cancellation_closes_connection = True
+    implicit_commit = re.compile(
+        r"\s*(?:(?:CREATE|DROP)(?!\s+TEMPORARY)|ALTER|TRUNCATE|RENAME|LOCK\s+TABLES|GRANT|REVOKE)\b", re.IGNORECASE
+    )
+    error_statements: Mapping[CommitFailure, str] = {
+        "integrity": "SIGNAL SQLSTATE '23000' SET MYSQL_ERRNO = 1062, MESSAGE_TEXT = 'a test asked for this'",
+        "serialization": "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'a test asked for this'",
+    }
+    disconnect_statement = "KILL CONNECTION_ID()"
+
+    def prepare(self, engine: Engine) -> None:
+        """Begin READ ONLY where the execution options say so."""
+        event.listen(engine, "begin", _begin)
+
+    def begin_options(self, *, read_only: bool, may_write: bool) -> dict[str, Any]:
+        """Begin READ ONLY where the policy says so."""
+        return {_READ_ONLY_OPTION: True} if read_only else {}
+
+    def is_aborted(self, pooled: PoolProxiedConnection, error: BaseException, dialect: Dialect) -> bool:
+        """The code of the error says so; for a lock wait timeout, together with a setting of the server."""
+        code = _code_of(error)
+        if code == _LOCK_WAIT_TIMEOUT:
+            cursor: Any = pooled.cursor()
+            try:
+                cursor.execute("SELECT @@innodb_rollback_on_timeout")
+                return bool(cursor.fetchone()[0])
+            finally:
+                cursor.close()
+        return code in _ENDS_TRANSACTION
+
+
+def _begin(connection: Connection) -> None:
+    if connection.get_execution_options().get(_READ_ONLY_OPTION):
+        connection.exec_driver_sql("START TRANSACTION READ ONLY")
+
+
+def _code_of(error: Any) -> Any:
+    driver_error = getattr(error, "orig", error)
+    return driver_error.args[0] if driver_error.args else None

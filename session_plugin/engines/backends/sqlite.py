@@ -1,0 +1,169 @@
+"""SQLite, with real transactions.
+
+Python's driver decides by itself when to send BEGIN, so that DDL is not rolled back and a released
+savepoint survives an outer ROLLBACK.  Here BEGIN is always sent, and says what the transaction is for:
+IMMEDIATE where it may write, so that two writers wait for one another instead of failing with
+"database is locked".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+from weakref import finalize
+
+from sqlalchemy import URL, Connection, Engine, event
+from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.pool import PoolProxiedConnection
+
+from ...exceptions import ConfigurationError
+from ..autocommit import is_autocommit
+from .interface import Backend, CommitFailure
+
+_BEGIN_OPTION = "session_plugin_sqlite_begin"
+_IMMEDIATE = "IMMEDIATE"
+_READ_ONLY = "READ ONLY"
+_QUERY_ONLY = "session_plugin.query_only"
+_SHARED_MEMORY_SINCE = (3, 36)
+
+logger = logging.getLogger("session_plugin")
+
+
+class SQLite(Backend):
+    """A file, or a database in memory that all threads share."""
+
+    names = ("sqlite",)
+    async_driver = "aiosqlite"
+    read_only_statement = "PRAGMA query_only = ON"
+    goes_on_after_abort = True
+    has_lazy_cursors = True
+    enforces_read_only_in_savepoint = True
+    create_statement = None
+    drop_statement = None
+
+    def is_in_memory(self, url: URL) -> bool:
+        """True for ``sqlite://`` and ``sqlite:///:memory:``."""
+        return not url.host and url.database in (None, "", ":memory:")
+
+    def connect_url(self, url: URL, owner: object) -> URL:
+        """For a database in memory, return a URL that every thread's connection opens as the same database.
+
+        It exists as long as ``owner``.  SQLAlchemy's own choice would be a database for each thread, or one
+        connection on which the transactions of all requests mix.
+        """
+        if not self.is_in_memory(url):
+            return url
+        import sqlite3  # not every app has a SQLite database, nor every Python its driver
+
+        if sqlite3.sqlite_version_info < _SHARED_MEMORY_SINCE:
+            raise ConfigurationError(
+                f"SQLite {sqlite3.sqlite_version} cannot share an in-memory database between threads. "
+                "Name a file, or use SQLite 3.36 or newer."
+            )
+        name = f"file:/session_plugin-{uuid4().hex}"
+        anchor = sqlite3.connect(f"{name}?vfs=memdb", uri=True, check_same_thread=False)
+        finalize(owner, anchor.close)
+        return url.set(database=name).update_query_dict({"vfs": "memdb", "uri": "true"})
+
+    def in_folder(self, url: URL, folder: str) -> URL:
+        """Put a relative path into ``folder``, which is created if it is missing."""
+        path = url.database
+        if path is None or self.is_in_memory(url) or path.startswith("file:") or Path(path).is_absolute():
+            return url
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return url.set(database=str(Path(folder) / path))
+
+    def prepare(self, engine: Engine) -> None:
+        """Make every transaction of ``engine`` a real one."""
+        event.listen(engine, "begin", _recommend_wal, once=True)
+        event.listen(engine, "begin", _begin)
+        event.listen(engine, "reset", _reset)
+
+    def begin_options(self, *, read_only: bool, may_write: bool) -> dict[str, Any]:
+        """Refuse writes, or take the write lock at BEGIN, before the first read."""
+        if read_only:
+            return {_BEGIN_OPTION: _READ_ONLY}
+        return {_BEGIN_OPTION: _IMMEDIATE} if may_write else {}
+
+    def is_aborted(self, pooled: PoolProxiedConnection, error: BaseException, dialect: Dialect) -> bool:
+        """SQLite itself knows whether a transaction is open."""
+        driver_connection: Any = pooled.driver_connection
+        return not driver_connection.in_transaction
+
+    def deferred_constraints_check(self, connection: Connection) -> Callable[[Connection], None]:
+        """Compare the violated foreign keys with those that were violated before."""
+        if not connection.exec_driver_sql("PRAGMA foreign_keys").scalar():
+            return super().deferred_constraints_check(connection)
+        known = _violations(connection)
+
+        def check(connection: Connection) -> None:
+            if _violations(connection) - known:
+                self.raise_commit_failure(connection, "integrity")
+
+        return check
+
+    def begin_read_only_savepoint(self, connection: Connection) -> None:
+        """A pragma is no part of the transaction, and has to be taken back by hand."""
+        connection.exec_driver_sql("PRAGMA query_only = ON")
+
+    def end_read_only_savepoint(self, connection: Connection) -> None:
+        """Accept writes again."""
+        connection.exec_driver_sql("PRAGMA query_only = OFF")
+
+    def raise_commit_failure(self, connection: Connection, failure: CommitFailure) -> None:
+        """Raise one of the two errors that COMMIT can raise; without a second writer no statement provokes them."""
+        driver: Any = connection.dialect.dbapi
+        if failure == "integrity":
+            raise IntegrityError("COMMIT", None, driver.IntegrityError("FOREIGN KEY constraint failed"))
+        raise OperationalError("COMMIT", None, driver.OperationalError("database is locked"))
+
+    def worker_url(self, url: URL, worker: str) -> URL:
+        """Name a file beside that of ``url``."""
+        path = Path(url.database or "")
+        return url.set(database=str(path.with_stem(f"{path.stem}_{worker}")))
+
+    def files(self, url: URL) -> list[Path]:
+        """The database and what its journal mode leaves beside it."""
+        return [Path(f"{url.database}{suffix}") for suffix in ("", "-wal", "-shm")]
+
+
+def _begin(connection: Connection) -> None:
+    if is_autocommit(connection.get_execution_options()):
+        return
+    pooled: Any = connection.connection
+    if pooled.driver_connection.in_transaction:
+        return  # the owner of the engine listens too, or has chosen autocommit=False
+    mode = connection.get_execution_options().get(_BEGIN_OPTION)
+    if mode == _READ_ONLY:
+        pooled.info[_QUERY_ONLY] = True
+        connection.exec_driver_sql("PRAGMA query_only = ON")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if mode == _IMMEDIATE else "BEGIN")
+
+
+def _reset(dbapi_connection: Any, record: Any, reset_state: Any) -> None:
+    if reset_state.terminate_only:
+        return
+    if record.driver_connection.in_transaction:
+        dbapi_connection.rollback()  # after a COMMIT that failed, SQLAlchemy takes the connection for clean
+    if record.info.pop(_QUERY_ONLY, None):
+        cursor = dbapi_connection.cursor()
+        cursor.execute("PRAGMA query_only = OFF")
+        cursor.close()
+
+
+def _recommend_wal(connection: Connection) -> None:
+    mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
+    if mode not in ("wal", "memory"):
+        logger.warning(
+            "This SQLite database is in journal mode %r, in which readers and writers block each other. "
+            'Execute "PRAGMA journal_mode=WAL" on the file once; it stays.',
+            mode,
+        )
+
+
+def _violations(connection: Connection) -> set[tuple[Any, ...]]:
+    return {tuple(row) for row in connection.exec_driver_sql("PRAGMA foreign_key_check")}

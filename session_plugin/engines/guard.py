@@ -1,0 +1,262 @@
+"""`ConnectionGuard`: what happens on each connection that a session of ours holds.
+
+A guard is kept in ``connection.info`` from the moment a session takes the connection until it gives it
+back.  Core connections have none and are left alone.
+
+The dialect reports to it: by its events and, for COMMIT and ROLLBACK, which have none, by its documented
+methods.  The engine has events for all of that, but with a single listener to any of them SQLAlchemy makes
+a dispatcher for each step of each connection, which costs a tenth of a small query.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+from weakref import WeakSet, ref
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only
+
+from ..exceptions import ConcurrentUseError, ScopeClosedError, SessionPluginError, TransactionAbortedError
+from .autocommit import is_autocommit
+from .backends import backend_for
+
+KEY = "session_plugin.guard"
+POLL_INTERVAL = 0.01
+LONGEST_WAIT = 5.0
+"""Seconds for which a ROLLBACK waits for a statement of another thread or task on the same connection."""
+TWO_AT_ONCE = (
+    "Two threads or tasks used one session at the same time. Give each its own: open a "
+    "session_scope(new=True) in every branch."
+)
+WRITING = re.compile(
+    r"(?:\s|/\*.*?\*/|--[^\n]*\n)*(?:INSERT|UPDATE|DELETE|MERGE|REPLACE|COPY|CALL|DO|CREATE|ALTER|DROP|TRUNCATE"
+    r"|WITH\b.*\b(?:INSERT|UPDATE|DELETE|MERGE))\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+class ConnectionGuard:
+    """Guards one connection while one session holds it.
+
+    It has no reference to the connection: the pool holds ``info``, so a session that is garbage-collected
+    without being closed could otherwise never give the connection back.
+
+    Attributes:
+        commit_sent: True once nothing forbade a COMMIT or PREPARE TRANSACTION.
+        doomed: why nothing may be committed, or None.
+        error: the error of the last statement that failed, until it is known whether it aborted the transaction.
+        inherited: True in a forked child, where the connection is the parent's.
+        wrote: True once a statement was an INSERT, UPDATE, DELETE or the like.
+    """
+
+    __slots__ = (
+        "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_options", "_owner", "commit_sent", "doomed",
+        "error", "inherited", "wrote",
+    )  # fmt: skip
+
+    def __init__(self, connection: Connection) -> None:
+        self.commit_sent = False
+        self.doomed: str | None = None
+        self.error: BaseException | None = None
+        self.inherited = False
+        self.wrote = False
+        self._info = connection.info
+        self._dialect = connection.dialect
+        self._options = connection.get_execution_options()
+        self._lock = threading.Lock()
+        self._owner: object = None
+        self._current_owner: Callable[[], object] = (
+            asyncio.current_task if self._dialect.is_async else threading.get_ident
+        )
+        self._info[KEY] = ref(self)  # the pool holds `info`, and `error` has a traceback that holds the session
+
+    def release(self) -> None:
+        """Leave the connection, which the session has given back."""
+        if (held := self._info.get(KEY)) is not None and held() is self:
+            del self._info[KEY]
+
+    @property
+    def busy(self) -> bool:
+        """True while another thread or task waits for a statement on this connection."""
+        return self._lock.locked() and self._owner != self._current_owner()
+
+    def execute(
+        self, pooled: PoolProxiedConnection, call: Callable[..., None], cursor: Any, statement: str, *rest: Any
+    ) -> None:
+        """Make ``call``, which executes ``statement``.
+
+        Raises:
+            ConcurrentUseError: another statement is being executed.
+            TransactionAbortedError: it would be the first one after the loss of a transaction.
+        """
+        self._check_own()
+        if self.error is not None and backend_for(self._dialect.name).goes_on_after_abort:
+            self.check_alive(pooled)
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentUseError(TWO_AT_ONCE)
+        self._owner = self._current_owner()
+        if not self.wrote and not statement.startswith("SELECT"):  # the most frequent, sooner than by the expression
+            self.wrote = WRITING.match(statement) is not None
+        try:
+            call(cursor, statement, *rest)
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            self._lock.release()
+
+    def _check_own(self) -> None:
+        if self.inherited:
+            raise ScopeClosedError(
+                "This session belongs to the parent process, which goes on with its transaction; nothing was sent on "
+                "its connection. Open a session_scope() here."
+            )
+
+    def check_alone(self) -> None:
+        """Raise `ConcurrentUseError` if a statement of another thread or task is being executed."""
+        if self.busy:
+            raise ConcurrentUseError(TWO_AT_ONCE)
+
+    def wait_alone(self) -> None:
+        """Wait up to `LONGEST_WAIT` for the statement of another thread or task, which a ROLLBACK would cut into."""
+        deadline = time.monotonic() + LONGEST_WAIT
+        while self.busy and time.monotonic() < deadline:
+            if self._current_owner is asyncio.current_task:
+                await_only(asyncio.sleep(POLL_INTERVAL))
+            else:
+                time.sleep(POLL_INTERVAL)
+
+    def check_alive(self, pooled: PoolProxiedConnection) -> None:
+        """Raise `TransactionAbortedError` if the server has already aborted the transaction.
+
+        The server is asked, and only after an error: judging by the error alone would call a recovered
+        savepoint aborted.  Where the driver knows, errors of raw cursors are seen too.
+        """
+        error, self.error = self.error, None
+        if self._is_aborted(pooled, error):
+            self.error = error
+            what = "An error" if error is None else type(error).__name__
+            raise TransactionAbortedError(
+                f"{what} was raised and caught, but the database has aborted this transaction because of it, so "
+                "nothing of it can be committed. Let the error propagate, call rollback() before you go on, or, unless "
+                "it is a deadlock, put the statement that may fail into begin_nested()."
+            ) from error
+
+    def check_can_commit(self, pooled: PoolProxiedConnection) -> None:
+        """Raise whatever forbids a COMMIT, an explicit one too."""
+        self._check_own()
+        if self.doomed is not None:
+            raise TransactionAbortedError(
+                f"This unit of work is doomed ({self.doomed}) and rolls back, whatever happens. What must be "
+                "saved all the same belongs in a session_scope(new=True)."
+            )
+        self.check_alone()
+        self.check_alive(pooled)
+        self.commit_sent = True
+
+    def _is_aborted(self, pooled: PoolProxiedConnection, error: BaseException | None) -> bool:
+        backend = backend_for(self._dialect.name)
+        if error is not None and not is_autocommit(self._options) and backend.is_aborted(pooled, error, self._dialect):
+            return True
+        return backend.is_known_to_be_aborted(pooled)
+
+
+def guard_of(pooled: Any) -> ConnectionGuard | None:
+    """Return the guard of the session that holds the connection; None for a Core connection."""
+    try:
+        held: Callable[[], ConnectionGuard | None] | None = pooled.info.get(KEY)
+    except NotImplementedError:
+        return None  # a dialect's first connection, on which it asks the server for its version
+    return None if held is None else held()
+
+
+def guard_connections(engine: Engine) -> None:
+    """Have the guards see what is done on ``engine``, and on all engines that share its dialect."""
+    dialect = engine.dialect
+    if dialect in _guarded:
+        return
+    _guarded.add(dialect)
+    event.listen(engine, "do_execute", _execute)
+    event.listen(engine, "do_executemany", _execute_many)
+    event.listen(engine, "do_execute_no_params", _execute_without_parameters)
+    event.listen(engine, "handle_error", _handle_error)
+    methods: Any = dialect
+    methods.do_commit = _checked(dialect.do_commit)
+    methods.do_prepare_twophase = _checked(dialect.do_prepare_twophase)
+    methods.do_rollback = _alone(dialect.do_rollback)
+
+
+_guarded: WeakSet[Dialect] = WeakSet()
+
+
+def _execute(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool | None:
+    return _guarded_execute(context, context.dialect.do_execute, cursor, statement, parameters, context)
+
+
+def _execute_many(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool | None:
+    return _guarded_execute(context, context.dialect.do_executemany, cursor, statement, parameters, context)
+
+
+def _execute_without_parameters(cursor: Any, statement: str, context: Any) -> bool | None:
+    return _guarded_execute(context, context.dialect.do_execute_no_params, cursor, statement, context)
+
+
+def _guarded_execute(context: ExecutionContext, call: Callable[..., None], *arguments: Any) -> bool | None:
+    """Return True if the statement was executed here; None leaves it to SQLAlchemy."""
+    pooled = context.root_connection.connection
+    guard = guard_of(pooled)
+    if guard is None:
+        return None
+    guard.execute(pooled, call, *arguments)
+    return True
+
+
+def _handle_error(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or connection.closed or connection.invalidated:
+        return
+    guard = guard_of(connection)
+    if guard is not None and not isinstance(context.original_exception, SessionPluginError):
+        guard.error = context.sqlalchemy_exception or context.original_exception
+
+
+def _checked(save: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the dialect's COMMIT or PREPARE TRANSACTION, which runs only if nothing forbids it."""
+
+    @wraps(save)
+    def checked(held: PoolProxiedConnection | Connection, *xid: Any) -> None:
+        guard = guard_of(held)
+        if guard is not None:
+            guard.check_can_commit(held.connection if isinstance(held, Connection) else held)
+        save(held, *xid)
+
+    return checked
+
+
+def _alone(rollback: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolProxiedConnection], None]:
+    """Wrap the dialect's ROLLBACK, which waits for a statement that another thread or task is executing.
+
+    If that takes too long, the connection is discarded.  On a connection of the parent process nothing is sent.
+    """
+
+    @wraps(rollback)
+    def alone(pooled: PoolProxiedConnection) -> None:
+        guard = guard_of(pooled)
+        if guard is not None and guard.inherited:
+            return
+        if guard is not None and guard.busy:
+            guard.wait_alone()
+            if guard.busy:
+                pooled.invalidate()
+                return
+        rollback(pooled)
+
+    return alone

@@ -1,0 +1,114 @@
+"""`Engines`: the engines of one database, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import Mapper
+
+from ..exceptions import ConfigurationError
+from .backends import backend_for
+from .making import check_engine, connection_limit, prepare, resolve, sync_engine
+from .semaphore import FairSemaphore
+from .variants import EngineVariants
+
+DEFAULT = "default"
+"""The name of the only engine of a database."""
+
+
+class Engines:
+    """Engines by name, and the binds that refer to them; `AsyncEngine` instances on an async database.
+
+    Attributes:
+        named: the engines by name.
+        binds: from a mapped class, a mapper or a table to its engine.
+        variants: how transactions begin on them.
+        have_lazy_cursors: True if rows of a sync engine are read from the database as they are fetched.
+        stream_results: True if an engine has the execution option of that name.
+    """
+
+    def __init__(
+        self, source: Any, binds: Mapping[Any, Any], options: Mapping[str, Any], owner: object, *, is_async: bool
+    ) -> None:
+        """Make the engines, or take the user's.
+
+        Args:
+            source: a URL, an engine, or a mapping of names to any of these.
+            binds: from a mapped class, a mapper or a table to an engine or the name of one.
+            options: of ``create_engine()``.
+            owner: what the engines belong to; see `make_engine`.
+            is_async: True for an async database.
+
+        Raises:
+            ConfigurationError: any of it cannot work.
+        """
+        self._is_async = is_async
+        given = source if isinstance(source, Mapping) else {DEFAULT: source}
+        resolved = {name: resolve(each, options, owner, is_async=is_async) for name, each in given.items()}
+        self.named: Mapping[str, Any] = {name: engine for name, (engine, _) in resolved.items()}
+        self._options = {name: made_with for name, (_, made_with) in resolved.items()}
+        self.binds: Mapping[type[Any] | Mapper[Any] | Any, Any] = {key: self._bind(bind) for key, bind in binds.items()}
+        self._made_with: dict[Engine, Mapping[str, Any] | None] = {
+            **{sync_engine(engine): None for engine in self.binds.values()},
+            **{sync_engine(engine): made_with for engine, made_with in resolved.values()},
+        }
+        self.variants = EngineVariants(self._made_with, owner, is_async=is_async)
+        for engine in self.known:
+            prepare(engine)
+        self.have_lazy_cursors: bool = not is_async and any(
+            backend_for(engine.dialect.name).has_lazy_cursors for engine in self.known
+        )
+        self.stream_results: bool = any(engine.get_execution_options().get("stream_results") for engine in self.known)
+
+    def _bind(self, bind: Any) -> Any:
+        if not isinstance(bind, str):
+            check_engine(bind, is_async=self._is_async)
+            return bind
+        if bind not in self.named:
+            what = "a URL" if "://" in bind else f"the engine {bind!r}"
+            raise ConfigurationError(
+                f"binds names {what}, but the engines are called {self._names()}. Name one of these, or give an Engine."
+            )
+        return self.named[bind]
+
+    def _names(self) -> str:
+        return ", ".join(map(repr, self.named))
+
+    @property
+    def known(self) -> Collection[Engine]:
+        """The sync engines inside all of them, those that read without transactions included."""
+        return self._made_with.keys()
+
+    @property
+    def made_here(self) -> list[Any]:
+        """The engines that were made here, and that ``dispose()`` ends; the user disposes of the others."""
+        named = [engine for name, engine in self.named.items() if self._options[name] is not None]
+        return [*named, *self.variants.autocommit_engines.values()]
+
+    def called(self, name: str) -> Any:
+        """Return the engine of that name.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        if name not in self.named:
+            raise ConfigurationError(
+                f"No engine is called {name!r}; there are {self._names()}. Take one of them: db.engines[...]."
+            )
+        return self.named[name]
+
+    def make_semaphore(self) -> FairSemaphore:
+        """Make a semaphore with a permit for each connection of the smallest pool."""
+        limits = [
+            limit
+            for name, engine in self.named.items()
+            if (limit := connection_limit(sync_engine(engine), self._options[name])) is not None
+        ]
+        return FairSemaphore(*min(limits, default=(None, None)))
+
+    def forget_connections(self) -> None:
+        """Replace the pools by empty ones, and leave their connections to whoever else uses them."""
+        for engine in list(self.known):
+            engine.dispose(close=False)

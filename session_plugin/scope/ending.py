@@ -1,0 +1,94 @@
+"""How adapters end a unit of work; `lifecycle` has the order, and here its steps are run.
+
+Most requests leave nothing to end: ``settle_if_idle()`` and ``close_if_idle()`` see to these without an
+`Outcome`, a generator or a thread.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ..policy import Outcome
+from . import lifecycle
+from .runner import Steps, arun, run, uncancelled
+from .threads import in_thread
+from .unit_of_work import UnitOfWork
+
+
+def settle_if_idle(unit: UnitOfWork[Any]) -> bool:
+    """Settle and return True if there is nothing to end: no transaction, and no hook that waits for one."""
+    if unit.in_transaction or (unit.has_session and unit.hooks.waiting):
+        return False
+    unit.settled = True
+    if unit.permit is not None:
+        unit.return_permit()
+    return True
+
+
+def settle(unit: UnitOfWork[Any], outcome: Outcome) -> None:
+    """End the transaction of a sync session; see `lifecycle.settle`."""
+    if not settle_if_idle(unit):
+        run(lifecycle.settle(unit, outcome))
+
+
+async def asettle(unit: UnitOfWork[Any], outcome: Outcome) -> None:
+    """End the transaction; that of a sync session in a worker thread, unless it sends nothing to the database."""
+    if settle_if_idle(unit):
+        return
+    unit.settled = True
+    sends = unit.transaction.connected or unit.wrote or bool(unit.hooks.waiting)
+    try:
+        await _arun(unit, lifecycle.settle(unit, outcome), sends=sends)
+    finally:
+        unit.return_permit()
+
+
+def close_if_idle(unit: UnitOfWork[Any]) -> bool:
+    """Close and return True if there is nothing to end: then the session, if any, sends nothing."""
+    unit.closed = True  # first: no other thread begins from here on
+    if unit._session is not None:
+        if unit.in_transaction or unit.database.closes_itself:
+            return False
+        if unit.has_begun:
+            unit.sync_session.close()
+        _release(unit)
+    elif unit.permit is not None:
+        unit.return_permit()
+    return True
+
+
+def close(unit: UnitOfWork[Any]) -> None:
+    """End the unit of work of a sync session; see `lifecycle.close`."""
+    if close_if_idle(unit):
+        return
+    try:
+        run(lifecycle.close(unit))
+    finally:
+        _release(unit)
+
+
+async def aclose(unit: UnitOfWork[Any]) -> None:
+    """End the unit of work; that of a sync session in a worker thread, unless it holds no connection."""
+    if close_if_idle(unit):
+        return
+    try:
+        await _arun(unit, lifecycle.close(unit), sends=unit.transaction.connected)
+    finally:
+        _release(unit)
+
+
+def _release(unit: UnitOfWork[Any]) -> None:
+    unit.return_permit()
+    unit.forget_session()
+
+
+async def _arun(unit: UnitOfWork[Any], steps: Steps[None], *, sends: bool) -> None:
+    """Run ``steps`` to their end; ``sends`` is True if they send something to the database."""
+    if not sends:
+        await arun(steps)
+    elif unit.database.is_async:
+        await uncancelled(arun(steps))
+    else:
+        ready = unit.transaction.connected or unit.permit is not None
+        await uncancelled(in_thread(partial(run, steps), can_wait=not ready))

@@ -1,0 +1,156 @@
+"""How a unit of work ends: the whole order, on this page.
+
+::
+
+    settle   decide ─> close results ─> COMMIT or ROLLBACK ─> connection back ─> hooks
+    close    roll back what is left ─> connection back, or discarded ─> session unusable
+
+Each step is a generator that yields the calls to make (`runner` makes them), so that sync and async
+sessions end by the same code.  Hooks run where the session reports that its transaction has ended
+(`session`), so that those of an explicit ``commit()`` run too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from ..exceptions import PolicyError
+from ..policy import Decision, Outcome
+from .log import log_exception, logger
+from .runner import Steps
+from .unit_of_work import UnitOfWork
+
+
+def settle(unit: UnitOfWork[Any], outcome: Outcome) -> Steps[None]:
+    """End the open transaction as the policy decides, and give the connection back.
+
+    From its first moment on the unit of work counts as settled: work that starts now is late work, in a
+    transaction of its own.  Raises what COMMIT raised, after rolling back.
+    """
+    unit.settled = True
+    try:
+        decision = _decide(unit, outcome)
+        _log(unit, decision, outcome)
+        if unit.transaction.open_results:
+            yield partial(_run_sync, unit, unit.transaction.close_results)
+        if decision.commit:
+            unit.transaction.saved = False  # from here on: a hook may use the session and write nothing
+            yield from _commit(unit)
+            unit.saved = unit.saved or unit.transaction.saved
+    except BaseException as error:
+        yield from _roll_back(unit)
+        if outcome.background:
+            logger.error("%s: the work after the response was not saved (%s)", str(unit), type(error).__name__)
+        raise
+    if not decision.commit:
+        yield from _roll_back(unit)
+
+
+def close(unit: UnitOfWork[Any]) -> Steps[None]:
+    """Leave nothing open and nothing held."""
+    try:
+        if unit.sync_session.in_transaction():
+            yield from _roll_back(unit)
+    finally:
+        session: Any = unit.session
+        yield session.close
+
+
+def _decide(unit: UnitOfWork[Any], outcome: Outcome) -> Decision:
+    if unit.doomed is not None:
+        return Decision(False, f"doomed: {unit.doomed}")
+    policy = unit.policy
+    try:
+        decision = policy.decide(outcome)
+    except Exception as error:
+        raise PolicyError(
+            f"The policy {policy.name} raised {type(error).__name__}. Nothing was committed; correct the policy."
+        ) from error
+    if not isinstance(decision, Decision) or not isinstance(decision.commit, bool):
+        raise PolicyError(
+            f"The policy {policy.name} must return Decision(commit=True or False, reason=...), and returned an object "
+            f"of type {type(decision).__name__}. Nothing was committed; correct the policy."
+        )
+    return decision
+
+
+def _commit(unit: UnitOfWork[Any]) -> Steps[None]:
+    """COMMIT, and leave what the request loaded readable for its stream and its background work.
+
+    An exception that a session listener raises after the COMMIT cannot undo it, and is logged.
+    """
+    session = _begun_session(unit)
+    transaction = session.get_transaction()
+    expire_on_commit, session.expire_on_commit = session.expire_on_commit, False
+    try:
+        yield unit.session.commit
+    except Exception as error:
+        if transaction is None or unit.transaction.committed is not transaction:
+            unit.transaction.note_partial_commit(error)
+            raise
+        log_exception("%s: a listener failed after the COMMIT", str(unit))
+        if session.in_transaction():
+            yield partial(_run_sync, unit, transaction.close)
+    finally:
+        session.expire_on_commit = expire_on_commit
+
+
+def _roll_back(unit: UnitOfWork[Any]) -> Steps[None]:
+    """ROLLBACK; discard a connection on which that fails, or which another thread or task still uses.
+
+    If no work is discarded nothing is expired: what is not in the session meanwhile stays loaded.
+    """
+    session = _begun_session(unit)
+    if unit.transaction.busy:
+        yield partial(_run_sync, unit, unit.transaction.wait_alone)
+        if unit.transaction.busy:
+            yield unit.session.invalidate
+            return
+    loaded = [] if unit.wrote else [*session]
+    if loaded:
+        session.expunge_all()
+    try:
+        yield unit.session.rollback
+    except Exception as error:
+        logger.warning(
+            "%s: ROLLBACK failed (%s)",
+            str(unit),
+            type(error).__name__,
+            exc_info=logger.isEnabledFor(logging.DEBUG),
+        )
+        yield unit.session.invalidate
+    else:
+        if loaded and not unit.closed:
+            transaction = session.begin()
+            session.add_all(loaded)
+            transaction.close()
+
+
+def _begun_session(unit: UnitOfWork[Any]) -> Session:
+    """Return the sync session with a transaction begun, which takes no connection yet."""
+    session = unit.sync_session
+    if not session.in_transaction():  # not `unit.in_transaction`: a close() that failed did not report the end
+        session.begin()
+    return session
+
+
+def _run_sync(unit: UnitOfWork[Any], call: Callable[[], None]) -> Any:
+    """Make a call that uses the driver; returns an awaitable on an async database."""
+    if not unit.database.is_async:
+        return call()
+    session: Any = unit.session
+    return session.run_sync(lambda _: call())
+
+
+def _log(unit: UnitOfWork[Any], decision: Decision, outcome: Outcome) -> None:
+    if decision.commit or not unit.wrote:
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s: %s (%s)", str(unit), "COMMIT" if decision.commit else "ROLLBACK", decision.reason)
+    else:
+        level = logging.ERROR if outcome.background else logging.INFO if outcome.failed else logging.WARNING
+        logger.log(level, "%s: ROLLBACK, its work is discarded (%s)", str(unit), decision.reason)

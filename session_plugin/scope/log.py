@@ -1,0 +1,32 @@
+"""The logger, and exceptions that nobody else sees."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from sqlalchemy.exc import StatementError
+
+logger = logging.getLogger("session_plugin")
+
+
+def log_failed_hook(call: Callable[[], Any]) -> None:
+    """Log the exception that a hook raised."""
+    function = call.func if isinstance(call, partial) else call
+    log_exception("The hook %s failed", getattr(function, "__qualname__", type(function).__name__))
+
+
+def log_exception(message: str, what: str) -> None:
+    """Log the exception being handled, which can no longer change the outcome.
+
+    Nobody else sees it, so its traceback is logged too, but without the parameters of statements.
+    """
+    error = sys.exception()
+    while error is not None:
+        if isinstance(error, StatementError):
+            error.hide_parameters = True
+        error = error.__cause__ or error.__context__
+    logger.exception(message, what)

@@ -1,0 +1,141 @@
+"""`ScopeSession`: the session of a unit of work, of the user's own session class, and what it reports.
+
+Only documented extension points of SQLAlchemy are used: a subclass that overrides ``get_bind()`` and
+``flush()``, and session events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
+
+from ..exceptions import ReadOnlyError, ScopeClosedError
+from .current import depth
+from .permits import take_permit
+from .transaction_state import has_changes
+from .unit_of_work import UnitOfWork
+
+
+class ScopeSession(Session):
+    """The first base of every session class of ours; in a session that belongs to no unit of work it does nothing."""
+
+    _unit_of_work: UnitOfWork[Any] | None = None
+
+    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
+        """Return the bind that SQLAlchemy chooses, in the variant that begins as the policy says."""
+        bind = super().get_bind(*args, **kwargs)
+        unit = self._unit_of_work
+        if unit is None or not isinstance(bind, Engine):
+            return bind
+        transaction = unit.transaction
+        if not transaction.connected:
+            transaction.variants.clear()  # nothing has begun with one of them, and the policy may have changed since
+            if unit.database.is_async:
+                transaction.check_first()
+            elif unit.loop is not None and unit.permit is None:
+                take_permit(unit, unit.loop)
+        engine = transaction.variants.get(bind)
+        if engine is None:
+            engine = unit.database.engine_for(bind, unit.policy, may_write=unit.may_write)
+            transaction.variants[bind] = engine
+        return engine
+
+    def flush(self, objects: Sequence[Any] | None = None) -> None:
+        """As SQLAlchemy's, but of two flushes at once the second raises `ConcurrentUseError`."""
+        if self._unit_of_work is None:
+            super().flush(objects)
+            return
+        transaction = self._unit_of_work.transaction
+        if self._unit_of_work.database.is_async and has_changes(self):
+            transaction.check_first()  # before the flush, whose failure would disturb the connecting of the other task
+        outer = transaction.begin_flush()
+        try:
+            super().flush(objects)
+        finally:
+            transaction.flushing = outer
+
+
+def scope_session_class(session_class: type[Session]) -> type[Session]:
+    """Return the subclass of ``session_class`` whose sessions belong to units of work."""
+    return type(session_class.__name__, (ScopeSession, session_class), {"__module__": session_class.__module__})
+
+
+@event.listens_for(ScopeSession, "after_transaction_create", insert=True)  # a listener before it may raise
+def _note_begin(session: ScopeSession, transaction: SessionTransaction) -> None:
+    unit = session._unit_of_work
+    if unit is None:
+        return
+    if transaction.parent is None:
+        unit.in_transaction = unit.has_begun = True  # first: another thread that closes sees it, or is seen here
+        unit.begun_at = depth.get()
+    if unit.closed:
+        transaction.close()
+        raise ScopeClosedError(unit.closed_message)
+
+
+@event.listens_for(ScopeSession, "after_begin")
+def _guard_connection(session: ScopeSession, transaction: SessionTransaction, connection: Connection) -> None:
+    unit = session._unit_of_work
+    if unit is not None:
+        unit.in_transaction = unit.has_begun = True  # even if another listener raised when it was created
+        unit.transaction.connection_taken(connection)
+
+
+@event.listens_for(ScopeSession, "before_flush")
+def _refuse_to_write(session: ScopeSession, flush_context: Any, instances: Any) -> None:
+    unit = session._unit_of_work
+    if unit is None or not unit.policy.read_only:
+        return
+    changed = [*session.new, *session.deleted, *(row for row in session.dirty if session.is_modified(row))]
+    if changed:
+        raise _read_only(unit, f"{type(changed[0]).__name__} is new, changed or deleted")
+
+
+def _read_only(unit: UnitOfWork[Any], what: str) -> ReadOnlyError:
+    return ReadOnlyError(
+        f"The policy {unit.policy.name} is read-only, and this session was about to write: {what}. Choose another "
+        "policy with db.use() or @db.policy, or do not write."
+    )
+
+
+@event.listens_for(ScopeSession, "do_orm_execute")
+def _before_statement(state: ORMExecuteState) -> Any:
+    unit: UnitOfWork[Any] | None = getattr(state.session, "_unit_of_work", None)
+    if unit is None:
+        return None
+    if unit.closed:
+        raise ScopeClosedError(unit.closed_message)
+    unit.transaction.check_alone()
+    if unit.policy.read_only and (state.is_insert or state.is_update or state.is_delete):
+        raise _read_only(unit, "the statement is an INSERT, UPDATE or DELETE")
+    options, database = state.execution_options, unit.database
+    streams = options.get("stream_results", database.streams_results) or options.get("yield_per")
+    if streams or (database.has_lazy_cursors and not state.is_orm_statement):
+        result = state.invoke_statement()
+        unit.transaction.keep_open_result(result)
+        return result
+    return None
+
+
+@event.listens_for(ScopeSession, "after_commit", insert=True)
+def _mark_committed(session: ScopeSession) -> None:
+    if session._unit_of_work is not None:
+        committed = session.get_nested_transaction() or session.get_transaction()
+        session._unit_of_work.transaction.committed = committed
+
+
+@event.listens_for(ScopeSession, "after_transaction_end", insert=True)
+def _run_hooks(session: ScopeSession, transaction: SessionTransaction) -> None:
+    unit = session._unit_of_work
+    if unit is None or (transaction.parent is not None and not transaction.nested):
+        return
+    committed = unit.transaction.committed is transaction
+    if transaction.nested:
+        unit.hooks.savepoint_ended(transaction, committed=committed)
+    else:
+        unit.in_transaction = False
+        unit.transaction.ended(committed=committed)
+        unit.database.run_hooks(unit.hooks.take("commit" if committed else "rollback"))

@@ -1,0 +1,170 @@
+"""`TransactionState`: what a session did since its transaction began, and what it left open on its connections."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.engine import Result
+from sqlalchemy.orm import Session, SessionTransaction
+
+from ..engines.guard import TWO_AT_ONCE, ConnectionGuard
+from ..exceptions import ConcurrentUseError, url_for_message
+
+MANY_RESULTS = 100
+
+
+class TransactionState:
+    """The state of a session's transaction.
+
+    Attributes:
+        committed: the transaction or savepoint that was committed last.
+        saved: True if a transaction has committed what it wrote since the last settlement looked.
+        flushing: the thread or the task that flushes, or None.
+        open_results: the results that still read from the connection: those opened with ``yield_per`` or
+            ``stream``, also for the whole engine, and on SQLite, whose cursors are lazy, those of Core.
+        variants: by engine, its variant with which this transaction has begun; see `engines.variants`.
+    """
+
+    __slots__ = (
+        "_current_owner", "_doomed", "_first", "_guards", "committed", "flushing", "open_results", "saved", "variants",
+    )  # fmt: skip
+
+    def __init__(self, doomed: str | None = None, *, is_async: bool = False) -> None:
+        self._current_owner: Callable[[], object] = _current_task if is_async else threading.get_ident
+        self._guards: dict[Connection, ConnectionGuard] = {}
+        self._doomed = doomed
+        self._first: asyncio.Task[Any] | None = None
+        self.committed: SessionTransaction | None = None
+        self.saved: bool = False
+        self.flushing: object = None
+        self.open_results: list[Result[Any]] = []
+        self.variants: dict[Engine, Engine] = {}
+
+    @property
+    def wrote(self) -> bool:
+        """True if a statement of this transaction was an INSERT, UPDATE, DELETE or the like."""
+        for guard in self._guards.values():  # noqa: SIM110  a generator costs as much as all else here
+            if guard.wrote:
+                return True
+        return False
+
+    @property
+    def connected(self) -> bool:
+        """True while the session holds a connection."""
+        return bool(self._guards)
+
+    def connection_taken(self, connection: Connection) -> None:
+        """Guard ``connection``, which the session has taken; a savepoint on it reports it again."""
+        if connection not in self._guards:
+            self._guards[connection] = guard = ConnectionGuard(connection)
+            guard.doomed = self._doomed
+
+    def doom(self, reason: str) -> None:
+        """Let no connection commit any more, including those that are yet to be taken."""
+        self._doomed = reason
+        for guard in self._guards.values():
+            guard.doomed = reason
+
+    def check_alone(self) -> None:
+        """Raise `ConcurrentUseError` if another thread or task waits for a statement."""
+        for guard in self._guards.values():
+            guard.check_alone()
+
+    @property
+    def busy(self) -> bool:
+        """True while another thread or task waits for a statement of this session."""
+        return any(guard.busy for guard in self._guards.values())
+
+    def wait_alone(self) -> None:
+        """Wait for the statements of other threads or tasks, for a limited time."""
+        for guard in self._guards.values():
+            guard.wait_alone()
+
+    def check_first(self) -> None:
+        """Raise `ConcurrentUseError` if another task is taking the connection.
+
+        It is called once an engine has been chosen: a listener that serves a statement from a cache takes none.
+        Only tasks are told apart: a thread may well go on where another one failed to connect.
+        """
+        if not self._guards:
+            first, self._first = self._first, _current_task()
+            if first is not None and first is not self._first and not first.done():
+                raise ConcurrentUseError(TWO_AT_ONCE)
+
+    def begin_flush(self) -> object:
+        """Note who flushes, and return who did before: nobody, or the same one, in a nested flush.
+
+        Raises:
+            ConcurrentUseError: another thread or task flushes.
+        """
+        outer, self.flushing = self.flushing, self._current_owner()
+        if outer not in (None, self.flushing):
+            self.flushing = outer
+            raise ConcurrentUseError(TWO_AT_ONCE)
+        return outer
+
+    def keep_open_result(self, result: Result[Any]) -> None:
+        """Keep ``result``, to be closed with the transaction unless it is read to its end before."""
+        if len(self.open_results) >= MANY_RESULTS:
+            self.open_results = [kept for kept in self.open_results if _is_open(kept)]
+        if _is_open(result):
+            self.open_results.append(result)
+
+    def close_results(self) -> None:
+        """Close the results that would otherwise go on reading from a connection that somebody else has by then."""
+        for result in self.open_results:
+            result.close()
+
+    def note_partial_commit(self, error: Exception) -> None:
+        """Add a note to the error of a COMMIT that names those of several engines that had committed before it."""
+        committed = [
+            url_for_message(connection.engine.url)
+            for connection, guard in self._guards.items()
+            if guard.commit_sent and guard.error is None
+        ]
+        if committed:
+            error.add_note(
+                f"This unit of work had already committed on {', '.join(committed)}. Engines that must commit "
+                "together need twophase=True."
+            )
+
+    def detach_after_fork(self) -> list[Any]:
+        """Send nothing more on the connections, which are the parent's; return those of the driver."""
+        for guard in self._guards.values():
+            guard.inherited = True
+        return [
+            connection.connection.dbapi_connection
+            for connection in self._guards
+            if not (connection.closed or connection.invalidated)
+        ]
+
+    def ended(self, *, committed: bool) -> None:
+        """Start anew: the transaction has ended, and its connections are back in their pools."""
+        self.saved = self.saved or (committed and self.wrote)
+        guards, self._guards = self._guards, {}
+        self._first = None
+        self.open_results.clear()
+        for guard in guards.values():
+            guard.release()
+
+
+def has_changes(session: Session) -> bool:
+    """Return True if a flush may have something to write."""
+    return bool(session.new or (session.identity_map and (session.dirty or session.deleted)))
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None  # no event loop runs here
+
+
+def _is_open(result: Any) -> bool:
+    """Return False once a result was read to its end: Core's has no cursor then; an ORM result contains one of Core."""
+    core_result = getattr(result, "raw", result)
+    return not result.closed and getattr(core_result, "cursor", core_result) is not None

@@ -1,0 +1,121 @@
+"""The plugins for Starlette and for frameworks that are built on it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.middleware.errors import ServerErrorMiddleware
+
+from ..asgi.middleware import SessionScopeMiddleware
+from ..asgi.types import ASGIApp, Receive, Scope, Send
+from ..database.async_database import AsyncDatabase
+from ..database.async_interface import AsyncInterface
+from ..database.interface import DatabaseInterface
+from ..database.sync_database import Database
+from ..database.sync_interface import SyncInterface
+from ..exceptions import ConfigurationError
+from ..plugin import Plugin
+from ..policy import Policy, endpoint_policy
+from ..scope.permits import wait_for_permit
+from ..scope.typevars import AsyncS, S, SyncS
+from .settling import settle_inside
+
+if TYPE_CHECKING:
+    from ..database.configuration import Source
+
+
+class StarlettePlugin(Plugin[S]):
+    """What the sync and the async plugin share."""
+
+    def init_app(self, app: Starlette, source: Source | None = None, **options: Any) -> None:
+        """Give every request of ``app`` a unit of work.
+
+        Args:
+            app: a Starlette or FastAPI app, before its first request.
+            source: as at construction, and replaces what was given there.
+            **options: added to those of the construction, and win over them.
+
+        Raises:
+            ConfigurationError: the database cannot be configured, or it is too late or too often.
+        """
+        if not isinstance(app, Starlette):
+            raise ConfigurationError(
+                f"init_app() takes a Starlette or FastAPI app, and {app!r} is not one. Call it before you wrap the app."
+            )
+        if app.middleware_stack is not None:
+            raise ConfigurationError(
+                "init_app() was called after the app had started. Call it where you create the app."
+            )
+        db = self._register(app, self._configuration.updated(source, options))
+        build = app.build_middleware_stack
+
+        def build_with_scope() -> ASGIApp:
+            settle_inside(app, db)
+            scoped = SessionScopeMiddleware(build(), db, find_policy=self._find_policy)
+            return OutermostMiddleware(scoped)
+
+        app.build_middleware_stack = build_with_scope  # type: ignore[method-assign]
+
+    def _find_policy(self, scope: Scope) -> Policy | None:
+        """Return the policy that ``@db.policy`` set on the endpoint which the router chose."""
+        return endpoint_policy(scope.get("endpoint"), self)
+
+
+class OutermostMiddleware(ServerErrorMiddleware):
+    """Does nothing: instrumentation looks for a `ServerErrorMiddleware` outermost; Starlette's own is inside ours."""
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # type: ignore[override]
+        """Serve one connection."""
+        return self.app(scope, receive, send)
+
+
+class SessionPlugin(StarlettePlugin[SyncS], SyncInterface[SyncS]):
+    """A sync database for ``def`` endpoints.
+
+    ::
+
+        db = SessionPlugin("sqlite:///shop.db")
+        app = FastAPI()
+        db.init_app(app)
+        SessionDep = Annotated[Session, Depends(db.get_session)]
+    """
+
+    _database_class: type[DatabaseInterface[Any]] = Database
+
+    @property
+    def database(self) -> Database[SyncS]:
+        """The database of the current request's app, or of the only app."""
+        database: Database[SyncS] = self._current_database()
+        return database
+
+    async def get_session(self) -> SyncS:
+        """Return the session of this request, as soon as the pool has a connection for it; a dependency."""
+        unit = self._unit_of_work()
+        await wait_for_permit(unit)
+        return unit.session
+
+
+class AsyncSessionPlugin(StarlettePlugin[AsyncS], AsyncInterface[AsyncS]):
+    """An async database for ``async def`` endpoints.
+
+    ::
+
+        db = AsyncSessionPlugin("postgresql+asyncpg://localhost/shop")
+        app = FastAPI()
+        db.init_app(app)
+        SessionDep = Annotated[AsyncSession, Depends(db.get_session)]
+    """
+
+    _database_class: type[DatabaseInterface[Any]] = AsyncDatabase
+
+    @property
+    def database(self) -> AsyncDatabase[AsyncS]:
+        """The database of the current request's app, or of the only app."""
+        database: AsyncDatabase[AsyncS] = self._current_database()
+        return database
+
+    async def get_session(self) -> AsyncS:
+        """Return the session of this request; a dependency."""
+        return self.session

@@ -1,0 +1,1 @@
+"""``db.isolated()``: one connection for each engine, whose transaction is never committed."""

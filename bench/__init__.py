@@ -1,4 +1,4 @@
-"""What a session costs: each contender serves the same endpoints on the same machine in one run.
+"""Measures the cost of a session: all contenders serve the same endpoints on the same machine in one run.
 
-``make bench`` runs it; README.md beside this file says how to read its tables.
+``make bench`` runs it; README.md in this folder explains its tables.
 """

@@ -1,4 +1,4 @@
-"""``python -m bench``: measures, prints one page of tables, and saves it with its figures and a plot."""
+"""``python -m bench``: run the measurements, print the tables, and save them with the raw results and a plot."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _options() -> argparse.Namespace:
 
 
 def save(results: dict[str, Any], folder: Path, name: str) -> None:
-    """Print the page, and write it, the figures and the plot."""
+    """Print the page, and save it together with the results and the plot."""
     text = page(results)
     print(text)
     folder.mkdir(parents=True, exist_ok=True)

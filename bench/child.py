@@ -1,4 +1,4 @@
-"""Runs a measurement in a process of its own: ``python -m bench.child measure_cpu measure < job``."""
+"""Run a measurement in a separate process: ``python -m bench.child measure_cpu measure < job``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def measured(module: str, function: str = "measure", **job: Any) -> Any:
-    """What a function of a module answers in a fresh interpreter."""
+    """Call a module's function in a fresh interpreter, and return its result."""
     command = [sys.executable, "-m", "bench.child", module, function]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=True, cwd=root)

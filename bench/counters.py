@@ -1,4 +1,4 @@
-"""What does not vary with the load of the machine: instructions, functions entered, thread hops."""
+"""Counters that do not depend on the load of the machine: instructions, function calls and thread hops."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 SYSCALL_NUMBERS = {"x86_64": 298, "aarch64": 241}
-"""Of perf_event_open(2)."""
+"""The number of the system call perf_event_open(2)."""
 
 
 def instruction_counter() -> Callable[[], Any]:
-    """A function that answers the instructions executed by this process, or None if they cannot be counted.
+    """Return a function that returns the instructions that this process has executed, or None without a counter.
 
-    Threads that run already are not counted, those started later are.  A virtual machine often has no counter.
+    Threads that are started later are counted, those that already run are not.  Virtual machines often have no counter.
     """
     attributes = bytearray(128)
     struct.pack_into("IIQ", attributes, 0, 0, len(attributes), 1)  # PERF_TYPE_HARDWARE, PERF_COUNT_HW_INSTRUCTIONS
@@ -31,7 +31,7 @@ def instruction_counter() -> Callable[[], Any]:
 
 
 class FunctionCounter:
-    """Counts the Python functions that are entered, in every thread; None before Python 3.12."""
+    """Counts the calls of Python functions in all threads; `count` is None before Python 3.12."""
 
     count: int | None = None
 
@@ -55,7 +55,7 @@ class FunctionCounter:
 
 
 class HopCounter:
-    """Counts the calls from other threads that an event loop gets: each ends a hop, whatever made it."""
+    """Counts the calls that other threads schedule on an event loop: each is the end of a thread hop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop: Any = loop

@@ -1,6 +1,6 @@
-"""Calls an app as a server does, without a server: no sockets, no test client.
+"""Calls an app as a server does, but without a server, sockets or a test client.
 
-An ASGI request gets a task of its own, and so a context of its own, as uvicorn gives it.
+Each ASGI request runs in its own task, and therefore in its own context, as in uvicorn.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from .contenders import Contender
 from .shop import ANSWERS, ENDPOINTS, fill
 
 
-class WrongAnswerError(Exception):
-    """A contender answered something else than it should."""
+class WrongResponseError(Exception):
+    """A contender sent a wrong response, or left a connection checked out."""
 
 
 class AsgiDriver:
-    """Requests to an ASGI app, one after the other, on an event loop of its own."""
+    """Sends requests to an ASGI app, one after the other, on an event loop of its own."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -29,11 +29,11 @@ class AsgiDriver:
         self._scopes = {name: _asgi_scope(*target) for name, target in ENDPOINTS.items()}
 
     def run(self, endpoint: str, times: int) -> None:
-        """Make ``times`` requests to an endpoint."""
+        """Send ``times`` requests to an endpoint."""
         self.runner.run(self._run(self._scopes[endpoint], times))
 
     def request(self, endpoint: str) -> tuple[int, bytes]:
-        """One request's status and body."""
+        """Send one request, and return the status and the body."""
         return self.runner.run(self._request(endpoint))
 
     async def _run(self, template: dict[str, Any], times: int) -> None:
@@ -44,7 +44,7 @@ class AsgiDriver:
             statuses: list[int] = []
             await create_task(self.app({**template, "state": {}}, _receiver(left), _sender(statuses, [])))
             if statuses[0] >= 300:
-                raise WrongAnswerError(f"{template['path']} answered {statuses[0]}")
+                raise WrongResponseError(f"{template['path']} answered {statuses[0]}")
 
     async def _request(self, endpoint: str) -> tuple[int, bytes]:
         statuses: list[int] = []
@@ -56,7 +56,7 @@ class AsgiDriver:
 
     @contextmanager
     def idle(self, endpoint: str, requests: int) -> Iterator[None]:
-        """Requests in flight, each with a response that waits for its client to take it."""
+        """Hold requests in flight, whose responses wait for their clients."""
         gate = asyncio.Event()
         finished = self.runner.run(self._hold(self._scopes[endpoint], requests, gate))
         try:
@@ -84,7 +84,7 @@ class AsgiDriver:
         return tasks
 
     def close(self) -> None:
-        """End the event loop."""
+        """Close the event loop."""
         self.runner.close()
 
 
@@ -94,7 +94,7 @@ async def _finish(gate: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
 
 
 def _receiver(left: asyncio.Future[Any]) -> Any:
-    """The server's ``receive``: an empty body, then silence until the client leaves."""
+    """Return a ``receive`` that returns an empty body, and then waits for a disconnect."""
     received = False
 
     async def receive() -> Any:
@@ -135,7 +135,7 @@ def _asgi_scope(method: str, path: str) -> dict[str, Any]:
 
 
 class WsgiDriver:
-    """Requests to a WSGI app, one after the other, on this thread."""
+    """Sends requests to a WSGI app, one after the other, in the current thread."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -143,7 +143,7 @@ class WsgiDriver:
         self._status = ""
 
     def run(self, endpoint: str, times: int) -> None:
-        """Make ``times`` requests to an endpoint."""
+        """Send ``times`` requests to an endpoint."""
         template = self._environs[endpoint]
         for _ in range(times):
             body = self.app({**template, "wsgi.input": io.BytesIO()}, self._start_response)
@@ -151,10 +151,10 @@ class WsgiDriver:
                 pass
             body.close()
             if self._status[0] != "2":
-                raise WrongAnswerError(f"{template['PATH_INFO']} answered {self._status}")
+                raise WrongResponseError(f"{template['PATH_INFO']} answered {self._status}")
 
     def request(self, endpoint: str) -> tuple[int, bytes]:
-        """One request's status and body."""
+        """Send one request, and return the status and the body."""
         body = self.app({**self._environs[endpoint], "wsgi.input": io.BytesIO()}, self._start_response)
         content = b"".join(body)
         body.close()
@@ -162,7 +162,7 @@ class WsgiDriver:
 
     @contextmanager
     def idle(self, endpoint: str, requests: int) -> Iterator[None]:
-        """Requests whose body has not been read."""
+        """Hold requests whose bodies are not read."""
         template = self._environs[endpoint]
         bodies = [self.app({**template, "wsgi.input": io.BytesIO()}, self._start_response) for _ in range(requests)]
         try:
@@ -175,7 +175,7 @@ class WsgiDriver:
         self._status = status
 
     def close(self) -> None:
-        """Nothing to end."""
+        """There is nothing to close."""
 
 
 def _wsgi_environ(method: str, path: str) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _wsgi_environ(method: str, path: str) -> dict[str, Any]:
 
 
 class Running:
-    """One contender, ready to serve in this process."""
+    """A contender that is ready to serve in this process."""
 
     def __init__(self, contender: Contender, url: str, name: str | None = None) -> None:
         self.contender = contender
@@ -216,33 +216,33 @@ class Running:
 
     @property
     def endpoints(self) -> list[str]:
-        """Those that its row shows."""
+        """The endpoints in the contender's row."""
         return list(self.contender.endpoints or ENDPOINTS)
 
     def check(self) -> None:
-        """Insist that every endpoint does what it should, and leaves no connection behind.
+        """Check that each endpoint sends the expected response and leaves no connection checked out.
 
         Raises:
-            WrongAnswerError: it does not.
+            WrongResponseError: an endpoint does not.
         """
         for endpoint in self.endpoints:
             status, body = self.driver.request(endpoint)
             found = b"".join(body.split())
             expected = 201 if endpoint == "write" else 200
             if status != expected or found != ANSWERS.get(endpoint, found):
-                raise WrongAnswerError(f"{self.contender.key}: {endpoint} answered {status} {body!r}")
+                raise WrongResponseError(f"{self.contender.key}: {endpoint} answered {status} {body!r}")
             if checked_out(self.engine):
-                raise WrongAnswerError(f"{self.contender.key}: {endpoint} left a connection checked out")
+                raise WrongResponseError(f"{self.contender.key}: {endpoint} left a connection checked out")
 
     def close(self) -> None:
-        """Close the pool's connections and end the event loop."""
+        """Close the pool's connections and the event loop."""
         disposed = self._owner.dispose()
         if disposed is not None:
             self.driver.runner.run(disposed)
         self.driver.close()
 
     def _fill(self) -> None:
-        """A database in memory is the engine's own."""
+        """Fill a database in memory, which exists in this engine only."""
         if self._engine is self.engine:
             with self._engine.begin() as connection:
                 fill(connection)
@@ -255,6 +255,6 @@ class Running:
 
 
 def checked_out(engine: Any) -> int:
-    """How many connections are out of the pool; the one of SQLite in memory does not say."""
+    """The number of connections that are checked out; 0 for SQLite in memory, whose pool does not count them."""
     count = getattr(engine.pool, "checkedout", None)
     return count() if count else 0

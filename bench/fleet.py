@@ -1,4 +1,4 @@
-"""The servers of one kind's contenders, all up at once and used in turn."""
+"""The servers of all contenders of one kind, which run at the same time and are used in turn."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.servers import free_port
 from .contenders import Contender
 
 POOL_TIMEOUT = 3.0
-"""Seconds after which a request that gets no connection fails."""
+"""The number of seconds after which a request without a connection fails."""
 
 
 class Server:
-    """One contender's server."""
+    """The server of one contender."""
 
     def __init__(self, contender: Contender, url: str) -> None:
         self.contender = contender
@@ -44,10 +44,10 @@ class Server:
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, cwd=root, start_new_session=True)
 
     def wait(self, seconds: float = 30) -> None:
-        """Until a read is answered.
+        """Wait until a read succeeds.
 
         Raises:
-            RuntimeError: it is not in time.
+            RuntimeError: no read succeeds in time.
         """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self._process.poll() is None:
@@ -65,7 +65,7 @@ class Server:
         raise RuntimeError(f"{self.contender.key} does not serve: {self._log.read().decode()[-4000:]}")
 
     def recover(self) -> None:
-        """Until nothing of an earlier load is in the way of the next one; if that takes long, start anew."""
+        """Wait until the requests of an earlier load have ended; if that takes too long, restart the server."""
         try:
             self.wait(POOL_TIMEOUT + 2)
         except RuntimeError:
@@ -74,19 +74,19 @@ class Server:
             self.wait()
 
     def cpu_seconds(self) -> float | None:
-        """CPU time of the server's processes so far, or None where Linux does not say."""
+        """The CPU time that the server's processes have used, or None if the system does not report it."""
         ticks = 0
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 fields = stat.read_text().rpartition(")")[2].split()
             except OSError:
                 continue
-            if int(fields[3]) == self._process.pid:  # its session
+            if int(fields[3]) == self._process.pid:  # the process belongs to the server's session
                 ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK") if ticks else None
 
     def stop(self) -> None:
-        """End its processes."""
+        """Kill the server's processes."""
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -96,7 +96,7 @@ class Server:
 
 
 class Fleet:
-    """Servers of several contenders; entering waits until all are up."""
+    """The servers of several contenders; entering the context waits until all of them respond."""
 
     def __init__(self, contenders: list[Contender], url: str) -> None:
         self.servers = [Server(each, url) for each in contenders]

@@ -1,4 +1,4 @@
-"""What the figures of one run are held against."""
+"""The limits that the results of a run are compared with."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from typing import Any
 from .contenders import AUTOCOMMIT, FLOOR, OURS, of_kind
 
 RATIO_LIMITS = {"flask": 1.05, "fastapi-async": 1.05, "fastapi-sync": 1.10}
-"""CPU of a read or a write over that of the floor; a sync one under FastAPI commits in its own thread hop."""
+"""The maximal ratio of the CPU time of a read or write to the floor's.
+
+A sync commit under FastAPI needs a thread hop of its own.
+"""
 
 DECLARED_LIMITS = {"flask": 5.0, "fastapi-async": 40.0, "fastapi-sync": 40.0}
-"""Microseconds of a session that is declared and not used, over the same app's endpoint that declares none."""
+"""The maximal cost of a session that is declared but not used, in microseconds, over an endpoint without one."""
 
 BARE_LIMIT = 5.0
-"""Microseconds added to an endpoint that knows nothing of the database."""
+"""The maximal cost for an endpoint that does not use the database, in microseconds."""
 
 HOP_LIMITS = {"flask": (0, 0), "fastapi-async": (0, 0), "fastapi-sync": (1, 2)}
-"""Thread hops of a request that does not touch the database, and of one that does."""
+"""The maximal number of thread hops of a request without and with database access."""
 
 IMPORT_LIMIT = 15.0
-"""Milliseconds."""
+"""The maximal import time, in milliseconds."""
 
 GROWTH_LIMIT = 500
-"""Memory blocks, whatever the number of requests: a leak of one in each would be tens of thousands."""
+"""The maximal growth in memory blocks for any number of requests; a leak in each would be tens of thousands."""
 
 
 @dataclass
 class Goal:
-    """One goal and what was found."""
+    """A goal and the measured value."""
 
     text: str
     found: str
@@ -38,7 +41,7 @@ class Goal:
 
 
 def judged(results: dict[str, Any]) -> list[Goal]:
-    """Every goal of which this run has measured the figures."""
+    """All goals for which the run has results."""
     goals: list[Goal] = []
     for name, judge in JUDGES.items():
         for part in results.get(name, ()):
@@ -69,7 +72,7 @@ def _rows(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _committing(kind: str, rows: dict[str, Any]) -> list[str]:
-    """The others that commit by themselves."""
+    """The other contenders that commit by themselves."""
     return [
         each.name for each in of_kind(kind) if each.commits and each.name in rows and not each.name.startswith(OURS)
     ]
@@ -145,7 +148,7 @@ def _server(kind: str, place: str, rows: dict[str, Any]) -> Iterator[Goal]:
 
 
 def _p99(cell: dict[str, Any]) -> float:
-    """Seconds, without end if it was not answered."""
+    """The 99th percentile in seconds; infinite if that request got no response."""
     p99: float = cell["p99"]["median"] if cell["p99"] else inf
     return p99
 
@@ -158,7 +161,7 @@ JUDGES = {"cpu": _cpu, "requests": _requests, "server": _server}
 
 
 def spread(summary: dict[str, float] | None, digits: int) -> str:
-    """``median (low to high)``: the quartiles."""
+    """Format the median and the quartiles as ``median (low to high)``."""
     if summary is None:
         return "-"
     low, high = summary["low"], summary["high"]

@@ -1,7 +1,7 @@
-"""``python -m bench.instructions``: the instructions of one request, counted by valgrind's callgrind.
+"""``python -m bench.instructions``: count the instructions of one request with valgrind's callgrind.
 
-Unlike a clock they do not vary with what else the machine does, so a small change shows.  With ``--functions``, on
-Python 3.12 or newer, also which functions of this package execute them, those that they call included.
+Unlike times, the counts do not depend on the load of the machine, so that small changes are visible.  On
+Python 3.12 or newer, ``--functions`` also counts them for each function of this package, including its callees.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .parts import DRIVERS
 from .shop import ENDPOINTS, fill_database
 
 FEW, MANY = 100, 600
-"""Requests of the two runs whose difference is taken: what a process does once is in both."""
+"""The requests of the two runs that are subtracted from each other, which removes what a process does once."""
 OURS = re.compile(r"py::(?P<function>.*?):.*/(?P<file>session_plugin/.*)")
 
 
 class Count:
-    """What one process has executed.
+    """The instructions that one process has executed.
 
     Attributes:
-        total: all its instructions.
-        functions: those of each Python function of ours, with those that it calls.
+        total: all instructions of the process.
+        functions: the instructions of each Python function of this package, including its callees.
     """
 
     def __init__(self, command: list[str], *, functions: bool = False) -> None:
@@ -46,7 +46,7 @@ class Count:
             interpreter = [sys.executable]
             if functions:
                 valgrind.append("--smc-check=all-non-file")
-                interpreter += ["-X", "perf"]  # a trampoline for each function, and their addresses in a file
+                interpreter += ["-X", "perf"]  # a trampoline for each function, and a file with the addresses
             process = subprocess.Popen(
                 [*valgrind, *interpreter, *command],
                 stdout=subprocess.PIPE,
@@ -54,20 +54,20 @@ class Count:
                 text=True,
                 env={**os.environ, "PYTHONHASHSEED": "0"},
             )
-            told, _ = process.communicate()
-            collected = re.search(r"Collected : (\d+)", told)
+            output_of_valgrind, _ = process.communicate()
+            collected = re.search(r"Collected : (\d+)", output_of_valgrind)
             if process.returncode or collected is None:
-                raise RuntimeError(f"callgrind failed:\n{told}")
+                raise RuntimeError(f"callgrind failed:\n{output_of_valgrind}")
             self.total = int(collected[1])
             self.functions: Counter[str] = Counter()
-            addresses = Path("/tmp", f"perf-{process.pid}.map")  # where Python writes it, whatever TMPDIR says
+            addresses = Path("/tmp", f"perf-{process.pid}.map")  # Python writes the file here, regardless of TMPDIR
             if functions:
                 self.functions = _by_function(output, addresses)
                 addresses.unlink()
 
 
 def _by_function(output: Path, addresses: Path) -> Counter[str]:
-    """The format is told in valgrind's manual, "Callgrind Format Specification"."""
+    """Parse the output, whose format is described in valgrind's manual, "Callgrind Format Specification"."""
     known = sorted(_trampolines(addresses))
     names: dict[str, str | None] = {}
     found: Counter[str] = Counter()
@@ -102,7 +102,7 @@ def _python_name(name: str, known: list[tuple[int, int, str]]) -> str | None:
 
 
 def serve(key: str, url: str, endpoint: str, requests: int) -> None:
-    """Make the requests, and end without a word."""
+    """Send the requests, and exit without cleaning up."""
     running = Running(by_key(key), url)
     running.run(endpoint, 30)
     gc.collect()
@@ -112,7 +112,7 @@ def serve(key: str, url: str, endpoint: str, requests: int) -> None:
 
 
 def per_request(key: str, url: str, endpoint: str, *, functions: bool) -> tuple[int, Counter[str]]:
-    """The instructions of one request, and those of the functions of ours in it."""
+    """The instructions of one request, in total and for each function of this package."""
     command = ["-m", "bench.instructions", "--serve", key, url, endpoint]
     with ThreadPoolExecutor(2) as pool:
         few, many = pool.map(lambda times: Count([*command, str(times)], functions=functions), (FEW, MANY))

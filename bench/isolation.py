@@ -1,7 +1,7 @@
-"""``python -m bench.isolation``: what a test pays to leave nothing behind, and what it gets for it.
+"""``python -m bench.isolation``: compare the costs of several ways to undo the changes of a test.
 
 Each way runs the same test: one unit of work that adds a row and commits.  The ways take turns,
-and what is shown is the median over the rounds.  The test alone commits in earnest and leaves its row.
+and the result is the median over the rounds.  "the test alone" commits for real and leaves its row.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ for number in range(TABLES - 1):
 
 @dataclass(frozen=True)
 class Way:
-    """One way to leave nothing behind: ``around`` a test that does its work in ``work``."""
+    """A way to undo the changes of a test: ``around`` is entered around the test, which works in ``work``."""
 
     name: str
     work: Callable[[], AbstractContextManager[Session]]
@@ -73,7 +73,7 @@ def ways(url: str, stack: ExitStack) -> Iterator[Way]:
 
 @contextmanager
 def joined(engine: Engine, maker: sessionmaker[Session]) -> Iterator[None]:
-    """As its page "Joining a Session into an External Transaction" writes it."""
+    """As in "Joining a Session into an External Transaction" of SQLAlchemy's documentation."""
     with engine.connect() as connection:
         transaction = connection.begin()
         maker.configure(bind=connection, join_transaction_mode="create_savepoint")
@@ -110,7 +110,7 @@ def created_anew(db: Database[Session]) -> Iterator[None]:
 
 
 def measured(url: str, rounds: int) -> dict[str, float]:
-    """Seconds that the test takes each way: the median over the rounds."""
+    """The median time of the test for each way, in seconds."""
     with ExitStack() as stack:
         compared = list(ways(url, stack))
         times: dict[str, list[float]] = {way.name: [] for way in compared}
@@ -126,7 +126,7 @@ def measured(url: str, rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.isolation", description=__doc__)
     parser.add_argument("--rounds", type=int, default=200)
-    warnings.simplefilter("ignore", SAWarning)  # of Flask-SQLAlchemy-Lite's own end
+    warnings.simplefilter("ignore", SAWarning)  # raised by Flask-SQLAlchemy-Lite when it ends a session
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
         print_table("SQLite, a file", measured(f"sqlite:///{folder}/test.db", rounds))

@@ -1,6 +1,6 @@
-"""A load generator in a process of its own: so many connections, each sending its next request once it is answered.
+"""A load generator in a separate process, whose connections send the next request when a response has arrived.
 
-It reads a job per line of standard input and answers it with a line.  Responses have a Content-Length.
+It reads one job per line of standard input, and writes the results as one line.  Responses need a Content-Length.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 GRACE = 4.0
-"""Seconds in which what was sent may still be answered at the end."""
+"""The number of seconds to wait for outstanding responses at the end."""
 
 SLOW_BYTES = 512
 SLOW_PAUSE = 0.05
-"""Seconds between two reads of `SLOW_BYTES` by a client that reads slowly."""
+"""The number of seconds between two reads of `SLOW_BYTES` by a slow client."""
 
 
 class LoadGenerator:
-    """The process, as long as it is needed."""
+    """The process of the load generator, for as long as the context is entered."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "bench.load"]
@@ -32,13 +32,13 @@ class LoadGenerator:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
 
     def run(self, **job: Any) -> dict[str, Any]:
-        """What `load` answers."""
+        """Run `load` with ``job`` in the process, and return its result."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
+        result: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return result
 
     def __enter__(self) -> LoadGenerator:
         return self
@@ -49,7 +49,7 @@ class LoadGenerator:
 
 
 class Record:
-    """What the connections of one job have seen."""
+    """The results of all connections of one job."""
 
     def __init__(self, seconds: float, warm_up: float) -> None:
         self.begin = time.perf_counter() + warm_up
@@ -60,7 +60,7 @@ class Record:
         self.failed = 0
 
     def note(self, sent: float, now: float, *, ok: bool) -> None:
-        """One response; those that came in the warm-up do not count."""
+        """Record one response, unless it arrived during the warm-up."""
         self.responses += 1
         if now < self.begin:
             return
@@ -72,7 +72,7 @@ class Record:
 
 
 class Connection(asyncio.Protocol):
-    """One connection, which is kept alive if the server does."""
+    """One connection, which sends further requests if the server keeps it alive."""
 
     def __init__(self, request: bytes, record: Record, open_again: Any) -> None:
         self._request = request
@@ -128,9 +128,9 @@ class Connection(asyncio.Protocol):
 async def load(
     port: int, method: str, path: str, connections: int, seconds: float, warm_up: float = 0.3, slow: int = 0
 ) -> dict[str, Any]:
-    """Requests per second, latencies in seconds, and this process's share of a core.
+    """Measure requests per second, latencies in seconds, and this process's share of a CPU core.
 
-    With ``slow``, so many clients read a streamed body slowly meanwhile.
+    At the same time, ``slow`` clients read a streamed body slowly.
     """
     loop = asyncio.get_running_loop()
     request = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 0\r\n\r\n".encode()
@@ -167,20 +167,20 @@ async def load(
 
 
 def _percentile(ordered: list[float], unanswered: int, share: float) -> float | None:
-    """None if that request got no answer."""
+    """The latency at ``share``, or None if that request got no response."""
     place = int((len(ordered) + unanswered) * share)
     return ordered[place] if place < len(ordered) else None
 
 
 class SlowReaders:
-    """Clients that each ask for the streamed body and read it slowly until they are told to leave."""
+    """Clients that read the streamed body slowly until the context ends."""
 
     def __init__(self, port: int, count: int) -> None:
         self._port = port
         self._first_bytes = [asyncio.Event() for _ in range(count)]
 
     async def __aenter__(self) -> None:
-        """Wait a moment: until all have an answer, or those that have one keep it from the others."""
+        """Start the clients, and wait for the first byte of each, or for one second."""
         self._tasks = [asyncio.create_task(self._read(event)) for event in self._first_bytes]
         waiting = [asyncio.create_task(event.wait()) for event in self._first_bytes]
         if waiting:

@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""The machine and the software versions of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = (
 
 @contextmanager
 def postgresql() -> Iterator[PostgreSQL]:
-    """A throwaway server, or the one that the environment names; where there is neither, the program ends."""
+    """A throwaway server, or the one that the environment names; exits if there is neither."""
     try:
         server = PostgreSQL()
     except NotInstalled as error:
@@ -34,7 +34,7 @@ def postgresql() -> Iterator[PostgreSQL]:
 
 
 def description(url: str) -> dict[str, str]:
-    """The machine and the versions, that of the server at ``url`` among them, by name."""
+    """The machine and the versions, including that of the server at ``url``, by name."""
     described = {
         "CPU": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
         "system": f"{platform.system()} {platform.release()}",

@@ -1,7 +1,7 @@
-"""CPU and wall time of one request, in process, the contenders of a kind interleaved.
+"""CPU and wall time of one request without a server, with the contenders of a kind interleaved.
 
-A round measures every endpoint with every contender, in a new order each time; a ratio is taken
-within a round, so that what slows the machine down for a while slows both of its sides down.
+Each round measures every endpoint of every contender, in a random order.  Ratios are taken
+within a round, so that a temporary slowdown of the machine affects both values.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .shop import ENDPOINTS
 from .statistics import difference, ratio, summary
 
 AGAIN = f"{FLOOR}, again"
-"""The floor a second time: its ratio shows how far a figure is to be trusted."""
+"""The floor is measured twice; the second ratio shows how precise the results are."""
 
 
 def measure(kind: str, url: str, rounds: int, batch: int, only: Collection[str] = ()) -> dict[str, Any]:
-    """Microseconds per request by contender and endpoint, with their ratios to the floor."""
-    instructions = instruction_counter()  # before there are threads: only those started later are counted
+    """The microseconds per request by contender and endpoint, and their ratios to the floor."""
+    instructions = instruction_counter()  # before there are threads: it counts only those that start later
     contenders = of_kind(kind, only)
     running = [Running(each, url) for each in contenders]
     running.insert(1, Running(contenders[0], url, AGAIN))

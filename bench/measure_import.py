@@ -1,8 +1,8 @@
-"""CPU time of importing a package, beyond SQLAlchemy and its framework, in a fresh interpreter each.
+"""The CPU time of importing a package in a fresh interpreter, after SQLAlchemy and its framework were imported.
 
-The garbage collector stands still meanwhile: else its pass over everything that was imported before would be
-counted for the package in which it happens to fall.  All bytecode is there, as it is after an installation: where
-``PYTHONDONTWRITEBYTECODE`` is set, a source tree has none, and would be compiled at each import.
+The garbage collector is disabled during the import; otherwise, a pass over all earlier objects would be
+added to the time of one package.  All bytecode is cached, as after an installation: with
+``PYTHONDONTWRITEBYTECODE``, the modules of a source tree would be compiled at each import.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PACKAGES = {
     "advanced_alchemy.extensions.fastapi": f"{SQLALCHEMY}, fastapi",
     "fastapi_async_sqlalchemy": f"{SQLALCHEMY}, fastapi",
 }
-"""What is imported before, by package."""
+"""The modules that are imported before each package."""
 
 CODE = """
 import gc, time
@@ -44,7 +44,7 @@ print(time.process_time() - start)
 
 
 def measure(rounds: int, only: Collection[str] = ()) -> dict[str, Any]:
-    """Milliseconds by package."""
+    """The milliseconds that importing each package takes."""
     samples: dict[str, list[float]] = {package: [] for package in PACKAGES if package in (only or PACKAGES)}
     with tempfile.TemporaryDirectory() as folder:
         for package in samples:

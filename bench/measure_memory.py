@@ -1,4 +1,4 @@
-"""Memory of a request whose response waits to be sent, by contender; and growth over many requests."""
+"""Memory of a request whose response waits to be sent, by contender, and memory growth over many requests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .contenders import OURS, by_key, of_kind
 from .drive import Running
 
 PATTERN = {"declared": 970, "read": 20, "write": 10}
-"""What every thousand of the many requests are."""
+"""The number of requests to each endpoint in every thousand."""
 
 
 def measure(kind: str, url: str, idle: int, only: Collection[str] = ()) -> dict[str, Any]:
-    """Bytes of one request in flight, by contender and endpoint."""
+    """The bytes of one request in flight, by contender and endpoint."""
     rows = []
     for contender in of_kind(kind, only):
         if contender.endpoints:
@@ -43,7 +43,7 @@ def _idle_bytes(running: Running, endpoint: str, idle: int) -> float:
 
 
 def measure_growth(kind: str, url: str, requests: int) -> dict[str, Any]:
-    """What this project's app has grown by between a tenth of the requests and their end."""
+    """The growth of session_plugin's app between the first tenth of the requests and their end."""
     running = Running(by_key(f"{kind}/{OURS}"), url)
     running.check()
     _make(running, requests // 10)

@@ -1,4 +1,4 @@
-"""What one request takes besides CPU: thread hops, connections and for how long, round trips to the database."""
+"""The thread hops, connection holding times and database round trips of one request."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .drive import Running
 from .proxy import Proxy
 
 DELAY = 0.001
-"""Seconds that a real network takes each way."""
+"""The delay of the simulated network in each direction, in seconds."""
 
 
 def measure(kind: str, url: str, requests: int, only: Collection[str] = ()) -> dict[str, Any]:
-    """Counts per request, and medians of times, by contender and endpoint."""
+    """The counts per request, and the median times, by contender and endpoint."""
     with Proxy(url) as near, Proxy(url, DELAY) as far:
         rows = []
         for contender in of_kind(kind, only):
@@ -58,7 +58,7 @@ def _figures(running: Running, endpoint: str, requests: int, proxy: Proxy | None
 
 
 class Held:
-    """For how long each connection was out of a pool."""
+    """Records how long each connection was checked out of a pool."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -74,6 +74,6 @@ class Held:
         self.seconds.append(time.perf_counter() - self._since.pop(record))
 
     def stop(self) -> None:
-        """Note no more."""
+        """Stop recording."""
         event.remove(self._engine, "checkout", self._checkout)
         event.remove(self._engine, "checkin", self._checkin)

@@ -1,4 +1,4 @@
-"""Requests per second and latencies over a real server, at so many connections; and beside clients that read slowly."""
+"""Requests per second and latencies on a real server, by number of connections, with and without slow clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .statistics import summary
 
 SLOW_READERS = 50
 OTHER_CONNECTIONS = 10
-"""That make requests beside those who read slowly; also one of the numbers of connections without them."""
+"""The number of connections that are used together with slow clients; it is also measured without them."""
 
 
 def measure(
@@ -29,7 +29,7 @@ def measure(
     slow: bool = False,
     only: Collection[str] = (),
 ) -> dict[str, Any]:
-    """By contender, endpoint and connections; the contenders take turns in each round."""
+    """Measure by contender, endpoint and connections; the contenders take turns in each round."""
     contenders = [each for each in of_kind(kind, only) if each.served]
     runs: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     beside: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What is measured, in which order and on which databases; a `Size` says how long."""
+"""The parts of a benchmark: their order and databases, and `Size` for their duration."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ SQLITE = {"flask": "sqlite", "fastapi-async": "sqlite+aiosqlite", "fastapi-sync"
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured.
+    """The amount of measurements.
 
     Attributes:
-        rounds, batch: of the CPU part; a batch is the requests between two looks at the clock.
-        sqlite: CPU on SQLite in memory too.
-        requests: over which hops, round trips and holding times are averaged.
-        connections, server_rounds, seconds: of the load on a real server.
-        far_connections: with a network that delays each way.
-        imports: interpreters started per package; packages: which, or all if empty.
-        idle: requests in flight at once; growth: requests over which the app must not grow.
+        rounds, batch: for CPU times; a batch is the number of requests that are timed together.
+        sqlite: whether CPU times are also measured on SQLite in memory.
+        requests: the requests over which hops, round trips and holding times are averaged.
+        connections, server_rounds, seconds: for the load on a real server.
+        far_connections: for the load with a simulated network delay.
+        imports: the interpreters started per package; packages: the packages, or all if empty.
+        idle: the requests in flight at once; growth: the requests over which the app must not grow.
     """
 
     rounds: int
@@ -52,11 +52,11 @@ SIZES = {
 
 @dataclass
 class Run:
-    """What one call of the command is to measure.
+    """The measurements that one call of the command makes.
 
     Attributes:
-        url_of: from a driver of PostgreSQL to the URL of the database.
-        kinds, drivers, only: kinds, drivers and names of contenders; all if empty.
+        url_of: a function that returns the URL of the database for a PostgreSQL driver.
+        kinds, drivers, only: the kinds, drivers and names of contenders; all if empty.
     """
 
     url_of: Callable[[str], str]
@@ -66,7 +66,7 @@ class Run:
     only: list[str]
 
     def databases(self, *, sqlite: bool = False, first: bool = False) -> list[dict[str, str]]:
-        """Kind, driver and URL, one for each database that a kind is measured on, or the ``first`` of each."""
+        """The kind, driver and URL of each database that a kind is measured on, or of the ``first`` for each kind."""
         found = [
             {"kind": kind, "driver": driver, "url": self.url_of(driver)}
             for kind in self.kinds or KINDS
@@ -77,11 +77,11 @@ class Run:
         return [each for each in found if not self.drivers or each["driver"] in self.drivers]
 
     def on_each(self, databases: list[dict[str, str]], module: str, **job: Any) -> list[dict[str, Any]]:
-        """A measurement on each of the databases."""
+        """Run a measurement on each of the databases."""
         return [self.on(each, module, only=self.only, **job) for each in databases]
 
     def on(self, database: dict[str, str], module: str, function: str = "measure", **job: Any) -> dict[str, Any]:
-        """A measurement on one of the databases."""
+        """Run a measurement on one of the databases."""
         result = measured(module, function, kind=database["kind"], url=database["url"], **job)
         return {"kind": database["kind"], "driver": database["driver"], **result}
 
@@ -115,7 +115,7 @@ def memory(run: Run) -> Any:
 
 
 def growth(run: Run) -> Any:
-    with ThreadPoolExecutor() as pool:  # side by side: nothing of it is timed
+    with ThreadPoolExecutor() as pool:  # in parallel, because no times are measured
         job = {"requests": run.size.growth}
         return list(
             pool.map(lambda each: run.on(each, "measure_memory", "measure_growth", **job), run.databases(first=True))

@@ -1,4 +1,4 @@
-"""The results of a run as one picture: CPU over the floor, and p99 by the number of connections."""
+"""Plots the results of a run: CPU times relative to the floor, and p99 by the number of connections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLOURS = {"read": "#4477aa", "write": "#ee6677"}
 
 
 def save_plot(results: dict[str, Any], path: Path) -> None:
-    """Draw what was measured; nothing if neither was."""
+    """Save a plot of the results; if there are neither CPU nor server results, save none."""
     cpu = [part for part in results.get("cpu", ()) if not part["driver"].startswith("sqlite")]
     served = {(part["kind"], part["driver"]): part for part in results.get("server", ())}
     places = list(dict.fromkeys([*((part["kind"], part["driver"]) for part in cpu), *served]))

@@ -1,7 +1,7 @@
-"""A proxy on loopback between an app and its database: counts round trips, and can delay each way.
+"""A loopback proxy between an app and its database, which counts round trips and can delay each direction.
 
-A round trip begins when the client speaks after the server has: what it sends before an answer
-comes is one trip, however many messages it is.
+A round trip begins when the client sends data after the server has: all messages that the client sends
+before a response arrives belong to one round trip.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any
 
 
 class Proxy:
-    """The proxy in a process of its own, in front of the database of a URL."""
+    """The proxy, in a separate process in front of a URL's database."""
 
     def __init__(self, url: str, delay: float = 0.0) -> None:
-        from sqlalchemy import make_url  # the proxy's own process does without
+        from sqlalchemy import make_url  # the proxy's process does not need SQLAlchemy
 
         target = make_url(url)
         command = [sys.executable, "-m", "bench.proxy", str(target.host), str(target.port), str(delay)]
         root = Path(__file__).parents[1]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
-        self.url = target.set(port=self._answer()).render_as_string(hide_password=False)
+        self.url = target.set(port=self._read_number()).render_as_string(hide_password=False)
 
     def count(self) -> int:
-        """The round trips since the last call."""
+        """Return the number of round trips since the last call."""
         assert self._process.stdin is not None
         self._process.stdin.write("count\n")
         self._process.stdin.flush()
-        return self._answer()
+        return self._read_number()
 
-    def _answer(self) -> int:
+    def _read_number(self) -> int:
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())
 
@@ -47,23 +47,23 @@ class Proxy:
 
 
 class Exchange:
-    """One connection through the proxy, and whose turn it is."""
+    """One connection through the proxy, and the side that sent data last."""
 
     trips = 0
-    """Of all connections."""
+    """The number of round trips of all connections."""
 
     def __init__(self) -> None:
         self.client_speaks = False
 
     def spoken(self, *, by_client: bool) -> None:
-        """Note who has sent something."""
+        """Record which side has sent data."""
         if by_client and not self.client_speaks:
             Exchange.trips += 1
         self.client_speaks = by_client
 
 
 class Side(asyncio.Protocol):
-    """One of the two sockets of a connection: what it receives goes out of the other, later."""
+    """One of the two sockets of a connection; it forwards what it receives to the other one, after the delay."""
 
     def __init__(self, exchange: Exchange, delay: float, *, is_client: bool) -> None:
         self._exchange = exchange
@@ -85,7 +85,7 @@ class Side(asyncio.Protocol):
             self.pass_on()
 
     def pass_on(self) -> None:
-        """Send what came first, once both sides are connected."""
+        """Forward the oldest data if both sides are connected."""
         if self.other is None:
             return
         if self._on_its_way:
@@ -97,7 +97,7 @@ class Side(asyncio.Protocol):
 
 
 async def serve(host: str, port: int, delay: float) -> None:
-    """Serve, answering each line of standard input with the round trips since the last one."""
+    """Run the proxy; for each line of standard input, print the round trips since the last one."""
     loop = asyncio.get_running_loop()
     connecting: set[asyncio.Task[None]] = set()
 
@@ -117,15 +117,15 @@ async def serve(host: str, port: int, delay: float) -> None:
 
     listener = await loop.create_server(accept, "127.0.0.1", 0)
     print(listener.sockets[0].getsockname()[1], flush=True)
-    questions = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(questions), sys.stdin)
-    answered = 0
-    while await questions.readline():
-        print(Exchange.trips - answered, flush=True)
-        answered = Exchange.trips
+    requests = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(requests), sys.stdin)
+    reported = 0
+    while await requests.readline():
+        print(Exchange.trips - reported, flush=True)
+        reported = Exchange.trips
 
 
 if __name__ == "__main__":
-    # The default selector rounds a delay up to whole milliseconds; select(2) does not.
+    # the default selector rounds a delay up to whole milliseconds; select(2) does not
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
         runner.run(serve(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))

@@ -1,4 +1,4 @@
-"""The results of a run as one page of Markdown tables."""
+"""Formats the results of a run as a page of Markdown tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Part = dict[str, Any]
 
 
 def page(results: dict[str, Any]) -> str:
-    """Everything that was measured."""
+    """The page with all results."""
     blocks = [
         "# What a session costs",
         "How to read this: `bench/README.md`. Figures are medians, with the quartiles in brackets.",
@@ -35,7 +35,7 @@ def _table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _per_database(parts: list[Part], head: list[str], row: Callable[[Part], list[str]]) -> Iterator[str]:
-    """A table with a line for each contender, under each kind and driver."""
+    """A table for each kind and driver, with a row for each contender."""
     for part in parts:
         yield f"### {part['kind']}, {part['driver']}"
         yield _table(head, map(row, part["rows"]))

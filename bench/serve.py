@@ -1,6 +1,6 @@
-"""One contender on a real server: ``python -m bench.serve KEY URL PORT POOL_TIMEOUT``.
+"""Serve one contender on a real server: ``python -m bench.serve KEY URL PORT POOL_TIMEOUT``.
 
-FastAPI runs on uvicorn, Flask on gunicorn's gthread worker; one worker process each.
+FastAPI runs on uvicorn, and Flask on gunicorn's gthread worker, with one worker process each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from .contenders import by_key
 
 THREADS = 64
-"""Of a gthread worker: more than the clients that read slowly."""
+"""The threads of a gthread worker: more than there are slow clients."""
 
 
 def main(key: str, url: str, port: int, pool_timeout: float) -> None:

@@ -1,4 +1,4 @@
-"""What every contender serves: one table, and the same endpoints on it."""
+"""The table and the endpoints that every contender serves."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ENDPOINTS = {
     "read": ("GET", "/items/1"),
     "write": ("POST", "/items/tea"),
 }
-"""Method and path by what the endpoint does; ``/stream/1`` beside them is read slowly."""
+"""The method and the path of each endpoint; slow clients read ``/stream/1`` in addition."""
 
 ANSWERS = {"bare": b'{"hello":"world"}', "declared": b'{"hello":"world"}', "read": b'{"id":1,"name":"honey"}'}
-"""The body of each endpoint, without spaces; that of a write has the new id."""
+"""The expected body of each endpoint, without spaces; that of a write contains the new id."""
 
 CHUNK = b"x" * 65_536
 CHUNKS = 256
-"""More than the kernel keeps for a client that does not read: up to 4 MB on Linux."""
+"""More than the kernel buffers for a client that does not read, which is up to 4 MB on Linux."""
 
 
 class Base(DeclarativeBase):
@@ -36,7 +36,7 @@ class Item(Base):
 
 
 def chunks() -> Iterator[bytes]:
-    """A body of 16 MB, which asks nothing of the database."""
+    """A body of 16 MB that does not use the database."""
     for _ in range(CHUNKS):
         yield CHUNK
 
@@ -47,20 +47,20 @@ async def async_chunks() -> AsyncIterator[bytes]:
 
 
 def engine_options(url: str, **options: object) -> dict[str, object]:
-    """What every contender's engine is made with: a pool of 5, or the one connection of SQLite in memory."""
+    """The options of every contender's engine: a pool of 5, or the single connection of SQLite in memory."""
     if url.startswith("sqlite"):
         return {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
     return {"pool_size": 5, "max_overflow": 0, "pool_timeout": 30, **options}
 
 
 def fill(connection: Connection) -> None:
-    """Make the table and its first row."""
+    """Create the table and its first row."""
     Base.metadata.create_all(connection)
     connection.execute(insert(Item).values(name="honey"))
 
 
 def fill_database(url: str) -> None:
-    """`fill` the database of a server."""
+    """`fill` the database on a server."""
     engine = create_engine(url)
     with engine.begin() as connection:
         fill(connection)

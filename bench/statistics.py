@@ -1,4 +1,4 @@
-"""Medians and quartiles: a machine that is used for other things too has outliers to one side only."""
+"""Medians and quartiles, because a machine with other load has outliers in one direction only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Summary: TypeAlias = dict[str, float]
 
 
 def summary(samples: Sequence[float]) -> Summary | None:
-    """The median and both quartiles, or None of nothing."""
+    """The median and both quartiles, or None without samples."""
     if not samples:
         return None
     low, _, high = quantiles(samples, n=4) if len(samples) > 1 else (samples[0],) * 3
@@ -18,10 +18,10 @@ def summary(samples: Sequence[float]) -> Summary | None:
 
 
 def ratio(samples: Sequence[float], floor: Sequence[float]) -> Summary | None:
-    """The summary of the ratios, round by round."""
+    """The summary of the ratios of each round."""
     return summary([each / beneath for each, beneath in zip(samples, floor, strict=True)])
 
 
 def difference(samples: Sequence[float], floor: Sequence[float]) -> Summary | None:
-    """The summary of the differences, round by round."""
+    """The summary of the differences of each round."""
     return summary([each - beneath for each, beneath in zip(samples, floor, strict=True)])

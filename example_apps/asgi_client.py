@@ -1,15 +1,15 @@
-"""Drives an ASGI app message by message, as a server does, and sees what a client would see."""
+"""Runs an ASGI app message by message, as a server does, and returns what a client would receive."""
 
 import asyncio
 import json
 from contextlib import suppress
 from urllib.parse import urlsplit
 
-from .ledger_promises import Answer, Client
+from .ledger_promises import Client, Reply
 
 
 class ASGIClient(Client):
-    """Entered, it has started the app; left, it has stopped it."""
+    """Starts the app when it is entered, and stops it when it is left."""
 
     def __init__(self, app, run, session):
         self.app = app
@@ -65,7 +65,7 @@ class ASGIClient(Client):
                 if leave:
                     left.set()
 
-        with suppress(Exception):  # a server logs it and closes the connection, which is all that its client sees
+        with suppress(Exception):  # a server logs the error and closes the connection; the client sees nothing else
             await self.app(scope, receive, send)
         complete = not chunks[-1].get("more_body", False)
-        return Answer(started[0], b"".join(chunk["body"] for chunk in chunks).decode(), complete)
+        return Reply(started[0], b"".join(chunk["body"] for chunk in chunks).decode(), complete)

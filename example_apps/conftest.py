@@ -1,4 +1,4 @@
-"""The tests never touch the database that ``LEDGER_DATABASE`` names, and leave nothing in the one that they use."""
+"""The tests never use the database that ``LEDGER_DATABASE`` names, and leave no rows in the one that they use."""
 
 import asyncio
 import os
@@ -13,20 +13,20 @@ if test_database := os.environ.get("LEDGER_TEST_DATABASE"):
 
 @pytest.fixture(scope="module")
 def run():
-    """Run a coroutine on the event loop that the tests of one app share, as its requests would."""
+    """Run a coroutine on the event loop that the tests and requests of one app share."""
     with asyncio.Runner() as runner:
         yield runner.run
 
 
 @pytest.fixture
 def entered(run):
-    """A block of an async context manager, on that loop."""
+    """Enter an async context manager on that loop, for the length of a block."""
 
     @contextmanager
     def entered(block):
-        answer = run(block.__aenter__())
+        entered_value = run(block.__aenter__())
         try:
-            yield answer
+            yield entered_value
         finally:
             run(block.__aexit__(None, None, None))
 

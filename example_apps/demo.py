@@ -1,10 +1,10 @@
-"""What the client is told beside what the database holds, for every way in which a request can end::
+"""Compare what the client receives with what the database holds, for every way in which a request can end::
 
-    python -m example_apps.demo            # a few seconds; exit status 1 if one response was untrue
-    python -m example_apps.demo --serve    # and then leaves the ledger running, for a person to click
+    python -m example_apps.demo            # takes a few seconds; exit status 1 if a response was untrue
+    python -m example_apps.demo --serve    # then keeps the ledger running, to try it in a browser
 
 The Flask ledger runs on a real server, the client is a real client, and the database is read through
-a connection that the app knows nothing of.
+a separate connection that the app does not know.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 from werkzeug.serving import make_server
 
 DEADLINE = 10.0
-"""How long to wait, in seconds, for what happens after the client has its response."""
+"""How long to wait, in seconds, for work that happens after the client has received its response."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,20 @@ class Case:
     """One request.
 
     Attributes:
-        name: what is about to happen.
-        path: where its body is posted.
+        name: what happens in this case.
+        path: the path that its body is posted to.
         body: sent as JSON.
-        told: what the client must be told, as `Answer.told` says it.
-        asked: what it asks of the database, which must hold all of it after a success, else nothing.
+        received: what the client must receive, in the format of `Reply.received`.
+        asked: the changes that it requests; after a success the database must hold all of them, otherwise none.
         leaves: True if the client closes its socket after the first chunk of the response.
-        follows: True if the work is done after the response, so that it has to be waited for.
+        follows: True if the work is done after the response, so the demo has to wait for it.
         logged: a text that must be in the log.
     """
 
     name: str
     path: str
     body: dict[str, Any]
-    told: str
+    received: str
     asked: dict[str, int]
     leaves: bool = False
     follows: bool = False
@@ -101,14 +101,14 @@ CASES = [
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the client saw of a response."""
+class Reply:
+    """What the client received of a response."""
 
     status: int
     complete: bool
 
     @property
-    def told(self) -> str:
+    def received(self) -> str:
         return f"{self.status}" if self.complete else f"{self.status}, broken off"
 
     @property
@@ -117,7 +117,7 @@ class Answer:
 
 
 class Log(logging.Handler):
-    """Keeps what the app logs, so that the table stays readable."""
+    """Keeps the app's log messages, so that they are not printed between the rows of the table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,18 +127,18 @@ class Log(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def post(port: int, path: str, body: dict[str, Any], *, leaves: bool = False) -> Answer:
+def post(port: int, path: str, body: dict[str, Any], *, leaves: bool = False) -> Reply:
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)) as connection:
         connection.connect()
-        # Closing sends a reset, as the death of a client does.
+        # Closing sends a reset, as when a client process dies.
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", leaves, 0))
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         with connection.getresponse() as response:
             try:
                 response.readline() if leaves else response.read()
             except http.client.IncompleteRead:
-                return Answer(response.status, complete=False)
-            return Answer(response.status, complete=not leaves)
+                return Reply(response.status, complete=False)
+            return Reply(response.status, complete=not leaves)
 
 
 def held(path: Path) -> dict[str, int]:
@@ -154,9 +154,9 @@ def gained(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
     return {name: change for name, change in changes.items() if change}
 
 
-def is_true(case: Case, answer: Answer, gain: dict[str, int], logged: str) -> bool:
-    """Whether the client was told what it must be told, and the database agrees."""
-    return answer.told == case.told and gain == (case.asked if answer.success else {}) and case.logged in logged
+def is_true(case: Case, reply: Reply, gain: dict[str, int], logged: str) -> bool:
+    """Whether the client received what it must receive, and the database agrees."""
+    return reply.received == case.received and gain == (case.asked if reply.success else {}) and case.logged in logged
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -168,8 +168,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def run_case(case: Case, port: int, path: Path, log: Log, idle: Callable[[], bool]) -> tuple[str, ...]:
     log.messages.clear()
     before = held(path)
-    answer = post(port, case.path, case.body, leaves=case.leaves)
-    # An ordinary response needs no waiting: what it says must be true when it is read.
+    reply = post(port, case.path, case.body, leaves=case.leaves)
+    # An ordinary response needs no waiting: it must be true as soon as it is read.
     if case.leaves:
         wait_until(idle)
     elif case.follows:
@@ -177,11 +177,11 @@ def run_case(case: Case, port: int, path: Path, log: Log, idle: Callable[[], boo
     gain = gained(before, held(path))
     logged = "; ".join(log.messages)
     shown = ", ".join(f"{name} {change:+}" for name, change in gain.items()) or "nothing new"
-    return case.name, answer.told, shown, "true" if is_true(case, answer, gain, logged) else "FALSE"
+    return case.name, reply.received, shown, "true" if is_true(case, reply, gain, logged) else "FALSE"
 
 
 def run_cases(port: int, path: Path, log: Log, idle: Callable[[], bool]) -> list[tuple[str, ...]]:
-    """A row for each case, and two for what must hold after them all."""
+    """A row for each case, and two rows for what must hold after all of them."""
     for account in ACCOUNTS:
         post(port, "/accounts", account)
     rows = [run_case(case, port, path, log, idle) for case in CASES]
@@ -193,7 +193,7 @@ def run_cases(port: int, path: Path, log: Log, idle: Callable[[], bool]) -> list
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
-    rows = [("what happens", "the client was told", "the database holds", "verdict"), *rows]
+    rows = [("what happens", "the client received", "the database holds", "verdict"), *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rows.insert(1, tuple("-" * width for width in widths))
     for row in rows:
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.db"
         os.environ["LEDGER_DATABASE"] = f"sqlite:///{path}"
-        from .ledger_flask import app, db  # here, as it reads its database's name when it is imported
+        from .ledger_flask import app, db  # imported here, because the module reads the name of its database on import
 
         server = make_server("127.0.0.1", options.port, app, threaded=True)
         thread = threading.Thread(target=server.serve_forever)

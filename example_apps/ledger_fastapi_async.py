@@ -2,7 +2,7 @@
 
     uvicorn example_apps.ledger_fastapi_async:app
 
-``LEDGER_DATABASE`` names its database; without it, the ledger is in memory and forgotten at the end.
+``LEDGER_DATABASE`` is the URL of its database; without it, the ledger is in memory and lost when the app stops.
 """
 
 import os
@@ -43,13 +43,13 @@ SessionDep = Annotated[AsyncSession, Depends(db.get_session)]
 async def book(session: AsyncSession, source: str, target: str, amount: int) -> Transfer:
     transfer = Transfer.between(source, target, amount)
     session.add(transfer)
-    await session.flush()  # its id, now; the COMMIT comes with the response
+    await session.flush()  # sets its id; the COMMIT follows before the response is sent
     return transfer
 
 
 @app.exception_handler(IntegrityError)
 async def refused(request: Request, error: IntegrityError) -> JSONResponse:
-    # COMMIT may have raised it, after the endpoint had returned its 201; the client never sees that one.
+    # COMMIT may have raised it after the endpoint returned its 201; the client then receives this 409 instead.
     return JSONResponse({"error": "the database refused it"}, 409)
 
 
@@ -77,7 +77,7 @@ async def create_transfer(order: TransferIn, session: SessionDep) -> Any:
     await session.execute(ledger.locked(order.source))
     transfer = await book(session, order.source, order.target, order.amount)
     if await session.scalar(ledger.balance(order.source)) < 0:
-        # Returned, not raised; what was booked is rolled back.
+        # The response is returned, not raised; the transfer is rolled back all the same.
         return JSONResponse({"error": "insufficient funds"}, 400)
     if order.receipt_to:
         db.on_commit(send_receipt, order.receipt_to, order.source, transfer.id)
@@ -110,7 +110,7 @@ async def export(session: SessionDep) -> Any:
 @app.post("/deposits")
 async def import_deposits(order: DepositsIn, session: SessionDep) -> Any:
     async def receipts() -> AsyncGenerator[str]:
-        # One transaction for the whole stream, committed before its last byte. A client that leaves has none of it.
+        # One transaction for the whole stream, committed before its last byte. If the client leaves, it rolls back.
         for account, amount in order.deposits:
             transfer = await book(session, EQUITY, account, amount)
             yield f"{account},{transfer.id}\n"
@@ -125,6 +125,6 @@ async def order_statement(order: StatementIn, background: BackgroundTasks) -> An
 
 
 async def write_statement(account: str) -> None:
-    # After the response, in a transaction of its own.
+    # Runs after the response, in a separate transaction.
     total = await db.session.scalar(ledger.balance(account))
     db.session.add(Notice(account_name=account, text=f"statement for {account}: {total}"))

@@ -2,7 +2,7 @@
 
     flask --app example_apps.ledger_flask run
 
-``LEDGER_DATABASE`` names its database; without it, the ledger is in memory and forgotten at the end.
+``LEDGER_DATABASE`` is the URL of its database; without it, the ledger is in memory and lost when the app stops.
 """
 
 import os
@@ -40,13 +40,13 @@ def posted(**kinds: type) -> list[Any]:
 def book(source: str, target: str, amount: int) -> Transfer:
     transfer = Transfer.between(source, target, amount)
     db.session.add(transfer)
-    db.session.flush()  # its id, now; the COMMIT comes with the response
+    db.session.flush()  # sets its id; the COMMIT follows before the response is sent
     return transfer
 
 
 @app.errorhandler(IntegrityError)
 def refused(error: IntegrityError) -> Any:
-    # COMMIT may have raised it, after the endpoint had returned its 201; the client never sees that one.
+    # COMMIT may have raised it after the endpoint returned its 201; the client then receives this 409 instead.
     return {"error": "the database refused it"}, 409
 
 
@@ -81,7 +81,7 @@ def create_transfer() -> Any:
     db.session.execute(ledger.locked(source))
     transfer = book(source, target, amount)
     if db.session.scalar(ledger.balance(source)) < 0:
-        return {"error": "insufficient funds"}, 400  # returned, not raised; what was booked is rolled back
+        return {"error": "insufficient funds"}, 400  # returned, not raised; the transfer is rolled back
     if address := request.json.get("receipt_to"):
         db.on_commit(send_receipt, address, source, transfer.id)
     return {"transfer": transfer.id}, 201
@@ -115,7 +115,7 @@ def import_deposits() -> Any:
     (deposits,) = posted(deposits=list)
 
     def receipts() -> Any:
-        # One transaction for the whole stream, committed before its last byte. A client that leaves has none of it.
+        # One transaction for the whole stream, committed before its last byte. If the client leaves, it rolls back.
         for account, amount in deposits:
             yield f"{account},{book(EQUITY, account, amount).id}\n"
 
@@ -132,6 +132,6 @@ def order_statement() -> Any:
 
 
 def write_statement(account: str) -> None:
-    # After the response, in a transaction of its own.
+    # Runs after the response, in a separate transaction.
     total = db.session.scalar(ledger.balance(account))
     db.session.add(Notice(account_name=account, text=f"statement for {account}: {total}"))

@@ -1,14 +1,14 @@
-"""The ledger that every app here keeps: accounts, and transfers whose entries sum to zero.
+"""The ledger that every app here uses: accounts, and transfers whose entries sum to zero.
 
-The amounts are whole cents.  An entry's account is checked by COMMIT and not before, so the apps
-can show a failure that no flush foresees.
+The amounts are whole cents.  COMMIT checks an entry's account, and no statement before it, so the apps
+can show an error that no flush raises.
 """
 
 from sqlalchemy import CheckConstraint, Engine, ForeignKey, Select, event, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 EQUITY = "equity"
-"""Where deposits come from, so that they too are transfers; the only account that may be overdrawn."""
+"""The account that deposits come from, so that they are transfers too; only this account may be overdrawn."""
 
 
 class Base(DeclarativeBase):
@@ -58,10 +58,10 @@ class Notice(Base):
 
 
 def locked(name: str) -> Select[tuple[Account]]:
-    """One account, so that two transfers out of it cannot both spend its last cent.
+    """Lock one account, so that two transfers from it cannot both spend its last cent.
 
-    ``key_share`` leaves room for the foreign key checks of transfers into it, which would
-    otherwise deadlock.  SQLite needs no row lock, as its writers take turns, and gets none.
+    ``key_share`` permits the foreign key checks of transfers into the account, which would
+    otherwise deadlock.  SQLite needs no row lock, because its writers take turns, and gets none.
     """
     return select(Account).where(Account.name == name).with_for_update(key_share=True)
 
@@ -85,7 +85,7 @@ def open_books(session: Session) -> None:
 
 
 def enforce_foreign_keys(engine: Engine) -> None:
-    """SQLite checks foreign keys only on connections that ask for it."""
+    """Turn on foreign key checks, which SQLite makes only on connections that request them."""
     if engine.dialect.name == "sqlite":
 
         @event.listens_for(engine, "connect")

@@ -1,4 +1,4 @@
-"""What the FastAPI apps are posted."""
+"""The request bodies of the FastAPI apps."""
 
 from pydantic import BaseModel
 

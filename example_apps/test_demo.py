@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from .demo import Answer, Case, gained, is_true
+from .demo import Case, Reply, gained, is_true
 
 FALSIFIED = """
 import dataclasses, sys
@@ -18,7 +18,7 @@ def run(*arguments):
 
 
 def test_demo_finds_every_response_true():
-    """It ends by itself, and every verdict on the ledger is true."""
+    """The demo ends by itself, and every verdict in its table is true."""
     done = run("-m", "example_apps.demo")
     assert done.returncode == 0, done.stdout + done.stderr
     verdicts = [line.split()[-1] for line in done.stdout.splitlines()[2:]]
@@ -26,7 +26,7 @@ def test_demo_finds_every_response_true():
 
 
 def test_demo_fails_on_an_untrue_response():
-    """Its exit status says so if the database does not hold what a success has promised."""
+    """The exit status is 1 if the database does not hold what a success response promised."""
     done = run("-c", FALSIFIED)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FALSE" in done.stdout
@@ -36,30 +36,30 @@ ASKED = {"alice": -30, "bob": 30}
 
 
 @pytest.mark.parametrize(
-    ("told", "answer", "gain", "verdict"),
+    ("received", "reply", "gain", "verdict"),
     [
-        ("201", Answer(201, complete=True), ASKED, True),
-        ("201", Answer(201, complete=True), {}, False),
-        ("201", Answer(201, complete=True), {"alice": -30}, False),
-        ("201", Answer(500, complete=True), {}, False),
-        ("400", Answer(400, complete=True), {}, True),
-        ("400", Answer(400, complete=True), ASKED, False),
-        ("200, broken off", Answer(200, complete=False), {}, True),
-        ("200, broken off", Answer(200, complete=False), ASKED, False),
+        ("201", Reply(201, complete=True), ASKED, True),
+        ("201", Reply(201, complete=True), {}, False),
+        ("201", Reply(201, complete=True), {"alice": -30}, False),
+        ("201", Reply(500, complete=True), {}, False),
+        ("400", Reply(400, complete=True), {}, True),
+        ("400", Reply(400, complete=True), ASKED, False),
+        ("200, broken off", Reply(200, complete=False), {}, True),
+        ("200, broken off", Reply(200, complete=False), ASKED, False),
     ],
 )
-def test_verdict(told, answer, gain, verdict):
-    """A success is true if the database gained all that was asked, and anything else if it gained nothing."""
-    assert is_true(Case("", "", {}, told, ASKED), answer, gain, "") is verdict
+def test_verdict(received, reply, gain, verdict):
+    """A success is true if the database gained all the requested changes; any other response, if it gained none."""
+    assert is_true(Case("", "", {}, received, ASKED), reply, gain, "") is verdict
 
 
 def test_verdict_on_the_log():
-    """What must be logged must be logged."""
+    """If a case requires a log message, its verdict is true only if that message was logged."""
     case = Case("", "", {}, "201", ASKED, logged="the hook failed")
-    assert not is_true(case, Answer(201, complete=True), ASKED, "")
-    assert is_true(case, Answer(201, complete=True), ASKED, "so the hook failed")
+    assert not is_true(case, Reply(201, complete=True), ASKED, "")
+    assert is_true(case, Reply(201, complete=True), ASKED, "so the hook failed")
 
 
 def test_gained():
-    """Only what changed is named, an account that came or went included."""
+    """`gained()` names only the accounts that changed, including those that are new or were removed."""
     assert gained({"a": 1, "b": 2, "gone": 3}, {"a": 1, "b": 5, "new": 7}) == {"b": 3, "gone": -3, "new": 7}

@@ -12,7 +12,7 @@ class AsyncClient(ASGIClient):
         return list(self.run(self.session.execute(statement)))
 
     def checked_out(self):
-        return db.engine.pool.checkedout() - 1  # the test's own
+        return db.engine.pool.checkedout() - 1  # without the test's own connection
 
     def fail_next_commit(self, failure):
         fail_next_commit(db, failure)

@@ -3,7 +3,7 @@ import pytest
 from session_plugin.testing import fail_next_commit, leave_midstream
 
 from .ledger_flask import app, db
-from .ledger_promises import Answer, Client, LedgerPromises
+from .ledger_promises import Client, LedgerPromises, Reply
 
 
 class FlaskClient(Client):
@@ -13,22 +13,22 @@ class FlaskClient(Client):
     def send(self, method, path, body=None, *, leave=False):
         if leave:
             left = leave_midstream(app, method, path, json=body)
-            return Answer(left.status, left.body.decode(), complete=False)
+            return Reply(left.status, left.body.decode(), complete=False)
         response = app.test_client().open(path, method=method, json=body)
         chunks, complete = [], False
         try:
             chunks.extend(response.response)
             complete = True
         except Exception:
-            complete = False  # a server closes the connection, which is all that its client sees
+            complete = False  # a server closes the connection; the client sees nothing else
         response.close()
-        return Answer(response.status_code, b"".join(chunks).decode(), complete)
+        return Reply(response.status_code, b"".join(chunks).decode(), complete)
 
     def rows(self, statement):
         return list(self.session.execute(statement))
 
     def checked_out(self):
-        return db.engine.pool.checkedout() - 1  # the test's own
+        return db.engine.pool.checkedout() - 1  # without the test's own connection
 
     def fail_next_commit(self, failure):
         fail_next_commit(db, failure)
@@ -46,7 +46,7 @@ def client(db_session):
 
 class TestLedgerFlask(LedgerPromises):
     def test_page(self):
-        """The page for a person to click is there."""
-        answer = self.client.send("GET", "/")
-        assert answer.status == 200
-        assert "<title>" in answer.text
+        """The ledger's HTML page is served at ``/``."""
+        reply = self.client.send("GET", "/")
+        assert reply.status == 200
+        assert "<title>" in reply.text

@@ -1,4 +1,4 @@
-"""The contract app in each framework."""
+"""The contract app, implemented in each framework."""
 
 import asyncio
 import json
@@ -166,7 +166,7 @@ class PlainWSGIHarness(WSGIHarness):
 
 
 class UvicornServer(uvicorn.Server):
-    """Uvicorn's own, which looks every tenth of a second whether it is to end."""
+    """A `uvicorn.Server` that checks every 0.01 instead of every 0.1 seconds whether it should exit."""
 
     async def main_loop(self) -> None:
         await self.on_tick(0)
@@ -299,7 +299,7 @@ class SyncFastAPIHarness(ASGIHarness):
 
 
 class StarletteHarness(ASGIHarness):
-    """The endpoint is in a mounted app, and asks for the session by the accessor."""
+    """The endpoint is in a mounted app and uses the plugin's `session` attribute."""
 
     drivers = ("sqlite+aiosqlite", "postgresql+asyncpg")
 

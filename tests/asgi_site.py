@@ -1,4 +1,4 @@
-"""Any ASGI app on a real server, beside what its database holds."""
+"""An ASGI app on a real server, and the database that it uses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SYNC_DRIVERS = ["sqlite+pysqlite", "postgresql+psycopg"]
 
 
 def stores(drivers: list[str]) -> Any:
-    """A fixture: an empty database on each of the drivers, made once for a module."""
+    """Return a fixture that provides an empty database on each driver, created once for each module."""
 
     @pytest.fixture(params=drivers, scope="module")
     def made(request: pytest.FixtureRequest) -> Iterator[Store]:
@@ -36,7 +36,7 @@ def stores(drivers: list[str]) -> Any:
 
 
 class Site(ASGIHarness):
-    """An app with a plugin on ``store``; define the app, then enter `running`."""
+    """An app with a plugin on ``store``.  Define the app first, then enter `running`."""
 
     def __init__(self, store: Store, app: Any = None, *, sync: bool = False, **options: Any) -> None:
         self.store = store
@@ -47,11 +47,11 @@ class Site(ASGIHarness):
 
     @contextmanager
     def running(self) -> Iterator[Site]:
-        """Serve the app; at the end nothing is held."""
+        """Serve the app, and check at the end that no connection and no transaction is left open."""
         try:
             self.db.init_app(self.app)
         except ConfigurationError:
-            pass  # the test has called it, earlier
+            pass  # the test has already called init_app()
         if self.store.backend == "sqlite":
             event.listen(self.sync_engine, "connect", check_foreign_keys)
         self.start()
@@ -62,7 +62,7 @@ class Site(ASGIHarness):
             self.stop()
 
     def get(self, path: str = "/", method: str = "GET", **headers: str) -> Reply:
-        """One request and as much of its reply as comes."""
+        """Send one request, and read the response until it ends or is cut off."""
         with self.connect() as connection:
             return self.exchange(connection, path, method, **headers)
 
@@ -76,12 +76,12 @@ class Site(ASGIHarness):
             return Reply(response.status, getattr(error, "partial", b""), complete=False)
 
     def wait_until_left(self) -> None:
-        """Until the server has noticed that no client is connected."""
+        """Wait until the server has noticed that no client is connected."""
         assert wait_for(lambda: not self._server.server_state.connections)
 
 
 class Gate:
-    """Lets a test hold a request at a place of its choice."""
+    """Lets a test hold a request at a chosen point."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()

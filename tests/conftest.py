@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import hypothesis  # noqa: F401  asks the collector who holds what it is given, which must not be frozen by then
+import hypothesis  # noqa: F401  calls gc.get_referrers() when imported, so it comes before gc.freeze()
 import pytest
 
 from .drivers import ASYNC, SYNC
@@ -22,7 +22,7 @@ from .servers import MariaDB, NotInstalled, PgBouncer, PostgreSQL, Redis
 from .units import Units
 
 DEMAND = "SESSION_PLUGIN_TEST_DEMAND"
-"""Names the environment variable that turns what is missing on this machine into a failure."""
+"""The environment variable that makes tests fail, instead of being skipped, if a program is not installed."""
 
 NOT_CORE = (
     "tests/coming_from/*",
@@ -40,7 +40,7 @@ NOT_CORE = (
     "docs/testing.md",
     "docs/your-own-adapter.md",
 )
-"""What ``--core`` leaves out: it needs newer or other packages than the lowest that are supported."""
+"""Not run with ``--core``: these need newer or additional packages beyond the lowest supported versions."""
 
 NOT_QUICK = (
     "example_apps/test_demo.py",
@@ -51,10 +51,10 @@ NOT_QUICK = (
     "tests/test_pools.py",
     "tests/test_threads.py",
 )
-"""What ``--quick`` leaves out besides what is not core: it takes long or needs the machine for itself."""
+"""Not run with ``--quick``, in addition to NOT_CORE: these are slow or need the machine for themselves."""
 
 QUICK_DRIVERS = ("sqlite+pysqlite", "sqlite+aiosqlite", "postgresql+psycopg", "postgresql+psycopg_async")
-"""What ``--quick`` runs on."""
+"""The drivers that ``--quick`` uses."""
 
 STEADY = (
     "tests/test_soak.py",
@@ -63,7 +63,7 @@ STEADY = (
     "tests/test_threads.py",
     "tests/test_pools.py",
 )
-"""Crowds and servers of many processes.  In a parallel run, one worker runs them all, so that no two meet."""
+"""Tests with many concurrent requests or processes.  A parallel run gives them all to one worker, one at a time."""
 
 LONG = (
     "tests/test_bench.py",
@@ -73,17 +73,17 @@ LONG = (
     "tests/test_testing_pytest.py",
     "tests/test_coming_from.py",
 )
-"""What a parallel run begins with besides, so that it does not end with one of them alone."""
+"""A parallel run starts these early as well, so that it does not end with one worker waiting for a long module."""
 
 DRIVER = re.compile(r"\b(?:sqlite|postgresql|mariadb)\+\w+")
 
 MEMORY = "/dev/shm"
-"""Where databases are, if there is room: servers make and remove tens of thousands of files in a run."""
+"""The databases are stored here if there is room: the servers create and remove tens of thousands of files in a run."""
 
 missing: set[str] = set()
 left_out: set[str] = set()
 
-collect_ignore = ["coming_from"]  # apps of other libraries, which test_coming_from.py runs
+collect_ignore = ["coming_from"]  # test_coming_from.py runs these apps, which are written for other libraries
 
 S = TypeVar("S", PostgreSQL, MariaDB, PgBouncer, Redis)
 
@@ -102,7 +102,7 @@ def mariadb() -> Iterator[MariaDB]:
 
 @pytest.fixture(scope="session")
 def pgbouncer(postgresql: PostgreSQL) -> Iterator[PgBouncer]:
-    """A throwaway PgBouncer before `postgresql`, for the whole run."""
+    """A throwaway PgBouncer in front of `postgresql`, for the whole run."""
     yield from throwaway(lambda: PgBouncer(postgresql))
 
 
@@ -113,22 +113,24 @@ def redis() -> Iterator[Redis]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A shell ignores SIGINT for what it starts in the background; a server of ours would never end on it.
+    """Restore SIGINT, choose where databases are stored, and clean the environment of child processes.
 
-    The processes that tests start are neither measured nor workers of pytest-xdist, whoever runs the tests.
+    A shell ignores SIGINT for the processes that it starts in the background; our servers would never stop on it.
+
+    Processes that tests start are neither measured for coverage nor treated as workers of pytest-xdist.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if "TMPDIR" not in os.environ and is_large(MEMORY):
         os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
     if config.getoption("dist", "no") != "no":
-        return  # its workers run the tests
+        return  # the workers run the tests
     for name in ("COVERAGE_PROCESS_CONFIG", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
         os.environ.pop(name, None)
 
 
 def is_large(folder: str) -> bool:
-    """True if the databases of a run have room in ``folder``, which in a container may have next to none."""
+    """Whether ``folder`` has room for a run's databases; in a container it may be almost too small for any."""
     return os.path.isdir(folder) and os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 4 * 2**30
 
 
@@ -138,7 +140,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def is_left_out(name: str, config: pytest.Config) -> bool:
-    """True if ``name``, from the root, is not in this run; said at its end."""
+    """Whether this run leaves out ``name``, a path relative to the root; the terminal summary lists it."""
     patterns = (*NOT_CORE, *NOT_QUICK) if config.getoption("quick") else NOT_CORE if config.getoption("core") else ()
     if not any(fnmatch(name, pattern) for pattern in patterns):
         return False
@@ -152,7 +154,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is not in this run, and begin a parallel one with what takes longest."""
+    """Deselect the tests that this run leaves out, and begin a parallel run with those that take longest."""
     out = {item for item in items if is_deselected(item, config)}
     if out:
         config.hook.pytest_deselected(items=list(out))
@@ -162,7 +164,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_deselected(item: pytest.Item, config: pytest.Config) -> bool:
-    """True for a module, a page or a driver that is not in this run; pages are parameters of test_docs.py."""
+    """Whether the item's module, page or driver is not in this run; a page is a parameter of test_docs.py."""
     if is_left_out(item.nodeid.partition("::")[0], config):
         return True
     if isinstance(item, pytest.Function) and hasattr(item, "callspec") and is_left_out(item.callspec.id, config):
@@ -176,17 +178,17 @@ def is_deselected(item: pytest.Item, config: pytest.Config) -> bool:
 
 
 def rank(item: pytest.Item) -> int:
-    """The place in a parallel run: the lower, the earlier."""
+    """The position in a parallel run: lower ranks start earlier."""
     module = item.nodeid.partition("::")[0]
     return 0 if module in STEADY else 1 if module in LONG else 2
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Divide a parallel run into groups; each is run by one worker in one go.
+    """Divide a parallel run into groups, each of which one worker runs in one go.
 
-    A group are the tests of a module or a class on one driver, which share a server and a database, or all that is
-    `STEADY`.  The mark ``xdist_group`` says nothing to pytest-xdist 3.8 on pytest 9.2.
+    A group consists of the tests of a module or a class on one driver, which share a server and a database, or of
+    all `STEADY` tests.  The mark ``xdist_group`` of pytest-xdist 3.8 has no effect with pytest 9.2.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -209,7 +211,7 @@ def throwaway(make: Callable[[], S]) -> Iterator[S]:
 
 
 def skip_missing(what: str) -> NoReturn:
-    """Skip what this machine lacks, and say so at the end; where all is demanded, fail."""
+    """Skip the test and name the missing program in the summary; fail instead if `DEMAND` is set."""
     if os.environ.get(DEMAND):
         pytest.fail(f"{what} is not installed")
     missing.add(what)
@@ -218,7 +220,7 @@ def skip_missing(what: str) -> NoReturn:
 
 @pytest.fixture(scope="class")
 def running(request: pytest.FixtureRequest) -> Iterator[Harness]:
-    """A contract app on a running server, for `contract.on`."""
+    """A running server with a contract app, for `contract.on`."""
     harness_class, driver = request.param
     store = make_store(request, driver)
     harness = harness_class(store)
@@ -230,7 +232,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[Harness]:
 
 @pytest.fixture(params=[*SYNC, *ASYNC])
 def units(request: pytest.FixtureRequest) -> Iterator[Units]:
-    """Units of work on each driver."""
+    """A `Units` on each driver."""
     driver = request.param
     units = Units(driver, make_store(request, driver))
     yield units
@@ -238,7 +240,7 @@ def units(request: pytest.FixtureRequest) -> Iterator[Units]:
 
 
 def make_store(request: pytest.FixtureRequest, driver: str) -> Store:
-    """An empty database for ``driver``, on a throwaway server where it needs one."""
+    """An empty database for ``driver``, on a throwaway server if the driver needs one."""
     if driver.startswith("sqlite"):
         return Store(driver, request.getfixturevalue("tmp_path_factory").mktemp("database") / "test.db")
     if driver == "mariadb+mysqldb" and find_spec("MySQLdb") is None:
@@ -250,28 +252,28 @@ def make_store(request: pytest.FixtureRequest, driver: str) -> Store:
 
 @pytest.fixture(autouse=True, scope="module")
 def garbage_of_before() -> None:
-    """The collections that a module's tests ask for pass over what is older, which would be most of their work."""
+    """Freeze older objects, which would otherwise take most of the time of each gc.collect() in a module's tests."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_thread_left() -> Iterator[None]:
-    """A server that a module's tests forgot would keep the run from ending."""
+    """Fail if a module's tests leave a server thread running, which would keep the run from ending."""
     yield
     left = [thread.name for thread in threading.enumerate() if "serve_forever" in thread.name and not thread.daemon]
     assert not left, f"still running: {left}"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker of a parallel run hands on what is said at the end."""
+    """Send the lists for the terminal summary from a worker to the controller."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput.update(missing=sorted(missing), left_out=sorted(left_out))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """It has ended; one that crashed hands on nothing."""
+    """Merge the lists of a worker that has ended; a worker that crashed has sent none."""
     output = getattr(node, "workeroutput", {})
     missing.update(output.get("missing", ()))
     left_out.update(output.get("left_out", ()))

@@ -1,6 +1,6 @@
-"""The promises, each stated once.  Every adapter runs them on every database it serves.
+"""The promises of session_plugin, each stated once.  Every adapter runs them on every database that it supports.
 
-Each test ends with `Harness.settle_down`: nothing checked out of the pool, no transaction open on
+Each test ends with `Harness.settle_down`: no connection is checked out of the pool, and no transaction is open on
 the server.
 """
 
@@ -21,7 +21,7 @@ from .harness import Act, ConflictError, HandledError, Harness, Parent, add, add
 
 
 class Contract:
-    """Put `on(SomeHarness)` above a subclass to run it."""
+    """Put `on(SomeHarness)` above a subclass to run the contract on that harness."""
 
     @pytest.fixture
     def app(self, running: Harness) -> Any:
@@ -30,10 +30,10 @@ class Contract:
         yield running
         running.settle_down()
 
-    # -- 2: nothing for nothing ------------------------------------------------------------------
+    # -- 2: no session, no connection and no transaction unless they are used ----------------------
 
-    def test_unused_session_takes_nothing(self, app: Harness) -> None:
-        """Asked for but unused: no checkout."""
+    def test_unused_session_checks_out_no_connection(self, app: Harness) -> None:
+        """A session that an endpoint asks for but does not use checks out no connection."""
         taken = []
 
         def work(session: Session) -> None:
@@ -43,22 +43,22 @@ class Contract:
         assert app.request(Act(work)).status == 201
         assert taken == [0]
 
-    # -- 3: truth --------------------------------------------------------------------------------
+    # -- 3: a success response means that the data is committed ------------------------------------
 
     def test_success_is_durable(self, app: Harness) -> None:
-        """A client that reads a success finds its data."""
+        """The data of a request is committed when the client receives a success response."""
         assert app.request(Act(add("tea"))).status == 201
         assert app.store.names() == ["tea"]
 
-    def test_failed_flush_is_told(self, app: Harness) -> None:
-        """A constraint that the last flush violates is no success."""
+    def test_failed_flush_is_an_error_response(self, app: Harness) -> None:
+        """A flush that violates a constraint at the end of the request leads to an error response."""
         app.request(Act(add("tea")))
         reply = app.request(Act(add("tea")))
         self.assert_refused(app, reply, IntegrityError)
         assert app.store.names() == ["tea"]
 
-    def test_failed_commit_is_told(self, app: Harness) -> None:
-        """A constraint that only COMMIT checks is no success, and the app's own handler answers."""
+    def test_failed_commit_is_an_error_response(self, app: Harness) -> None:
+        """A failed COMMIT rolls back, and the client receives the error handler's response."""
 
         def work(session: Session) -> None:
             insert("tea")(session)
@@ -68,15 +68,15 @@ class Contract:
         self.assert_refused(app, reply, app.store.commit_error)
         assert app.store.names() == []
 
-    def test_failed_commit_does_not_poison_the_pool(self, app: Harness) -> None:
-        """The rows of a failed commit are not there for the requests after it, on any connection."""
+    def test_rows_of_a_failed_commit_do_not_reappear(self, app: Harness) -> None:
+        """After a failed commit, no later request sees its rows, whichever pooled connection it uses."""
         app.request(Act(add_orphan))
         for _ in range(6):
             assert app.request(Act(lambda session: session.merge(Parent(name="nobody")))).status == 201
         assert app.store.names() == ["nobody"]
 
-    def test_failed_commit_of_a_stream_sends_nothing_of_it(self, app: Harness) -> None:
-        """The endpoint's work is settled before the first byte of a stream."""
+    def test_failed_commit_before_a_stream_sends_no_chunk(self, app: Harness) -> None:
+        """If the commit before a stream fails, the client receives the error response and no part of the stream."""
         reply = app.request(Act(add_orphan, stream=[insert("late")]))
         self.assert_refused(app, reply, app.store.commit_error)
         assert app.store.names() == []
@@ -87,19 +87,19 @@ class Contract:
         else:
             assert reply.status == 500
 
-    # -- 4: no phantom commit --------------------------------------------------------------------
+    # -- 4: no success response for a transaction that was not committed ---------------------------
 
-    def test_swallowed_error_does_not_pass_as_committed(self, app: Harness) -> None:
-        """A transaction that the server has aborted is no success."""
+    def test_swallowed_error_of_an_aborted_transaction_is_no_success(self, app: Harness) -> None:
+        """A request that swallows an error which aborted its transaction does not receive a success response."""
         insert_twice = insert_and_swallow_an_error(app)
         reply = app.request(Act(insert_twice))
-        if app.store.backend in ("sqlite", "mariadb"):  # whose transactions survive a failed statement
+        if app.store.backend in ("sqlite", "mariadb"):  # their transactions survive a failed statement
             assert (reply.status, app.store.names()) == (201, ["tea"])
         else:
             assert (reply.status, app.store.names()) == (500, [])
 
     def test_explicit_commit_of_an_aborted_transaction_raises(self, app: Harness) -> None:
-        """The user's own commit() is no phantom either."""
+        """commit() called by the user's code raises if the server has aborted the transaction."""
         insert_twice = insert_and_swallow_an_error(app)
 
         def work(session: Session) -> None:
@@ -110,7 +110,7 @@ class Contract:
         assert (reply.status == 201) == (app.store.names() == ["tea"])
 
     def test_recovered_savepoint_commits(self, app: Harness) -> None:
-        """An error inside a savepoint that was rolled back forbids nothing."""
+        """An error inside a savepoint that was rolled back does not prevent the commit."""
 
         def work(session: Session) -> None:
             insert("tea")(session)
@@ -123,49 +123,49 @@ class Contract:
     # -- 5: roll back ----------------------------------------------------------------------------
 
     def test_unhandled_exception_rolls_back(self, app: Harness) -> None:
-        """An exception that nobody handles is a 500 and writes nothing."""
+        """An unhandled exception leads to a 500 response, and nothing is written."""
         assert app.request(Act(insert("tea"), error=RuntimeError("boom"))).status == 500
         assert app.store.names() == []
 
     def test_handled_exception_rolls_back(self, app: Harness) -> None:
-        """An exception that the app answers with an error writes nothing."""
+        """An exception that the app turns into an error response rolls back."""
         assert app.request(Act(insert("tea"), error=ConflictError())).status == 409
         assert app.store.names() == []
 
     def test_exception_handled_as_a_success_rolls_back(self, app: Harness) -> None:
-        """An exception rolls back even if its handler answers 200."""
+        """An exception rolls back even if its error handler returns a 200 response."""
         reply = app.request(Act(insert("tea"), error=HandledError()))
         if app.answers_failed_commits:
             assert (reply.status, reply.json) == (200, {"rows": 0})
-        else:  # a plain app has no handlers
+        else:  # a plain app has no error handlers
             assert reply.status == 500
         assert app.store.names() == []
 
     @pytest.mark.parametrize("status", [400, 404, 500, 503])
     def test_returned_error_rolls_back(self, app: Harness, status: int) -> None:
-        """A status of 400 or more that is returned, not raised, writes nothing."""
+        """A response with a status of 400 or more rolls back, even if no exception was raised."""
         assert app.request(Act(insert("tea"), status=status)).status == status
         assert app.store.names() == []
 
     @pytest.mark.parametrize("status", [200, 204, 303])
     def test_returned_success_commits(self, app: Harness, status: int) -> None:
-        """A status below 400 commits."""
+        """A response with a status below 400 commits."""
         assert app.request(Act(insert("tea"), status=status)).status == status
         assert app.store.names() == ["tea"]
 
     def test_raised_redirect_commits(self, app: Harness) -> None:
-        """An exception that is itself a response below 400 is a success."""
+        """A raised exception that is itself a response with a status below 400 commits."""
         assert app.request(Act(insert("tea"), redirect=True)).status == 302
         assert app.store.names() == ["tea"]
 
-    def test_failed_commit_under_a_raised_redirect_is_told(self, app: Harness) -> None:
-        """A redirect is no success either if its commit fails."""
+    def test_failed_commit_of_a_raised_redirect_is_an_error_response(self, app: Harness) -> None:
+        """If the commit of a raised redirect fails, the client receives the error response, not the redirect."""
         reply = app.request(Act(add_orphan, redirect=True))
         self.assert_refused(app, reply, app.store.commit_error)
         assert app.store.names() == []
 
     def test_doomed_scope_rolls_back(self, app: Harness) -> None:
-        """doom() rolls back whatever the response says."""
+        """doom() rolls back whatever the status of the response is."""
 
         def work(session: Session) -> None:
             insert("tea")(session)
@@ -174,8 +174,8 @@ class Contract:
         assert app.request(Act(work)).status == 201
         assert app.store.names() == []
 
-    def test_explicit_commit_stays(self, app: Harness) -> None:
-        """What the user's code committed stays committed; the rest rolls back."""
+    def test_explicit_commit_is_kept(self, app: Harness) -> None:
+        """Data that the user's code committed stays committed if the request rolls back later."""
 
         def work(session: Session) -> None:
             insert("kept")(session)
@@ -187,8 +187,8 @@ class Contract:
 
     # -- 7: early release ------------------------------------------------------------------------
 
-    def test_connection_is_back_before_the_body(self, app: Harness) -> None:
-        """Slow readers hold no connection: while streams are open, the whole pool is free."""
+    def test_connection_is_released_before_the_body(self, app: Harness) -> None:
+        """While a response body is streamed, the request holds no connection, however slow the client is."""
         gate = threading.Event()
         held: list[int] = []
 
@@ -206,8 +206,8 @@ class Contract:
             assert response.read() == b""
         assert held == [0]
 
-    def test_loaded_objects_stay_readable_in_the_stream(self, app: Harness) -> None:
-        """A settling that commits expires nothing."""
+    def test_loaded_objects_are_readable_in_the_stream(self, app: Harness) -> None:
+        """A commit by settling does not expire loaded objects, so a stream reads them without a new transaction."""
         read: list[Any] = []
         loaded: list[Parent] = []
 
@@ -221,8 +221,8 @@ class Contract:
         assert app.request(Act(work, stream=[late])).complete
         assert read == [("tea", False)]
 
-    def test_result_opened_before_settling_is_closed_by_it(self, app: Harness) -> None:
-        """A yield_per result does not go on reading from a connection that was given back."""
+    def test_settling_closes_open_results(self, app: Harness) -> None:
+        """Settling closes an open yield_per result, so that it cannot read from a connection that was released."""
         results: list[Any] = []
         errors: list[BaseException] = []
 
@@ -242,8 +242,8 @@ class Contract:
         app.request(Act(work, stream=[late]))
         assert [type(error) for error in errors] == [ResourceClosedError]
 
-    def test_connection_is_back_before_background_work(self, app: Harness) -> None:
-        """Background work holds no connection that it does not use."""
+    def test_connection_is_released_before_background_work(self, app: Harness) -> None:
+        """When background work starts, the request's connection has been returned to the pool."""
         held: list[int] = []
 
         def background(session: Session) -> None:
@@ -254,22 +254,22 @@ class Contract:
         assert act.done.wait(20)
         assert held == [0]
 
-    # -- 8: truth to the last byte ---------------------------------------------------------------
+    # -- 8: a complete stream means that its work is committed -------------------------------------
 
-    def test_streamed_work_is_durable_at_the_last_byte(self, app: Harness) -> None:
-        """A complete stream means that what it did with the session is committed."""
+    def test_work_of_a_complete_stream_is_committed(self, app: Harness) -> None:
+        """When the client has received a complete stream, the work that the stream did in the session is committed."""
         reply = app.request(Act(insert("early"), stream=[insert("late"), insert("later")]))
         assert (reply.status, reply.complete, reply.body) == (201, True, b"chunkchunk")
         assert app.store.names() == ["early", "late", "later"]
 
-    def test_failing_commit_cuts_the_stream(self, app: Harness) -> None:
-        """A stream whose commit fails reaches the client incomplete."""
+    def test_failed_commit_cuts_off_the_stream(self, app: Harness) -> None:
+        """A stream whose commit fails is cut off, so that the client sees an incomplete response."""
         reply = app.request(Act(insert("early"), stream=[insert("late"), add_orphan]))
         assert not reply.complete
         assert app.store.names() == ["early"]
 
-    def test_error_in_the_stream_rolls_its_work_back(self, app: Harness) -> None:
-        """A stream that an error cuts short keeps nothing of what it did."""
+    def test_exception_in_a_stream_rolls_back(self, app: Harness) -> None:
+        """An exception in a stream cuts the stream off and rolls back the stream's work."""
 
         def boom(session: Session) -> None:
             raise RuntimeError("boom")
@@ -278,8 +278,8 @@ class Contract:
         assert not reply.complete
         assert app.store.names() == ["early"]
 
-    def test_client_that_leaves_rolls_the_stream_back(self, app: Harness) -> None:
-        """A stream whose reader left keeps nothing of what it did."""
+    def test_disconnect_during_a_stream_rolls_back(self, app: Harness) -> None:
+        """If the client disconnects during a stream, the stream's work is rolled back."""
         gate = threading.Event()
         finished = threading.Event()
 
@@ -294,8 +294,8 @@ class Contract:
         app.settle_down()
         assert app.store.names() == ["early"]
 
-    def test_background_work_is_a_transaction_of_its_own(self, app: Harness) -> None:
-        """What a background task does is committed when it ends well."""
+    def test_background_work_has_its_own_transaction(self, app: Harness) -> None:
+        """A background task that ends without an error commits its work in a transaction of its own."""
         act = Act(insert("early"), background=insert("late"))
         assert app.request(act).status == 201
         assert act.done.wait(20)
@@ -303,7 +303,7 @@ class Contract:
         assert app.store.names() == ["early", "late"]
 
     def test_failing_background_work_rolls_back(self, app: Harness, caplog: pytest.LogCaptureFixture) -> None:
-        """A background task that fails keeps nothing, changes nothing of the response, and is an error in the log."""
+        """A failing background task rolls back, leaves the response unchanged, and is logged as an error."""
 
         def background(session: Session) -> None:
             insert("late")(session)
@@ -321,7 +321,7 @@ class Contract:
     # -- 9: error handlers can query -------------------------------------------------------------
 
     def test_error_handlers_can_query(self, app: Harness) -> None:
-        """After a failed flush the handler's session works, and nothing from before is saved."""
+        """After a failed flush, the error handler can query its session, and the request's work is not saved."""
         app.request(Act(add("tea")))
 
         def work(session: Session) -> None:
@@ -335,8 +335,8 @@ class Contract:
 
     # -- 10: hooks -------------------------------------------------------------------------------
 
-    def test_hooks_run_once_the_data_is_durable(self, app: Harness) -> None:
-        """on_commit hooks run in order, once, with the data durable and no transaction open."""
+    def test_hooks_run_after_the_commit(self, app: Harness) -> None:
+        """on_commit hooks run once and in order, after the commit and with no transaction open."""
         log: list[Any] = []
 
         def work(session: Session) -> None:
@@ -349,7 +349,7 @@ class Contract:
         assert log == [("first", ["tea"], False), "second"]
 
     def test_hooks_of_a_failed_commit_do_not_run(self, app: Harness) -> None:
-        """A failed commit runs the on_rollback hooks, and no other."""
+        """A failed commit runs the on_rollback hooks only."""
         log: list[Any] = []
 
         def work(session: Session) -> None:
@@ -360,8 +360,8 @@ class Contract:
         app.request(Act(work))
         assert log == ["rollback"]
 
-    def test_failing_hook_stops_nothing(self, app: Harness, caplog: pytest.LogCaptureFixture) -> None:
-        """A failing hook is logged; the response and the other hooks are as if it had not."""
+    def test_failing_hook_is_logged(self, app: Harness, caplog: pytest.LogCaptureFixture) -> None:
+        """A failing hook is logged, and affects neither the response nor the other hooks."""
         log: list[Any] = []
 
         def boom() -> None:
@@ -376,20 +376,20 @@ class Contract:
         assert (log, app.store.names()) == (["after"], ["tea"])
         assert "boom" in [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
 
-    # -- 11: after the end, refusal --------------------------------------------------------------
+    # -- 11: a closed session cannot be reused -----------------------------------------------------
 
-    def test_session_refuses_after_the_end(self, app: Harness) -> None:
-        """A session kept beyond its request never silently reopens."""
+    def test_closed_session_cannot_be_reused(self, app: Harness) -> None:
+        """A session that is used after its request has ended raises `ScopeClosedError`."""
         kept: list[Session] = []
         app.request(Act(lambda session: kept.append(session)))
         assert wait_for(lambda: kept[0]._unit_of_work.closed)
         with pytest.raises(ScopeClosedError, match=r"session_scope\(\)"):
             kept[0].execute(text("SELECT 1"))
 
-    # -- 1 and 15: one request, one session; a crowd is served in turn ---------------------------
+    # -- 1 and 15: one session for each request; waiting requests are served in order --------------
 
-    def test_crowd_on_a_small_pool_is_served(self, app: Harness) -> None:
-        """Four times as many requests as connections: all are served, each in its own session."""
+    def test_more_requests_than_connections_are_served(self, app: Harness) -> None:
+        """All requests are served when there are several times as many of them as pooled connections."""
         sessions: set[int] = set()
         lock = threading.Lock()
 
@@ -404,12 +404,12 @@ class Contract:
         assert {reply.status for reply in replies} == {201}
 
     def test_endpoint_without_a_session(self, app: Harness) -> None:
-        """An endpoint that knows nothing of the database is left alone."""
+        """A request that does not use the database succeeds."""
         assert app.request(Act(use_session=False)).status == 201
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What session_plugin itself has logged as an error."""
+    """The messages that session_plugin itself has logged at level ERROR."""
     ours = [record for record in caplog.records if record.name == "session_plugin"]
     return [record.getMessage() for record in ours if record.levelname == "ERROR"]
 
@@ -424,6 +424,6 @@ def insert_and_swallow_an_error(app: Harness) -> Any:
 
 
 def on(harness_class: type[Harness]) -> Any:
-    """Runs a contract class on each database that the harness serves."""
+    """Run a contract class on each database that the harness supports."""
     cases = [pytest.param((harness_class, driver), id=driver) for driver in harness_class.drivers]
     return pytest.mark.parametrize("running", cases, indirect=True, scope="class")

@@ -1,6 +1,6 @@
-"""Runs pytest in directories, each in a fork of its own: what their tests have in common is imported once.
+"""Run pytest in several directories, each in a forked process, so that common modules are imported only once.
 
-``python forks.py DIRECTORY...`` prints, as JSON, what became of each: its exit code and what it said.
+``python forks.py DIRECTORY...`` prints the exit code and the output for each directory, as JSON.
 """
 
 import gc
@@ -22,12 +22,12 @@ COMMON = (
     "session_plugin.fastapi",
     "session_plugin.flask",
 )
-UNDISPOSED = "ignore:unclosed database:ResourceWarning"  # their fixtures leave engines to the collector
+UNDISPOSED = "ignore:unclosed database:ResourceWarning"  # the fixtures of these tests do not dispose of their engines
 OPTIONS = ("--quiet", "--rootdir=.", "--config-file=/dev/null", "-pno:cacheprovider", "-Werror", "-W", UNDISPOSED)
 
 
 def start(directory: str) -> int:
-    """Begin the tests in ``directory``; the answer is their process."""
+    """Start the tests in ``directory``, and return the process id."""
     pid = os.fork()
     if pid == 0:
         os.chdir(directory)
@@ -41,10 +41,10 @@ def start(directory: str) -> int:
 
 
 def main(directories: list[str]) -> None:
-    with warnings.catch_warnings(action="ignore"):  # what they say of one another
+    with warnings.catch_warnings(action="ignore"):  # the imported libraries warn about one another
         for name in COMMON:
             importlib.import_module(name)
-    gc.freeze()  # or each child would copy all that it looks at
+    gc.freeze()  # otherwise a collection in a child would copy every object that it visits
     started = {directory: start(directory) for directory in directories}
     ended = {directory: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for directory, pid in started.items()}
     print(json.dumps({name: (code, (Path(name) / "output.txt").read_text()) for name, code in ended.items()}))

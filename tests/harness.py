@@ -1,7 +1,7 @@
 """One contract app in each framework, on a real server and a real database.
 
-A test describes what a request does as an `Act`; each adapter's app performs it in the idiom of
-its framework, and the test looks at what the client was told beside what the database holds.
+A test describes what a request does as an `Act`.  Each adapter's app performs it in the idiom of
+its framework, and the test compares the client's response with the contents of the database.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OPEN_TRANSACTIONS = {
     "JOIN information_schema.processlist ON id = trx_mysql_thread_id WHERE db = database() AND id <> connection_id()",
 }
 POOL = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 30}
-"""A crowd that is served in turn must not wait longer than that on a busy machine."""
+"""The timeout is long enough for requests that wait in line for a connection on a busy machine."""
 
 
 class Base(DeclarativeBase):
@@ -54,7 +54,7 @@ class Parent(Base):
 
 
 class Child(Base):
-    """Only COMMIT checks that its parent exists; MariaDB cannot do that, so there nothing checks it."""
+    """A row whose parent is checked by COMMIT only; MariaDB has no deferred constraints, so there it is not checked."""
 
     __tablename__ = "child"
     name: Mapped[str] = mapped_column(String(50), primary_key=True)
@@ -67,20 +67,20 @@ def omit_foreign_key(*args: Any, **kwargs: Any) -> None:
 
 
 class HandledError(Exception):
-    """The contract app answers it with a 200."""
+    """The contract app's error handler returns a 200 response."""
 
 
 class ConflictError(Exception):
-    """The contract app's own handler answers it with a 409, after a query."""
+    """The contract app's error handler queries the database and returns a 409 response."""
 
 
 def add(name: str) -> Work:
-    """Adds one `Parent`; nothing is sent before the flush."""
+    """Add one `Parent`, without a flush."""
     return lambda session: session.add(Parent(name=name))
 
 
 def insert(name: str) -> Work:
-    """Inserts one `Parent` at once."""
+    """Add one `Parent` and flush."""
 
     def work(session: Session) -> None:
         session.add(Parent(name=name))
@@ -90,7 +90,7 @@ def insert(name: str) -> Work:
 
 
 def add_orphan(session: Session) -> None:
-    """What only COMMIT refuses."""
+    """Cause the COMMIT to fail."""
     session.add(Child(name="orphan", parent="nobody"))
     session.flush()
     if session.connection().dialect.name == "mariadb":
@@ -123,13 +123,13 @@ class Act:
     """What one request does.
 
     Attributes:
-        work: done with the request's session in the endpoint.
-        status: of the response.
-        error: raised by the endpoint after the work.
-        redirect: raise the framework's own exception for a redirect.
-        stream: one work per chunk of a streamed body, done with the session while streaming.
-        background: done with the session after the response, in the framework's way.
-        use_session: False for an endpoint that does not ask for a session.
+        work: runs in the endpoint, with the request's session.
+        status: the status of the response.
+        error: the exception that the endpoint raises after the work.
+        redirect: whether to raise the framework's own exception for a redirect.
+        stream: the work that runs after each chunk of a streamed body, with the session.
+        background: runs with the session after the response, as a background task of the framework.
+        use_session: False for an endpoint that does not use a session.
     """
 
     work: Work = lambda session: None
@@ -154,7 +154,7 @@ class Reply:
 
 
 class Store:
-    """The database of one harness, looked at from outside through an engine of its own."""
+    """The database of one harness, which tests inspect through a separate engine."""
 
     def __init__(self, driver: str, location: Any) -> None:
         self.driver = driver
@@ -172,22 +172,22 @@ class Store:
         self.sessions = sessionmaker(self.engine)
 
     def names(self) -> list[str]:
-        """What is durable, sorted."""
+        """The names of all committed rows, sorted."""
         with self.sessions() as session:
             return sorted([*session.scalars(select(Parent.name)), *session.scalars(select(Child.name))])
 
     def clear(self) -> None:
         with self.engine.begin() as connection:
             if self.backend == "mariadb":
-                connection.execute(text("SET GLOBAL read_only = 0"))  # a test that failed may have left it so
+                connection.execute(text("SET GLOBAL read_only = 0"))  # a failed test may have left the server read-only
             connection.execute(Child.__table__.delete())
             connection.execute(Parent.__table__.delete())
 
     def open_transactions(self) -> list[Any]:
-        """What other connections have open, as the server sees it."""
+        """The transactions that the server reports as open on other connections."""
         with self.engine.connect() as connection:
             if self.driver == "sqlite+aiosqlite" and SQLALCHEMY_2_0:
-                gc.collect()  # a cancelled statement's cursor keeps SQLite's lock; 2.1 closes it
+                gc.collect()  # the cursor of a cancelled statement keeps SQLite's lock; SQLAlchemy 2.1 closes it
             if self.backend == "sqlite":
                 cursor = connection.connection.cursor()
                 try:
@@ -202,7 +202,7 @@ class Store:
 
 @cache
 def empty_file() -> bytes:
-    """An SQLite database with the tables, which costs less to copy than to make."""
+    """The contents of an SQLite database with the tables; copying it is faster than creating the tables."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "empty.db")
         engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
@@ -216,7 +216,7 @@ with_tables: set[URL] = set()
 
 
 def create_tables(engine: Engine) -> None:
-    """Create them, unless that was done before: a server has one database for all of a run's harnesses."""
+    """Create the tables once for each database; on a server, all harnesses of a run share one database."""
     if engine.url not in with_tables:
         Base.metadata.create_all(engine)
         with_tables.add(engine.url)
@@ -229,7 +229,7 @@ def check_foreign_keys(connection: Any, record: Any) -> None:
 
 
 def hold(gate: threading.Event) -> None:
-    """Wait for ``gate``; the event loop, if there is one, goes on and sees what clients do."""
+    """Wait for ``gate``; an event loop goes on meanwhile, and sees clients disconnect."""
     if in_greenlet():
         await_only(asyncio.to_thread(gate.wait, 5))
     else:
@@ -237,14 +237,14 @@ def hold(gate: threading.Event) -> None:
 
 
 class Harness:
-    """A contract app on a server.  Subclasses say which."""
+    """A contract app on a server.  Subclasses define the app and the server."""
 
     drivers: Sequence[str]
     requests = 0
-    """How many its server is at work on, to the end of their background work."""
+    """The number of requests that are being served, background work included."""
     _counting = threading.Lock()
     answers_failed_commits = True
-    """False where the framework's handlers cannot see a failed commit."""
+    """False if the framework's error handlers do not see a failed commit."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -279,7 +279,7 @@ class Harness:
             connection.close()
 
     def request(self, act: Act, method: str = "POST", path: str = "/act") -> Reply:
-        """Perform ``act`` over a socket and read the reply as far as it comes."""
+        """Perform ``act`` over a socket, and read the response until it ends or is cut off."""
         self.act = act
         with self.connect() as connection:
             connection.request(method, path)
@@ -291,7 +291,7 @@ class Harness:
             return Reply(response.status, body, complete=True)
 
     def leave_during(self, act: Act, gate: threading.Event) -> None:
-        """Perform ``act``, read up to the first chunk, leave, and only then open ``gate``."""
+        """Perform ``act``, disconnect after the first chunk of the response, and then open ``gate``."""
         self.act = act
         with self.connect() as connection:
             connection.request("POST", "/act")
@@ -301,7 +301,7 @@ class Harness:
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Whatever serves a request does so in here."""
+        """A block in which a request is served."""
         with self._counting:
             self.requests += 1
         try:
@@ -311,13 +311,13 @@ class Harness:
                 self.requests -= 1
 
     def has_seen_the_client_leave(self) -> bool:
-        """True once the server can know; over loopback, its socket has the end as soon as the client has closed."""
+        """Whether the server can see the disconnect; over loopback, its socket sees it as soon as the client closes."""
         return True
 
     def settle_down(self) -> None:
-        """Wait, within bounds, until nothing is served and nothing held; then insist on it.
+        """Wait until no request is served, no connection is checked out and no transaction is open; fail after a while.
 
-        A request that is still served may hold nothing for a moment: a stream between two of its transactions.
+        A request that is still being served may hold nothing for a moment: a stream between two of its transactions.
         """
         wait_for(self.at_rest)
         assert self.requests == 0
@@ -329,8 +329,8 @@ class Harness:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    """What ``condition`` answers once it is true, or at the end of ``seconds``."""
+    """Wait until ``condition`` returns a true value or ``seconds`` have passed; return its last value."""
     deadline = time.monotonic() + seconds
-    while not (answer := condition()) and time.monotonic() < deadline:
+    while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return answer
+    return value

@@ -1,10 +1,10 @@
-"""Small changes of the package, one at a time: some test has to fail for each.
+"""Mutation testing: make small changes to the package, one at a time, and check that a test fails for each.
 
-Cosmic Ray makes the changes, in copies of the tree, two at a time; ``RemoveStatement`` is ours.  Which tests run
-which line is recorded first.  A mutant meets those of its line that lie near, then the others, the quick ones
-first and within bounds; ``--wide`` shows the survivors all of them.  Ctrl-C ends it at once.  ``.mutants`` keeps what
-is known, so that the next run goes on; remove it after a change of the package, and its ``recorded.json`` after one of
-the tests.
+Cosmic Ray makes the changes, in two copies of the tree at the same time.  ``RemoveStatement`` is our own operator.
+The first step records which tests run which lines.  A mutant then runs the tests of its line: first those in NEAR,
+then the others, fast ones first and up to a time limit.  ``--wide`` runs all of them for the mutants that survived.
+Ctrl-C stops the run at once.  ``.mutants`` keeps the results, so that the next run continues.  Remove it after a
+change of the package, and remove its ``recorded.json`` after a change of the tests.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / ".mutants"
 PROCESSES = 2
 TIMEOUT = 20
-"""Seconds for one test."""
+"""The time limit of one test, in seconds."""
 LONGEST = 900
-"""Seconds for all the tests of one mutant."""
+"""The time limit of all tests of one mutant, in seconds."""
 BOUND = 15.0
-"""Seconds that the tests of one mutant take together, if they are not ``--wide``."""
+"""The time, in seconds, that the tests of one mutant may take together without ``--wide``."""
 IMPORTED_BEFORE = (
     "aiosqlite", "asyncpg", "fastapi", "flask", "httptools", "httpx", "hypothesis", "psycopg", "psycopg2",
     "pymysql", "sqlalchemy.ext.asyncio", "sqlalchemy.orm", "sqlalchemy.dialects.sqlite.aiosqlite",
     "sqlalchemy.dialects.postgresql.asyncpg", "uvicorn", "uvicorn.protocols.http.h11_impl",
     "werkzeug.serving",
 )  # fmt: skip
-"""What takes long to import and is not ours: once for all mutants."""
+"""Third-party modules that are slow to import; they are imported once for all mutants."""
 MODULES = (
     "policy", "plugin",
     "engines/making", "engines/registry", "engines/variants", "engines/autocommit", "engines/pools",
@@ -84,7 +84,7 @@ TESTS = [
         "scope", "secrets", "sqlite", "starlette", "threads", "wsgi",
     )
 ]  # fmt: skip
-DRIVERS = (  # SQLite's, and one of PostgreSQL where SQLite cannot show it
+DRIVERS = (  # SQLite's drivers, and one of PostgreSQL for what SQLite cannot show
     "(not mariadb or test_mysql) and not mysqldb and not psycopg2 and not psycopg_async"
     " and (not asyncpg or sibling or beside)"
     " and (not postgresql or test_threads or test_crowds or test_cancellation or test_disorder or test_databases"
@@ -111,21 +111,21 @@ NEAR = {
     "starlette": ("tests/test_starlette.py",),
     "flask": ("tests/test_flask.py",),
 }
-"""The tests that a module meets first."""
+"""The tests to run first for a module."""
 OPTIONS = ["-q", "--tb=short", "-W", "ignore::pytest.PytestAssertRewriteWarning", f"--timeout={TIMEOUT}"]
 EXCLUDED = [
-    "core/ReplaceBinaryOperator_(BitOr|Mul|Pow)_",  # annotations, and the stars of parameters
-    "core/ReplaceBinaryOperator_(Add_(?!Sub)|Sub_(?!Add)|Div_(?!Mul))",  # one replacement for each operator
+    "core/ReplaceBinaryOperator_(BitOr|Mul|Pow)_",  # type annotations, and the asterisks of parameters
+    "core/ReplaceBinaryOperator_(Add_(?!Sub)|Sub_(?!Add)|Div_(?!Mul))",  # one replacement is enough for each operator
     "core/ReplaceComparisonOperator_(Is_(?!IsNot)|IsNot_(?!Is)|Eq_(?!NotEq)|NotEq_(?!Eq))",
     "core/ReplaceComparisonOperator_(GtE_(?!Gt$)|Gt_(?!GtE)|LtE_(?!Lt$)|Lt_(?!LtE))",
     "core/ReplaceUnaryOperator_USub_",
 ]
 COMPOUND = re.compile(r"\b(not|is|and|or)\b|[=<>]")
-"""A condition whose parts are mutated, and which need not be negated as a whole."""
+"""A compound condition: its parts are mutated, so it is not negated as a whole."""
 
 
 class RemoveStatement(Operator):
-    """Leaves out a call, an assignment to what others see, or a ``raise``."""
+    """Removes a call, a ``raise`` or an assignment to something other than a local variable."""
 
     def mutation_positions(self, node: Any) -> Iterator[tuple[Any, Any]]:
         statement = node.children[0] if node.type == "simple_stmt" else None
@@ -158,7 +158,7 @@ cosmic_ray.plugins.OPERATOR_PROVIDERS["own"] = {"RemoveStatement": RemoveStateme
 
 
 def test_module(module: str, *, wide: bool) -> str:
-    """Make the mutants of ``module`` and look which survive; answers the figure."""
+    """Run the mutants of ``module``, and return a line with the number of survivors."""
     path = RESULTS / f"{module.replace('/', '.')}.sqlite"
     if wide and path.exists():
         _forget_survivors(path)
@@ -166,15 +166,15 @@ def test_module(module: str, *, wide: bool) -> str:
         if not found.num_work_items:
             init([Path("session_plugin", f"{module}.py")], found, {})
         OperatorsFilter()._skip_filtered(found, EXCLUDED)
-        _skip_what_tells_nothing(found)
+        _skip_useless_mutants(found)
         for item in found.pending_work_items:
             found.set_result(item.job_id, _run(item.mutations[0], math.inf if wide else BOUND))
         return _figure(module, found)
 
 
-def _skip_what_tells_nothing(found: WorkDB) -> None:
-    """Compound conditions, abstract methods that are none, and dotted exceptions, which Cosmic Ray cannot replace."""
-    tells_nothing = {
+def _skip_useless_mutants(found: WorkDB) -> None:
+    """Skip compound conditions, ``@abstractmethod``, and dotted exceptions, which Cosmic Ray cannot replace."""
+    useless = {
         "core/AddNot": COMPOUND.search,
         "core/RemoveDecorator": re.compile("@abstractmethod").match,
         "core/ExceptionReplacer": re.compile(r"[\w.]+\.").match,
@@ -182,7 +182,7 @@ def _skip_what_tells_nothing(found: WorkDB) -> None:
     for item in found.pending_work_items:
         mutation = item.mutations[0]
         line = mutation.module_path.read_text().splitlines()[mutation.start_pos[0] - 1]
-        search = tells_nothing.get(mutation.operator_name)
+        search = useless.get(mutation.operator_name)
         if search is not None and search(line[mutation.start_pos[1] :]):
             found.set_result(item.job_id, WorkResult(WorkerOutcome.SKIPPED))
 
@@ -197,7 +197,7 @@ def _run(mutation: MutationSpec, limit: float) -> WorkResult:
 
 
 class Recorder:
-    """Which tests run which line, and how long each takes: a plugin of pytest."""
+    """A pytest plugin that records which tests run which line, and how long each test takes."""
 
     def __init__(self) -> None:
         self._coverage = coverage.Coverage(data_file=None, source=["session_plugin"])
@@ -247,9 +247,9 @@ def _tests_fail(arguments: list[str], plugins: Sequence[object] = ()) -> bool:
 
 
 def _kill(process: BaseProcess) -> None:
-    """End ``process`` and what it started."""
+    """Kill ``process`` and its child processes."""
     process.kill()
-    with suppress(ProcessLookupError):  # it has no group of its own yet
+    with suppress(ProcessLookupError):  # it has no process group of its own yet
         os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -261,7 +261,7 @@ def _test(arguments: list[str], plugins: Sequence[object] = ()) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
-        del sys.modules[name]  # not that of the copy
+        del sys.modules[name]  # the tests of the copy are imported instead
     os._exit(pytest.main(arguments, plugins))
 
 
@@ -271,12 +271,12 @@ def _recorded() -> Any:
 
 
 def _tests_of(mutation: MutationSpec, limit: float) -> tuple[list[str], list[str]]:
-    """The tests that run the lines of ``mutation``, the quick ones first."""
+    """The tests that run the lines of ``mutation``, in the order in which to run them: near ones, and others."""
     lines, seconds = _recorded()
     of_lines = lines[str(mutation.module_path)]
     first, last = mutation.start_pos[0], mutation.end_pos[0]
     found = {test for line in range(first, last + 1) for test in of_lines.get(str(line), ())}
-    if not found:  # it runs when the module is imported, or is the middle of a statement
+    if not found:  # the line runs when the module is imported, or is in the middle of a statement
         before = [line for line in map(int, of_lines) if first - 6 < line < first and of_lines[str(line)]]
         found = set(of_lines[str(max(before))] if before else [test for tests in of_lines.values() for test in tests])
     near = NEAR.get(mutation.module_path.stem) or NEAR.get(mutation.module_path.parts[1], NEAR["scope"])
@@ -300,7 +300,7 @@ def _figure(module: str, found: WorkDB) -> str:
 
 
 def _work_in_copy() -> None:
-    """The mutants of this process are made in a copy of the tree, which its tests import."""
+    """Change to a new copy of the tree, in which this process makes its mutants and from which its tests import."""
     copy = Path(tempfile.mkdtemp(dir=RESULTS))
     listed = run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, stdout=PIPE, check=True)
     for name in filter(None, listed.stdout.decode().split("\0")):
@@ -317,7 +317,7 @@ def _work_in_copy() -> None:
 
 @contextmanager
 def _workers(number: int, begin: Callable[[], None] | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Processes that call ``begin`` first, and that end with a Ctrl-C whatever they do."""
+    """A pool of processes that call ``begin`` first, and that stop on Ctrl-C whatever they are doing."""
     with ProcessPoolExecutor(number, get_context("spawn"), _begin_worker, (begin,)) as pool:
         try:
             yield pool
@@ -328,7 +328,7 @@ def _workers(number: int, begin: Callable[[], None] | None = None) -> Iterator[P
 
 
 def _begin_worker(begin: Callable[[], None] | None) -> None:
-    os.setsid()  # the terminal's Ctrl-C is for the one who ends us
+    os.setsid()  # the terminal's Ctrl-C is handled by the parent process, which stops this one
     signal.signal(signal.SIGTERM, _end_worker)
     if begin is not None:
         begin()

@@ -1,6 +1,6 @@
-"""Sentry's integrations, with its real client and a transport that keeps the events in memory.
+"""Sentry's integrations, with the real client and a transport that keeps events in memory.
 
-They patch the frameworks for good, so `test_neighbours_sentry` runs these tests in a process of their own.
+The integrations patch the frameworks permanently, so `test_neighbours_sentry` runs these tests in a separate process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ WHERE = ["automatic", "inside too"]
 
 
 class Kept(sentry_sdk.Transport):
-    """Sends nothing."""
+    """A transport that keeps events instead of sending them."""
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
@@ -60,7 +60,7 @@ class Kept(sentry_sdk.Transport):
 
     @property
     def errors(self) -> list[str]:
-        """The exception of each event; none is caused by one of ours."""
+        """The exception type of each event; fails if an exception of session_plugin is part of its chain."""
         chains = [event["exception"]["values"] for event in self.events if "exception" in event]
         assert not [each for chain in chains for each in chain if (each["module"] or "").startswith("session_plugin")]
         return [chain[-1]["type"] for chain in chains]
@@ -100,7 +100,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
 
 
 def fastapi_site(store: Store, **options: Any) -> asgi_site.Site:
-    """An app whose endpoints are named after what they do."""
+    """An app whose paths are named after what their endpoint does."""
     app = FastAPI(**options)
     is_async = store.driver.endswith("asyncpg")
     site = asgi_site.Site(store, app, sync=not is_async)
@@ -137,7 +137,10 @@ def fastapi_site(store: Store, **options: Any) -> asgi_site.Site:
 
 @pytest.mark.parametrize("where", WHERE)
 def test_fastapi(where: str, store: Store, sentry: Kept) -> None:
-    """A failed commit is one event with the real exception, work after the response too; a success is none."""
+    """In FastAPI, a failed commit is one event with the original exception, also after the response.
+
+    A successful request is no event.
+    """
     site = fastapi_site(store)
     if where == "inside too":
         site.app.add_middleware(SentryAsgiMiddleware)
@@ -157,8 +160,8 @@ def test_fastapi(where: str, store: Store, sentry: Kept) -> None:
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_answered_commit_is_no_event(where: str, store: Store, sentry: Kept) -> None:
-    """What the app answers itself is its own business."""
+def test_handled_commit_failure_is_no_event(where: str, store: Store, sentry: Kept) -> None:
+    """A failed commit that the app's error handler responds to is not an event."""
     site = fastapi_site(store, exception_handlers={IntegrityError: lambda request, error: JSONResponse({}, 409)})
     if where == "inside too":
         site.app.add_middleware(SentryAsgiMiddleware)
@@ -168,9 +171,9 @@ def test_answered_commit_is_no_event(where: str, store: Store, sentry: Kept) -> 
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("answered", [False, True])
-def test_flask(where: str, answered: bool, module_store: Store, sentry: Kept) -> None:
-    """The same in Flask."""
+@pytest.mark.parametrize("handled", [False, True])
+def test_flask(where: str, handled: bool, module_store: Store, sentry: Kept) -> None:
+    """In Flask, a failed commit is one event, unless the app's error handler responds to it."""
     app, db = Flask(__name__), session_plugin.flask.SessionPlugin(module_store.url, **POOL)
     module_store.clear()
 
@@ -182,7 +185,7 @@ def test_flask(where: str, answered: bool, module_store: Store, sentry: Kept) ->
             response.call_on_close(lambda: (add_orphan if late == "orphan" else add(late))(db.session))
         return response
 
-    if answered:
+    if handled:
         app.register_error_handler(IntegrityError, lambda error: ("conflict", 409))
     if where == "inside too":
         app.wsgi_app = SentryWsgiMiddleware(app.wsgi_app)  # type: ignore[method-assign]
@@ -191,8 +194,8 @@ def test_flask(where: str, answered: bool, module_store: Store, sentry: Kept) ->
         assert site.ask("/tea").status == 201
         assert sentry.errors == []
         assert "INSERT" in sentry.statements("view")
-        assert site.ask("/orphan").status == (409 if answered else 500)
-        assert sentry.errors == ([] if answered else ["IntegrityError"])
+        assert site.ask("/orphan").status == (409 if handled else 500)
+        assert sentry.errors == ([] if handled else ["IntegrityError"])
         sentry.events.clear()
         assert site.ask("/a?late=orphan").status == 201
         assert wait_for(lambda: sentry.errors) == ["IntegrityError"]
@@ -200,7 +203,7 @@ def test_flask(where: str, answered: bool, module_store: Store, sentry: Kept) ->
 
 
 def test_any_wsgi_app(module_store: Store, sentry: Kept) -> None:
-    """Sentry's own middleware around ours and inside it."""
+    """A failed commit is one event, with Sentry's WSGI middleware both around session_plugin's and inside it."""
     db = Database(module_store.url, **POOL)
     module_store.clear()
 
@@ -216,7 +219,7 @@ def test_any_wsgi_app(module_store: Store, sentry: Kept) -> None:
 
 
 def test_any_asgi_app(postgresql: Any, sentry: Kept) -> None:
-    """The same under ASGI, where what unwinds the app is an exception of ours: nobody hears of it."""
+    """A failed commit is one event under ASGI, although an exception of session_plugin unwinds the app."""
     store = Store("postgresql+asyncpg", postgresql)
     store.clear()
     db = AsyncDatabase(store.url)

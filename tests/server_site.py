@@ -1,6 +1,6 @@
-"""What the servers of `test_servers.py` serve: one site in each kind of app, made from the environment.
+"""The app that the servers of `test_servers.py` serve; environment variables choose the framework and the database.
 
-Every request writes both of its rows or neither.
+Every request writes both of its rows or none.
 """
 
 import asyncio
@@ -22,17 +22,17 @@ from .harness import POOL, Child, Parent
 
 SITE = "SESSION_PLUGIN_TEST_SITE"
 DATABASE = "SESSION_PLUGIN_TEST_DATABASE"
-"""Name the environment variables that say which site, and on which database."""
+"""The names of the environment variables that choose the site and its database."""
 
 KEY = 7
-"""Of the advisory lock by which a test holds requests."""
+"""The key of the advisory lock with which a test holds requests."""
 
 CHUNKS = 1000
-"""Of a body that no test reads to its end: ten seconds."""
+"""The number of chunks in a body that no test reads to its end; all of it would take ten seconds."""
 
 
 def pair(session: Session, name: str) -> None:
-    """The two rows of a request."""
+    """Write the two rows of a request."""
     session.add(Parent(name=name))
     session.flush()
     session.add(Child(name=f"{name}'s", parent=name))
@@ -40,19 +40,19 @@ def pair(session: Session, name: str) -> None:
 
 
 def orphan(session: Session, name: str) -> None:
-    """What only COMMIT refuses."""
+    """Cause the COMMIT to fail."""
     pair(session, name)
     session.add(Child(name=f"{name}'s orphan", parent="nobody"))
     session.flush()
 
 
 def sign(session: Session) -> None:
-    """Say in `pg_stat_activity` which process this transaction is of."""
+    """Show the process id of this worker in `pg_stat_activity` for the duration of the transaction."""
     session.execute(text(f"SET LOCAL application_name = 'worker {os.getpid()}'"))
 
 
 def hold(session: Session, name: str) -> None:
-    """Writes, and waits in a statement for as long as a test holds the lock."""
+    """Write a row, then wait in a statement while a test holds the lock."""
     sign(session)
     session.add(Parent(name=name))
     session.flush()
@@ -61,7 +61,7 @@ def hold(session: Session, name: str) -> None:
 
 
 def look(session: Session, name: str) -> dict[str, Any]:
-    """Who serves this request, on which connection, and what it sees beside its own rows; also waits for the lock."""
+    """Write both rows, wait for the lock, and report the worker, the connection and the rows that are visible."""
     asks = text("SELECT pg_backend_pid(), inet_client_port(), txid_current()")
     pair(session, name)
     before = session.execute(asks).one()
@@ -89,7 +89,7 @@ def use_while_importing(db: Any) -> None:
 
 
 def wait_in_gevent(connection: Any) -> None:
-    """How psycopg2 waits without holding up the other greenlets."""
+    """Make psycopg2 wait for a connection without blocking other greenlets."""
     from gevent.socket import wait_read, wait_write
     from psycopg2 import extensions
 
@@ -117,7 +117,7 @@ def make_flask(site: str) -> Any:
     def act(work: str, name: str) -> Any:
         session = db.session
         done = WORKS[work](session, name)
-        assert db.session is session  # other requests were served meanwhile
+        assert db.session is session  # other requests were served in the meantime
         return done or {}, 400 if work == "refuse" else 201
 
     @app.post("/stream/<fate>/<name>")
@@ -145,7 +145,7 @@ def make_flask(site: str) -> Any:
     def stop(name: str) -> Any:
         sign(db.session)
         pair(db.session, name)
-        time.sleep(60)  # until it is killed
+        time.sleep(60)  # until the process is killed
         return {}, 201
 
     @app.post("/siblings/<name>")

@@ -1,4 +1,4 @@
-"""Throwaway database servers, started from the machine's own programs on free loopback ports."""
+"""Throwaway database servers, started from installed programs on free loopback ports."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from sqlalchemy.pool import NullPool
 
 
 class NotInstalled(Exception):
-    """The programs of a server are not on this machine."""
+    """The programs of a server are not installed on this machine."""
 
 
 class Server:
-    """A database server; each `new_database` is empty.
+    """A database server; each database from `new_database` is empty.
 
-    A subclass says how its programs make a data folder and serve it.
+    A subclass defines the commands that create a data folder and serve it.
     """
 
     name: str
     owner: str
-    """The user that the server runs as when the tests run as root, which it refuses."""
+    """The user that runs the server if the tests run as root, because the server refuses to run as root."""
     end_at_once: signal.Signals
-    """What it ends on without saving anything: its folder is removed."""
+    """The signal that ends the server without saving anything; its folder is removed anyway."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
-        given = os.environ.get(f"SESSION_PLUGIN_TEST_{self.name.upper()}")  # the URL of one that runs already
+        given = os.environ.get(f"SESSION_PLUGIN_TEST_{self.name.upper()}")  # the URL of a running server
         self._base = make_url(given) if given else self._start()
         self.admin = create_engine(self._base, isolation_level="AUTOCOMMIT", poolclass=NullPool)
 
     @cached_property
     def shared_database(self) -> str:
-        """A database that the tests use one after the other."""
+        """A database that tests use one after the other."""
         return self.new_database()
 
     def new_database(self) -> str:
-        """Create an empty database; answers its name."""
+        """Create an empty database and return its name."""
         name = f"t{uuid4().hex[:16]}"
         with self.admin.connect() as connection:
             connection.execute(text(f"CREATE DATABASE {name}"))
@@ -57,20 +57,20 @@ class Server:
 
     @property
     def base_url(self) -> str:
-        """What ``SESSION_PLUGIN_TEST_...`` is set to, for processes that share this server."""
+        """The value of ``SESSION_PLUGIN_TEST_...`` for processes that share this server."""
         return self._base.render_as_string(hide_password=False)
 
     def url(self, driver: str, database: str | None = None) -> str:
-        """The URL of ``database``, or of an empty one, for a driver such as ``"psycopg"``."""
+        """The URL of ``database``, or of a new one, for a driver such as ``"psycopg"``."""
         url = self._base.set(drivername=f"{self.name}+{driver}", database=database or self.new_database())
         return url.render_as_string(hide_password=False)
 
     def admin_url(self, database: str) -> str:
-        """The URL by which the tests themselves look at ``database``."""
+        """The URL with which the tests themselves inspect ``database``."""
         return self._base.set(database=database).render_as_string(hide_password=False)
 
     def stop(self) -> None:
-        """End the server, if it was started here."""
+        """Stop the server if it was started here."""
         if self._process is not None:
             self._process.send_signal(self.end_at_once)
             self._process.wait(30)
@@ -107,7 +107,7 @@ class PostgreSQL(Server):
     end_at_once = signal.SIGQUIT
 
     def drop(self, database: str) -> None:
-        """Drop a database and whoever is connected to it."""
+        """Drop a database, and terminate the connections to it."""
         with self.admin.connect() as connection:
             connection.execute(text(f"DROP DATABASE {database} WITH (FORCE)"))
 
@@ -126,7 +126,7 @@ class PostgreSQL(Server):
 
 
 class MariaDB(Server):
-    """The tests' own connections are the administrator's; `url` names a user with no such rights."""
+    """A MariaDB server.  The tests inspect it as an administrator; `url` contains a user without these privileges."""
 
     name = "mariadb"
     owner = "mysql"
@@ -145,7 +145,7 @@ class MariaDB(Server):
         make, serve = shutil.which("mariadb-install-db"), _program("mariadbd")
         if not make or not serve:
             raise NotInstalled("MariaDB (mariadbd)")
-        # where it starts it removes the temporary tables of before, which in /tmp are those of another run's server
+        # when it starts, it removes old temporary tables from tmpdir; in /tmp, these belong to another run's server
         common = ["--no-defaults", f"--datadir={data}", f"--tmpdir={data.parent}"]
         options = [
             f"--port={port}", "--bind-address=127.0.0.1", f"--socket={data.parent / 'socket'}", "--max-connections=200",
@@ -160,9 +160,9 @@ class MariaDB(Server):
 
 
 class PgBouncer:
-    """A PgBouncer in transaction mode before ``postgresql``.
+    """A PgBouncer in transaction mode in front of ``postgresql``.
 
-    It has two server connections for each database and shows clients no password prompt.
+    It has two server connections for each database, and does not ask clients for a password.
     """
 
     SERVER_CONNECTIONS = 2
@@ -193,18 +193,18 @@ class PgBouncer:
         _wait_for(self._base, self._process, self._folder / "log")
 
     def url(self, driver: str, database: str) -> str:
-        """The URL of ``database``, through here."""
+        """The URL of ``database`` through PgBouncer."""
         return self._base.set(drivername=f"postgresql+{driver}", database=database).render_as_string()
 
     def stop(self) -> None:
-        """End it."""
-        self._process.kill()  # it keeps nothing, and must not wait for clients
+        """Stop PgBouncer."""
+        self._process.kill()  # it stores nothing, and must not wait for clients
         self._process.wait(30)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Redis:
-    """A Redis server that keeps nothing on disk."""
+    """A Redis server that stores nothing on disk."""
 
     def __init__(self) -> None:
         program = _required_program("redis-server")
@@ -220,14 +220,14 @@ class Redis:
         _wait_until(lambda: socket.create_connection(("127.0.0.1", port)).close(), self._process, self._folder / "log")
 
     def stop(self) -> None:
-        """End it."""
-        self._process.kill()  # it keeps nothing, and must not wait for clients
+        """Stop Redis."""
+        self._process.kill()  # it stores nothing, and must not wait for clients
         self._process.wait(30)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def free_port() -> int:
-    """A loopback port that nothing listens on."""
+    """A loopback port on which nothing listens."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -244,7 +244,7 @@ def _postgresql_programs() -> Path:
 
 
 def _program(name: str) -> str | None:
-    """Servers often lie where only root's PATH leads."""
+    """The path of a program; servers are often installed in a folder that is only on root's PATH."""
     return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
 
 
@@ -266,7 +266,7 @@ def _settings(values: dict[str, object], separator: str) -> str:
 
 
 def _as_unprivileged(folder: Path, owner: str) -> dict[str, Any]:
-    """The options of `subprocess` for a server that keeps its files in ``folder`` and may refuse to run as root."""
+    """The `subprocess` options for a server that may refuse to run as root and that keeps its files in ``folder``."""
     user = _unprivileged_user(owner)
     if user is None:
         return {}

@@ -1,8 +1,8 @@
-"""A soak: mixed load and random faults on real servers, and at the end a ledger that must balance.
+"""A soak test: mixed load and random faults on real servers, and at the end a ledger that must balance.
 
-Run ``make soak``, or ``make soak SECONDS=60``.  Each client keeps a journal of what it was told; what the database
-holds must say the same.  A COMMIT whose acknowledgement was lost, which is answered by a 503 here, and a request that
-got no whole answer may have gone either way, but never by half.
+Run ``make soak``, or ``make soak SECONDS=60``.  Each client keeps a journal of its requests and the responses, which
+must agree with the database.  Two kinds of requests may have been committed or not, but never in part: those whose
+COMMIT was not acknowledged (the site responds with a 503), and those whose response was cut off.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ ROOT = Path(__file__).parent.parent
 CLIENTS = 18
 BALANCE = 1_000_000
 LEAVE = 0.05
-"""How many of the clients leave before they have their answer."""
+"""The share of requests whose client disconnects before it has received the response."""
 US = "tests"
-"""By this name the connections of the soak itself are told from those of the servers."""
+"""The application name of the soak test's own connections, which tells them apart from those of the servers."""
 OURS = re.compile(
     r"never closed|non-checked-in|never awaited|SAWarning|ConcurrentUseError|ScopeClosedError|deallocated"
 )
-"""What a log must not say."""
+"""Messages that must not occur in a log."""
 SERVERS = {
     "fastapi": "uvicorn tests.soak_site:app --port {port} --log-level error --timeout-graceful-shutdown 10",
     "flask": "gunicorn tests.soak_site:app --bind 127.0.0.1:{port} --worker-class gthread --threads 8 --workers 2 "
     "--graceful-timeout 10 --no-control-socket --log-level error",
 }
 WAYS = {"async": "fastapi", "sync": "fastapi", "flask": "flask"}
-"""The ways to write an endpoint, and which server serves each."""
+"""The ways to write an endpoint, and the server that serves each."""
 
 
 class Server:
-    """A server in processes of its own."""
+    """A server that runs in processes of its own."""
 
     def __init__(self, name: str, database: str, folder: Path) -> None:
         self.name = name
@@ -69,7 +69,7 @@ class Server:
         assert wait_for(self.held, 30), self.log.read_text()
 
     def held(self) -> Any:
-        """How many connections one of the processes holds from each pool; None if none answers."""
+        """The number of connections that one process has checked out of each pool; None if no process responds."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=15)
         try:
             connection.request("GET", "/held")
@@ -80,23 +80,23 @@ class Server:
             connection.close()
 
     def workers(self) -> list[int]:
-        """The processes that serve."""
+        """The process ids of the workers."""
         pid = self._process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return [int(child) for child in children] or [pid]
 
     def memory(self) -> float:
-        """MB that the largest of the processes has resident."""
+        """The resident memory of the largest worker, in MB."""
         sizes = [0]
         for pid in self.workers():
             try:
                 sizes.append(int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0]))
             except (OSError, IndexError):
-                pass  # it was just killed
+                pass  # the worker was just killed
         return max(sizes) / 1024
 
     def stop(self) -> int:
-        """End it as an operator does; answers its exit code."""
+        """Stop the server as an operator does, and return its exit code."""
         self._process.terminate()
         try:
             return self._process.wait(30)
@@ -105,19 +105,19 @@ class Server:
             return -signal.SIGKILL
 
     def kill(self) -> None:
-        """End it with its workers, if it runs."""
+        """Kill the server and its workers if it is running."""
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)  # its own group
+            os.killpg(self._process.pid, signal.SIGKILL)  # the server has a process group of its own
             self._process.wait()
 
 
 @dataclass
-class Told:
-    """What a client asked for, and what it was told.
+class Call:
+    """One request of a client and the response to it.
 
     Attributes:
-        status: None if the answer had not begun when the connection was cut, by whomever.
-        complete: False if the answer was cut.
+        status: None if the connection was closed, by either side, before the response began.
+        complete: False if the response was cut off.
     """
 
     way: str
@@ -145,30 +145,30 @@ class Client(threading.Thread):
         self._servers = servers
         self._over = over
         self._random = random.Random(number)
-        self.journal: list[Told] = []
+        self.journal: list[Call] = []
 
     def run(self) -> None:
         ways, kinds, weights = list(WAYS), list(KINDS), list(KINDS.values())
         while not self._over.is_set():
             token = f"{self._number}-{len(self.journal)}"
-            told = Told(self._random.choice(ways), self._random.choices(kinds, weights)[0], token)
-            self.journal.append(told)
-            self._ask(told)
+            call = Call(self._random.choice(ways), self._random.choices(kinds, weights)[0], token)
+            self.journal.append(call)
+            self._ask(call)
 
-    def _ask(self, told: Told) -> None:
+    def _ask(self, call: Call) -> None:
         source, target = self._random.sample(range(ACCOUNTS), 2)
-        path = f"/{told.way}/{told.kind}/{told.token}?source={source}&target={target}"
+        path = f"/{call.way}/{call.kind}/{call.token}?source={source}&target={target}"
         path += f"&amount={self._random.randint(1, 100)}"
-        connection = http.client.HTTPConnection("127.0.0.1", self._servers[WAYS[told.way]].port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self._servers[WAYS[call.way]].port, timeout=60)
         try:
             connection.request("POST", path)
             if self._random.random() < LEAVE:
                 time.sleep(self._random.random() / 30)
                 return
             response = connection.getresponse()
-            told.status = response.status
-            told.body = response.read()
-            told.complete = True
+            call.status = response.status
+            call.body = response.read()
+            call.complete = True
         except (OSError, http.client.HTTPException):
             pass
         finally:
@@ -176,7 +176,7 @@ class Client(threading.Thread):
 
 
 class Faults(threading.Thread):
-    """Ends connections of the servers, and processes of the one that replaces them."""
+    """Terminates connections of all servers, and kills workers of the server that replaces them."""
 
     def __init__(self, engine: Engine, server: Server, over: threading.Event) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class Faults(threading.Thread):
 
 
 class Soak:
-    """One run; its figures are in `figures`, and what went wrong in `problems`."""
+    """One run; `figures` are its measurements, and `problems` the promises that were broken."""
 
     def __init__(self, postgresql: PostgreSQL, seconds: float, say: Callable[[str], None] = lambda line: None) -> None:
         self._seconds = seconds
@@ -216,13 +216,13 @@ class Soak:
         own_url = make_url(postgresql.admin_url(self._name)).update_query_dict({"application_name": US})
         self._engine = create_engine(own_url, isolation_level="AUTOCOMMIT")
         self._drop = lambda: postgresql.drop(self._name)
-        self.journal: list[Told] = []
+        self.journal: list[Call] = []
         self.figures: list[tuple[str, object]] = []
         self.problems: list[str] = []
         self._memory: dict[str, list[float]] = {}
 
     def run(self) -> None:
-        """Serve, load, break, and judge."""
+        """Start the servers, run the load with faults, and check the results."""
         self._open_bank()
         with tempfile.TemporaryDirectory(prefix="session_plugin-soak-") as folder:
             servers: dict[str, Server] = {}
@@ -267,17 +267,17 @@ class Soak:
             over.set()
             for thread in (*clients, faults):
                 thread.join(90)
-        self.journal = [told for client in clients for told in client.journal]
+        self.journal = [call for client in clients for call in client.journal]
         self.figures.append(("requests", f"{len(self.journal)} in {self._seconds:.0f} s, by {CLIENTS} clients"))
         self.figures.extend((f"fault: {what}", number) for what, number in faults.done.items())
 
     def _look_at_rest(self, servers: dict[str, Server]) -> None:
-        """With nobody asking: no connection is held, no transaction open, and each pool lends all that it has."""
+        """Check that without load no connection is checked out, no transaction is open and every pool is usable."""
         for server in servers.values():
             held = {}
-            for _ in range(20 * len(server.workers())):  # until each of its processes has answered
-                answered = wait_for(lambda server=server: self._nothing_held(server), 15)
-                held[answered["worker"] if answered else None] = answered
+            for _ in range(20 * len(server.workers())):  # until each worker has responded
+                response = wait_for(lambda server=server: self._nothing_held(server), 15)
+                held[response["worker"] if response else None] = response
             self._insist(None not in held, f"{server.name} still holds connections: {server.held()}")
         open_now = (
             "SELECT state, query FROM pg_stat_activity WHERE datname = current_database() "
@@ -287,40 +287,40 @@ class Soak:
             idle = wait_for(lambda: not connection.execute(text(open_now)).all(), 15)
             self._insist(idle, f"transactions are open: {connection.execute(text(open_now)).all()}")
         for way in WAYS:
-            last = [Told(way, "look", "last") for _ in range(20)]
+            last = [Call(way, "look", "last") for _ in range(20)]
             client = Client(0, servers, threading.Event())
-            client._random.random = lambda: 1.0  # type: ignore[method-assign]  # nobody leaves
+            client._random.random = lambda: 1.0  # type: ignore[method-assign]  # no client disconnects
             with ThreadPoolExecutor(len(last)) as threads:
                 list(threads.map(client._ask, last))
-            answers = Counter(told.status for told in last)
-            self._insist(answers == {201: len(last)}, f"{way}: after the load a crowd was answered {dict(answers)}")
+            statuses = Counter(call.status for call in last)
+            self._insist(statuses == {201: len(last)}, f"{way}: after the load a crowd was answered {dict(statuses)}")
 
     @staticmethod
     def _nothing_held(server: Server) -> Any:
-        answer = server.held()
-        return answer if answer and not any(answer[way] for way in WAYS if way in answer) else None
+        reply = server.held()
+        return reply if reply and not any(reply[way] for way in WAYS if way in reply) else None
 
     def _judge(self) -> None:
         with Session(self._engine) as session:
             entries = {entry.token: entry for entry in session.scalars(select(Entry))}
             balances = {account.id: account.balance for account in session.scalars(select(Account))}
         self._judge_ledger(entries, balances)
-        for told in self.journal:
-            self._judge_one(told, entries)
+        for call in self.journal:
+            self._judge_one(call, entries)
         for way in WAYS:
-            mine = [told for told in self.journal if told.way == way]
+            mine = [call for call in self.journal if call.way == way]
             self.figures += [
-                (f"{way}: told that it is saved", sum(told.saved for told in mine)),
-                (f"{way}: told an error", sum(not told.saved and not told.unknown for told in mine)),
-                (f"{way}: cut before the answer", sum(told.status is None for told in mine)),
-                (f"{way}:   of these saved", sum(told.status is None and told.token in entries for told in mine)),
-                (f"{way}: told a 503", sum(told.status == 503 for told in mine)),
-                (f"{way}:   of these saved", sum(told.status == 503 and told.token in entries for told in mine)),
-                (f"{way}: streams cut short", sum(told.saved and not told.complete for told in mine)),
+                (f"{way}: told that it is saved", sum(call.saved for call in mine)),
+                (f"{way}: told an error", sum(not call.saved and not call.unknown for call in mine)),
+                (f"{way}: cut before the answer", sum(call.status is None for call in mine)),
+                (f"{way}:   of these saved", sum(call.status is None and call.token in entries for call in mine)),
+                (f"{way}: told a 503", sum(call.status == 503 for call in mine)),
+                (f"{way}:   of these saved", sum(call.status == 503 and call.token in entries for call in mine)),
+                (f"{way}: streams cut short", sum(call.saved and not call.complete for call in mine)),
             ]
-        named = Counter(found[1] for told in self.journal if (found := re.search(rb"'?\"?(\w+)\(", told.body)))
+        named = Counter(found[1] for call in self.journal if (found := re.search(rb"'?\"?(\w+)\(", call.body)))
         self.figures.append(("errors told", {name.decode(): number for name, number in named.most_common()}))
-        self.figures.append(("500s", Counter(told.kind for told in self.journal if told.status == 500)))
+        self.figures.append(("500s", Counter(call.kind for call in self.journal if call.status == 500)))
         self._judge_memory()
 
     def _judge_ledger(self, entries: dict[str, Entry], balances: dict[int, int]) -> None:
@@ -332,25 +332,25 @@ class Soak:
         self._insist(sum(balances.values()) == ACCOUNTS * BALANCE, "money was made or lost")
         self.figures.append(("ledger", f"{len(entries)} entries, balances add up to {sum(balances.values())}"))
 
-    def _judge_one(self, told: Told, entries: dict[str, Entry]) -> None:
-        """What the client was told is what the database holds."""
-        parts = {part for part in ("late", "hook", "orphan", "audit") if f"{told.token} {part}" in entries}
-        saved = told.token in entries
-        if told.saved:
-            self._insist(saved or told.kind == "look", f"told that it is saved, and it is not: {told}")
+    def _judge_one(self, call: Call, entries: dict[str, Entry]) -> None:
+        """Check that the response agrees with the database."""
+        parts = {part for part in ("late", "hook", "orphan", "audit") if f"{call.token} {part}" in entries}
+        saved = call.token in entries
+        if call.saved:
+            self._insist(saved or call.kind == "look", f"told that it is saved, and it is not: {call}")
             self._insist(
-                told.kind != "stream" or not told.complete or "late" in parts, f"the stream's end is not saved: {told}"
+                call.kind != "stream" or not call.complete or "late" in parts, f"the stream's end is not saved: {call}"
             )
-            self._insist(told.kind != "new" or "audit" in parts, f"the audit is not saved: {told}")
-        elif not told.unknown:
-            self._insist(not saved, f"told an error, and it is saved: {told}")
-        self._insist(saved or not parts & {"late", "hook"}, f"late work of what was never saved: {told}")
-        expected_failure = told.kind in ("refused", "raised", "handled", "orphan", "slow", "swallowed")
-        self._insist(not (expected_failure and (saved or told.saved)), f"it cannot be saved, and is: {told}")
-        self._insist(told.status != 500 or told.kind == "raised", f"an error that nobody expected: {told}")
+            self._insist(call.kind != "new" or "audit" in parts, f"the audit is not saved: {call}")
+        elif not call.unknown:
+            self._insist(not saved, f"told an error, and it is saved: {call}")
+        self._insist(saved or not parts & {"late", "hook"}, f"late work of what was never saved: {call}")
+        expected_failure = call.kind in ("refused", "raised", "handled", "orphan", "slow", "swallowed")
+        self._insist(not (expected_failure and (saved or call.saved)), f"it cannot be saved, and is: {call}")
+        self._insist(call.status != 500 or call.kind == "raised", f"an error that nobody expected: {call}")
 
     def _judge_memory(self) -> None:
-        """After a fifth of the time all caches are filled; what grows after that would grow for ever."""
+        """Check that memory does not grow; the caches are full after a fifth of the run."""
         for name, sizes in self._memory.items():
             settled, last = sizes[len(sizes) // 5], sizes[-1]
             self.figures.append((f"memory of {name}", " ".join(f"{size:.0f}" for size in sizes) + " MB"))

@@ -1,6 +1,6 @@
-"""The bank that `soak.py` puts under load: transfers between accounts, in one way for each kind of request.
+"""The bank that `soak.py` puts under load: transfers between accounts, one endpoint variant for each kind of request.
 
-A transfer is three rows, of which all or none are ever visible: two balances and an entry.
+A transfer writes three rows: two balances and an entry.  Other transactions see all of them or none.
 """
 
 import os
@@ -20,7 +20,7 @@ from session_plugin import commit_on_success
 
 SITE = "SESSION_PLUGIN_SOAK_SITE"
 DATABASE = "SESSION_PLUGIN_SOAK_DATABASE"
-"""Name the environment variables that say which site, and on which database."""
+"""The names of the environment variables that choose the site and its database."""
 
 POOL = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 10}
 ACCOUNTS = 20
@@ -39,7 +39,7 @@ class Account(Base):
 
 
 class Entry(Base):
-    """One transfer; only COMMIT checks that its accounts exist."""
+    """One transfer; the existence of its accounts is checked by COMMIT only."""
 
     __tablename__ = "entry"
     token: Mapped[str] = mapped_column(primary_key=True)
@@ -49,16 +49,16 @@ class Entry(Base):
 
 
 class FailedError(Exception):
-    """Nobody handles it."""
+    """An exception without an error handler."""
 
 
 class HandledError(Exception):
-    """The site's own handler answers it with a 200."""
+    """The site's error handler returns a 200 response."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What one request asks for; the client names it by a token of its own."""
+    """The transfer that a request asks for; the client chooses its token."""
 
     token: str
     source: int
@@ -66,12 +66,12 @@ class Transfer:
     amount: int
 
     def of(self, part: str) -> "Transfer":
-        """The same once more, as another part of the request."""
+        """A transfer with the same values for another part of the request."""
         return replace(self, token=f"{self.token} {part}")
 
 
 def transfer(session: Session, wanted: Transfer) -> None:
-    """Move the amount; what happens in between shows whether it is all or nothing."""
+    """Move the amount; the pauses let other transactions run in between, which must not see part of it."""
     for account, amount in ((wanted.source, -wanted.amount), (wanted.target, wanted.amount)):
         session.execute(update(Account).filter_by(id=account).values(balance=Account.balance + amount))
         session.execute(select(func.pg_sleep(random.random() / 200)))
@@ -79,7 +79,7 @@ def transfer(session: Session, wanted: Transfer) -> None:
 
 
 def work(session: Session, kind: str, wanted: Transfer) -> None:
-    """What each kind of request does before its response."""
+    """Do the work that a kind of request does before its response."""
     if kind == "look":
         session.scalar(select(func.sum(Account.balance)))
         return
@@ -107,12 +107,12 @@ KINDS = {
     "transfer": 8, "serializable": 3, "hook": 2, "new": 2, "stream": 3, "background": 3, "refused": 2, "raised": 1,
     "handled": 1, "orphan": 2, "slow": 1, "swallowed": 1, "look": 2,
 }  # fmt: skip
-"""The kinds of requests, and how often each is among them."""
+"""The kinds of requests, and their relative frequency."""
 STATUSES = {"refused": 409}
 
 
 def status_of(error: Exception) -> int:
-    """503 where the connection was lost, so that nobody knows what became of a COMMIT."""
+    """503 if the connection was lost, because it is then unknown whether a COMMIT succeeded; otherwise 409."""
     lost = isinstance(error, PoolTimeoutError) or getattr(error, "connection_invalidated", False)
     return 503 if lost else 409
 

@@ -1,4 +1,4 @@
-"""What an app calls: policies on functions, and the plugin that answers for an app."""
+"""The accessors of a plugin and the policies on functions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .harness import Base, insert
 
 
 class App:
-    """Anything that can be weakly referred to."""
+    """An app: any object that can be weakly referenced."""
 
 
 class APlugin(Plugin[Any], SyncInterface[Any]):
@@ -47,7 +47,8 @@ def registered(plugin: APlugin, *apps: App) -> APlugin:
     return plugin
 
 
-def test_a_policy_on_a_function_holds_when_it_is_called() -> None:
+def test_a_policy_on_a_function_applies_during_the_call() -> None:
+    """A policy on a function applies for the duration of the call."""
     db = Database("sqlite://", metadata=Base.metadata)
 
     @db.policy(read_only)
@@ -64,7 +65,8 @@ def test_a_policy_on_a_function_holds_when_it_is_called() -> None:
     db.dispose()
 
 
-def test_a_policy_on_a_coroutine_function() -> None:
+def test_a_policy_on_a_coroutine_function_applies_during_the_call() -> None:
+    """A policy on a coroutine function applies for the duration of the call."""
     db = AsyncDatabase("sqlite+aiosqlite://")
 
     @db.policy(manual)
@@ -81,8 +83,8 @@ def test_a_policy_on_a_coroutine_function() -> None:
     asyncio.run(main())
 
 
-def test_a_policy_on_a_generator_function_is_left_to_the_adapter() -> None:
-    """A wrapper would hide from the framework that the endpoint is a generator."""
+def test_a_generator_function_with_a_policy_is_not_wrapped() -> None:
+    """A generator function is marked with the policy but not wrapped, so that a framework still recognises it."""
     db = Database("sqlite://")
 
     def rows() -> Any:
@@ -97,14 +99,16 @@ def test_a_policy_on_a_generator_function_is_left_to_the_adapter() -> None:
     db.dispose()
 
 
-def test_a_plugin_before_init_app_says_so() -> None:
+def test_a_plugin_before_init_app_raises() -> None:
+    """A plugin that is used before init_app() raises an error that names init_app()."""
     with pytest.raises(NoScopeError, match="init_app"):
         _ = APlugin("sqlite://").session
     with pytest.raises(ConfigurationError, match="init_app"):
         APlugin("sqlite://").database_for(App())
 
 
-def test_each_app_gets_a_database_of_its_own() -> None:
+def test_each_app_has_its_own_database() -> None:
+    """A plugin creates a separate database for each app, and without a scope it cannot choose between them."""
     first, second = App(), App()
     plugin = registered(APlugin("sqlite://", metadata=Base.metadata), first, second)
     assert plugin.database_for(first) is not plugin.database_for(second)
@@ -119,7 +123,7 @@ def test_each_app_gets_a_database_of_its_own() -> None:
 
 
 def test_a_plugin_shares_a_database_that_it_is_given() -> None:
-    """With its other apps, and with a worker that imports no framework."""
+    """A plugin that is given a `Database` uses that object, which other apps and workers can share."""
     shared = Database("sqlite://", metadata=Base.metadata, policy=manual)
     app = App()
     plugin = registered(APlugin(shared), app)
@@ -132,7 +136,7 @@ def test_a_plugin_shares_a_database_that_it_is_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (
             lambda: APlugin(AsyncDatabase("sqlite+aiosqlite://")),
@@ -141,35 +145,37 @@ def test_a_plugin_shares_a_database_that_it_is_given() -> None:
         (lambda: APlugin(Database("sqlite://"), echo=True), "was given a Database and further options"),
     ],
 )
-def test_a_database_that_a_plugin_is_given_must_fit(make: Any, says: str) -> None:
-    with pytest.raises(ConfigurationError, match=says):
+def test_a_database_that_a_plugin_is_given_must_fit(make: Any, message: str) -> None:
+    """A plugin refuses a database of the wrong class, and options next to a database."""
+    with pytest.raises(ConfigurationError, match=message):
         registered(make(), App())
 
 
-def test_a_function_names_the_source_late() -> None:
-    """Nothing is made before it is needed."""
-    asked: list[str] = []
+def test_a_source_function_is_called_on_first_use() -> None:
+    """A function that returns the URL is called when the database is first used."""
+    calls: list[str] = []
 
     def source() -> str:
-        asked.append("asked")
+        calls.append("asked")
         return "sqlite://"
 
     app = App()
     plugin = registered(APlugin(source), app)
-    assert asked == []
+    assert calls == []
     with plugin.session_scope() as session:
         assert session is plugin.session
-    assert asked == ["asked"]
+    assert calls == ["asked"]
     plugin.dispose()
 
 
-def test_what_cannot_work_is_told_at_init_app() -> None:
+def test_a_missing_database_is_reported_by_init_app() -> None:
+    """A plugin without a database raises an error in init_app()."""
     with pytest.raises(ConfigurationError, match="No database is configured"):
         registered(APlugin(), App())
 
 
-def test_a_policy_is_that_of_its_own_database() -> None:
-    """What one plugin says of an endpoint is nothing to another; a shared database's word holds for its plugin."""
+def test_a_policy_applies_to_its_own_database() -> None:
+    """A policy applies to the plugin that set it; a policy of a shared database also applies to its plugins."""
     shared = Database("sqlite://")
     apps = App(), App()
     first, second = registered(APlugin(shared), apps[0]), registered(APlugin("sqlite://"), apps[1])
@@ -190,7 +196,7 @@ def test_a_policy_is_that_of_its_own_database() -> None:
 
 
 def test_a_database_that_a_plugin_is_given_takes_no_further_options() -> None:
-    """A policy that would silently not hold is an error."""
+    """A plugin that is given a database refuses options that would have no effect on it."""
     shared = Database("sqlite://")
     for plugin in (
         APlugin(shared, policy=manual),
@@ -207,8 +213,8 @@ class CustomSession(Session):
     pass
 
 
-def test_which_app_is_meant_does_not_depend_on_the_garbage_collector() -> None:
-    """Once a plugin has served two apps, the one that is left is not taken for granted."""
+def test_garbage_collection_does_not_resolve_an_ambiguous_app() -> None:
+    """A plugin that was registered with two apps stays ambiguous after one of them has been garbage-collected."""
     plugin = registered(APlugin("sqlite://"), App())
     gc.collect()
     kept = App()
@@ -218,13 +224,13 @@ def test_which_app_is_meant_does_not_depend_on_the_garbage_collector() -> None:
     assert plugin.database_for(kept)
 
 
-def test_requests_that_are_first_at_once_make_one_database() -> None:
-    """A source that is named late is asked once."""
-    asked: list[str] = []
+def test_simultaneous_first_requests_create_one_database() -> None:
+    """If two threads use a plugin for the first time at once, the function that returns the URL is called once."""
+    calls: list[str] = []
     both = threading.Barrier(2)
 
     def source() -> str:
-        asked.append("asked")
+        calls.append("asked")
         return "sqlite://"
 
     app = App()
@@ -240,12 +246,12 @@ def test_requests_that_are_first_at_once_make_one_database() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(asked) == 1
+    assert len(calls) == 1
     assert found[0] is found[1]
 
 
-def test_a_scoped_session_may_be_taken_at_import_time() -> None:
-    """Flask-Admin's views ask for one before any app is made."""
+def test_a_scoped_session_can_be_read_at_import_time() -> None:
+    """`scoped_session` can be read before the app exists, as Flask-Admin's views do."""
     plugin = APlugin("sqlite://", metadata=Base.metadata)
     scoped = plugin.scoped_session
     app = App()
@@ -255,7 +261,8 @@ def test_a_scoped_session_may_be_taken_at_import_time() -> None:
     plugin.dispose()
 
 
-def test_a_session_of_an_ended_scope_says_what_to_do() -> None:
+def test_a_session_of_an_ended_scope_raises() -> None:
+    """A session that is read after its unit of work has ended raises an error that names session_scope()."""
     db = Database("sqlite://")
 
     async def main() -> None:
@@ -271,8 +278,8 @@ def test_a_session_of_an_ended_scope_says_what_to_do() -> None:
     db.dispose()
 
 
-def test_where_a_scope_was_opened_is_the_users_line() -> None:
-    """Also when it is entered by an ExitStack."""
+def test_repr_of_a_scope_names_the_users_line() -> None:
+    """`repr()` of a scope names the user's line that opened it, even if an `ExitStack` entered it."""
     db = Database("sqlite://")
     with contextlib.ExitStack() as stack:
         stack.enter_context(db.session_scope())
@@ -281,6 +288,6 @@ def test_where_a_scope_was_opened_is_the_users_line() -> None:
 
 
 def test_a_machine_without_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows has none, and needs none of this."""
+    """Registering a fork handler does nothing on Windows, which has no `os.register_at_fork`."""
     monkeypatch.delattr(os, "register_at_fork")
     after_fork_in_child(lambda: None)

@@ -1,4 +1,4 @@
-"""The middleware alone: message by message, cancelled at every await, nested, and on any server's way of calling."""
+"""The ASGI middleware by itself: single messages, nested layers, cancellation, and different servers."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ file_store = stores(["sqlite+aiosqlite"])
 
 @on(PlainASGIHarness)
 class TestContract(Contract):
-    """The promises."""
+    """The promises of the contract."""
 
 
 HTTP = {"type": "http", "method": "GET", "path": "/"}
@@ -50,7 +50,7 @@ LAST = {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 class Bench:
-    """A database of ours, and a server that notes what is durable whenever it is sent something."""
+    """A database, and a server that records what is committed whenever it receives a message."""
 
     def __init__(self, store: Store) -> None:
         store.clear()
@@ -73,24 +73,24 @@ class Bench:
         await app({**HTTP, **(scope or {})}, self.receive, self.send)
 
     def run(self, scenario: Any) -> Any:
-        """Run ``scenario``, and insist that nothing is held at its end."""
+        """Run ``scenario``, and check at its end that no connection and no transaction is left open."""
 
         async def bounded() -> Any:
             try:
                 return await asyncio.wait_for(scenario, 20)
             finally:
                 assert self.db.engine.sync_engine.pool.checkedout() == 0
-                wait_for(lambda: not self.store.open_transactions())  # the server notices late that one was closed
+                wait_for(lambda: not self.store.open_transactions())  # the server may notice a closed connection late
                 assert self.store.open_transactions() == []
                 await self.db.dispose()
 
-        answer = asyncio.run(bounded())
+        result = asyncio.run(bounded())
         gc.collect()
-        return answer
+        return result
 
 
 def sending(bench: Bench, *steps: Any) -> Any:
-    """An app that sends the messages among ``steps`` and does the work among them."""
+    """An app that goes through ``steps``: it sends the messages and calls the functions."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         for step in steps:
@@ -113,8 +113,8 @@ ENDINGS: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_settled_before_the_first_and_before_the_last(file_store: Store, ending: str, layers: int) -> None:
-    """What the server is sent is true at the moment it is sent, whatever message is the last."""
+def test_settled_before_the_first_and_the_last_message(file_store: Store, ending: str, layers: int) -> None:
+    """The unit of work is settled before the first and before the last message, whatever type the last one has."""
     bench = Bench(file_store)
     app = sending(bench, insert("a"), START, insert("b"), PART, insert("c"), *ENDINGS[ending], insert("d"))
     bench.run(bench.serve(app, layers))
@@ -122,8 +122,8 @@ def test_settled_before_the_first_and_before_the_last(file_store: Store, ending:
     assert file_store.names() == ["a", "b", "c", "d"]
 
 
-def test_trailers_are_the_last(file_store: Store) -> None:
-    """A response that announces trailers is complete with the last of them."""
+def test_trailers_are_the_last_message(file_store: Store) -> None:
+    """If a response announces trailers, its last message is the last trailers message."""
     bench = Bench(file_store)
     trailers = {"type": "http.response.trailers", "headers": []}
     app = sending(
@@ -141,14 +141,14 @@ def test_trailers_are_the_last(file_store: Store) -> None:
 
 @pytest.mark.parametrize("steps", [[], [START], [START, PART]], ids=["nothing", "start", "part"])
 def test_an_app_that_does_not_finish_its_response_rolls_back(file_store: Store, steps: list[Any]) -> None:
-    """An app that returns in the middle keeps nothing of what followed the settled part."""
+    """If an app returns before the end of its response, the work since the last settling is rolled back."""
     bench = Bench(file_store)
     bench.run(bench.serve(sending(bench, *steps, insert("lost"))))
     assert file_store.names() == []
 
 
-def test_a_handshake_without_an_answer_rolls_back(file_store: Store) -> None:
-    """An app that returns before it has accepted or closed keeps nothing."""
+def test_an_unfinished_handshake_rolls_back(file_store: Store) -> None:
+    """If a WebSocket app returns before it accepts or closes the connection, its work is rolled back."""
     bench = Bench(file_store)
     bench.run(bench.serve(sending(bench, insert("lost")), scope={"type": "websocket"}))
     assert file_store.names() == []
@@ -156,7 +156,7 @@ def test_a_handshake_without_an_answer_rolls_back(file_store: Store) -> None:
 
 @pytest.mark.parametrize("connection", [("http", "POST"), ("websocket", None)])
 def test_logs_name_the_connection(file_store: Store, connection: tuple[str, str | None]) -> None:
-    """By its method and path; a WebSocket has no method."""
+    """`repr()` of a scope names the method and the path; a WebSocket has no method."""
     kind, method = connection
     bench = Bench(file_store)
     seen: list[str] = []
@@ -169,7 +169,7 @@ def test_logs_name_the_connection(file_store: Store, connection: tuple[str, str 
 
 
 def test_a_buffering_middleware_may_finish_the_response(file_store: Store) -> None:
-    """A middleware that sends the response once the app has returned: its work is settled, and before the last byte."""
+    """If a middleware sends the response after the app has returned, its work is settled before the first byte."""
     bench = Bench(file_store)
     inside = SessionScopeMiddleware(sending(bench, START, insert("a"), LAST), bench.db)
 
@@ -188,16 +188,16 @@ def test_a_buffering_middleware_may_finish_the_response(file_store: Store) -> No
 
 
 def between(bench: Bench, app: Any, middleware: Any) -> Any:
-    """``middleware(app, scope, receive, send)`` between two layers."""
+    """Serve ``middleware(app, scope, receive, send)`` between two layers."""
     inside = SessionScopeMiddleware(app, bench.db)
     return bench.serve(lambda scope, receive, send: middleware(inside, scope, receive, send), layers=1)
 
 
 @pytest.mark.parametrize("other_is", ["absent", "further in", "further out"])
 def test_work_of_a_middleware_while_it_passes_the_start_on(file_store: Store, other_is: str) -> None:
-    """What a middleware writes when it sees the status is durable before the first byte.
+    """Work that a middleware does when it passes on the start message is committed before the first byte.
 
-    Also where the layers of another database stand beside those of its own.
+    This also holds if layers of another database are inside or outside of its own.
     """
     bench = Bench(file_store)
     other = AsyncDatabase("sqlite+aiosqlite://")
@@ -220,8 +220,8 @@ def test_work_of_a_middleware_while_it_passes_the_start_on(file_store: Store, ot
 
 
 @pytest.mark.parametrize("status", [400, 500])
-def test_an_error_answer_to_a_stream_that_failed_unseen(file_store: Store, status: int) -> None:
-    """If nothing of a failed stream has left, a middleware may still answer it with an error."""
+def test_an_error_response_for_a_stream_that_failed_before_its_first_byte(file_store: Store, status: int) -> None:
+    """If no message of a failed stream was sent, a middleware can still send an error response."""
     bench = Bench(file_store)
 
     async def failing(scope: Any, receive: Any, send: Any) -> None:
@@ -242,7 +242,7 @@ def test_an_error_answer_to_a_stream_that_failed_unseen(file_store: Store, statu
 
 
 def swallowing(app: Any, scope: Any, receive: Any, send: Any) -> Any:
-    """A middleware that reports the errors of the app, and keeps them."""
+    """A middleware that swallows the errors of the app."""
 
     async def report() -> None:
         with contextlib.suppress(ValueError, BaseExceptionGroup):
@@ -252,7 +252,7 @@ def swallowing(app: Any, scope: Any, receive: Any, send: Any) -> Any:
 
 
 class FailingWork:
-    """A transaction that is begun, and fails, when it is told."""
+    """A transaction that begins and fails at times chosen by the test."""
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
@@ -267,7 +267,7 @@ class FailingWork:
 
 
 def test_work_of_the_app_beside_its_own_start(file_store: Store) -> None:
-    """A task of the app that works while another one's start is on its way: that start does not commit half of it."""
+    """A task that works while another task of the app sends the start is not committed halfway by that start."""
     bench = Bench(file_store)
 
     async def scenario() -> None:
@@ -297,7 +297,7 @@ def test_work_of_the_app_beside_its_own_start(file_store: Store) -> None:
 
 
 def test_work_of_the_app_beside_its_own_end(file_store: Store) -> None:
-    """Background work that fails is rolled back, whoever keeps its error, also if it began beside the last message."""
+    """Failing background work is rolled back even if it began during the last message and its error is swallowed."""
     bench = Bench(file_store)
 
     async def scenario() -> None:
@@ -324,7 +324,7 @@ def test_work_of_the_app_beside_its_own_end(file_store: Store) -> None:
 
 
 def test_work_of_a_middleware_that_outlives_its_send(file_store: Store) -> None:
-    """A task of its send wrapper goes on beside the app, whose end does not commit half of it."""
+    """The end of an app does not commit half of the work of a task that a middleware's send wrapper started."""
     bench = Bench(file_store)
 
     async def scenario() -> None:
@@ -356,7 +356,7 @@ def test_work_of_a_middleware_that_outlives_its_send(file_store: Store) -> None:
 
 
 def test_two_messages_at_once(file_store: Store) -> None:
-    """One that has passed a middleware takes nothing from what that one still does with the other."""
+    """Work of a middleware on one message is settled correctly while another message passes through it."""
     bench = Bench(file_store)
     push = {"type": "http.response.push", "path": "/style.css", "headers": []}
 
@@ -386,7 +386,10 @@ def test_two_messages_at_once(file_store: Store) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_background_work_beside_the_layers_of_two_databases(file_store: Store, fails: bool) -> None:
-    """It fails, and a middleware between the layers keeps the error; the client may have left before."""
+    """Failing background work is rolled back if a middleware swallows its error between layers of two databases.
+
+    This also holds if the client has disconnected before.
+    """
     bench = Bench(file_store)
     other = AsyncDatabase("sqlite+aiosqlite://")
 
@@ -407,12 +410,12 @@ def test_background_work_beside_the_layers_of_two_databases(file_store: Store, f
     assert file_store.names() == []
 
 
-def test_a_middleware_that_answers_for_the_app_with_work_of_its_own(file_store: Store) -> None:
-    """The app returned without an answer; what the middleware does then is kept as its status says."""
+def test_a_middleware_that_responds_for_the_app_settles_its_own_work(file_store: Store) -> None:
+    """If the app sends no response and a middleware does, the middleware's own work is settled by its response."""
     bench = Bench(file_store)
 
     async def silent(scope: Any, receive: Any, send: Any) -> None:
-        """Answers nothing."""
+        """Send no response."""
 
     async def answering(app: Any, scope: Any, receive: Any, send: Any) -> None:
         await app(scope, receive, send)
@@ -424,8 +427,8 @@ def test_a_middleware_that_answers_for_the_app_with_work_of_its_own(file_store: 
     assert bench.sent == [("start", ["own"]), ("body", ["own"])]
 
 
-def test_nothing_of_a_request_stays_in_the_contexts_of_its_tasks(file_store: Store) -> None:
-    """Such as that of a driver's connection, or of a task that goes on."""
+def test_tasks_that_outlive_a_request_do_not_refer_to_it(file_store: Store) -> None:
+    """Tasks and connections that outlive a request keep no reference to its layers."""
     bench = Bench(file_store)
 
     async def scenario() -> list[Any]:
@@ -447,8 +450,8 @@ def test_nothing_of_a_request_stays_in_the_contexts_of_its_tasks(file_store: Sto
     assert bench.run(scenario()) == []
 
 
-def test_a_stream_that_failed_is_completed_by_nobody(file_store: Store) -> None:
-    """A middleware that swallows the error and sends the last message sends it in vain: the client sees the cut."""
+def test_a_failed_stream_cannot_be_completed(file_store: Store) -> None:
+    """After a stream has failed, a middleware that swallows the error cannot complete the response."""
     bench = Bench(file_store)
 
     async def failing(scope: Any, receive: Any, send: Any) -> None:
@@ -466,7 +469,7 @@ def test_a_stream_that_failed_is_completed_by_nobody(file_store: Store) -> None:
 
 
 async def holding(app: Any, scope: Any, receive: Any, send: Any) -> None:
-    """A middleware that sends nothing before the app has returned, and swallows its error."""
+    """A middleware that sends nothing until the app has returned, and swallows its error."""
     held: list[Any] = []
 
     async def hold(message: Any) -> None:
@@ -478,8 +481,8 @@ async def holding(app: Any, scope: Any, receive: Any, send: Any) -> None:
         await send(message)
 
 
-def test_a_failure_after_the_last_message_cuts_no_response(file_store: Store) -> None:
-    """A middleware that holds the whole response may still send it, whatever the app's background work does."""
+def test_failed_background_work_does_not_affect_a_held_response(file_store: Store) -> None:
+    """If background work fails, a middleware that holds back the complete response can still send it."""
     bench = Bench(file_store)
 
     async def failing(scope: Any, receive: Any, send: Any) -> None:
@@ -490,8 +493,8 @@ def test_a_failure_after_the_last_message_cuts_no_response(file_store: Store) ->
     assert bench.sent == [("start", ["a"]), ("body", ["a"])]
 
 
-def test_a_failure_that_takes_the_work_of_a_held_stream_with_it(file_store: Store) -> None:
-    """What the body did is rolled back with the background work, so the held response may not pass for a success."""
+def test_failed_background_work_in_the_transaction_of_a_held_stream(file_store: Store) -> None:
+    """If background work fails in the transaction of a held stream, both roll back, and the response cannot be sent."""
     bench = Bench(file_store)
 
     async def failing(scope: Any, receive: Any, send: Any) -> None:
@@ -504,8 +507,8 @@ def test_a_failure_that_takes_the_work_of_a_held_stream_with_it(file_store: Stor
 
 
 @pytest.mark.parametrize("started", [[], [START]], ids=["nothing", "start"])
-def test_a_middleware_that_finishes_for_an_app_saves_nothing_of_it(file_store: Store, started: list[Any]) -> None:
-    """A response that the app has cut short is given up, even if another completes it."""
+def test_a_completed_response_does_not_save_the_apps_work(file_store: Store, started: list[Any]) -> None:
+    """If an app stops before the end of its response, its work is rolled back even if a middleware completes it."""
     bench = Bench(file_store)
 
     async def finishing(app: Any, scope: Any, receive: Any, send: Any) -> None:
@@ -516,8 +519,8 @@ def test_a_middleware_that_finishes_for_an_app_saves_nothing_of_it(file_store: S
     assert bench.sent == [("start", []), ("body", [])]
 
 
-def test_a_middleware_that_answers_in_place_of_an_app_saves_its_work(file_store: Store) -> None:
-    """The status that counts is the one which the client reads."""
+def test_a_middleware_that_replaces_a_response_saves_its_own_work(file_store: Store) -> None:
+    """If a middleware replaces the app's response, the status of the middleware's response decides."""
     bench = Bench(file_store)
 
     async def replacing(app: Any, scope: Any, receive: Any, send: Any) -> None:
@@ -532,10 +535,10 @@ def test_a_middleware_that_answers_in_place_of_an_app_saves_its_work(file_store:
 
 
 @pytest.mark.parametrize("queried", [False, True])
-def test_what_is_answered_to_a_refusal_saves_nothing(store: Store, queried: bool) -> None:
-    """A middleware that answers a failed commit with a success has no part in it: its own work rolls back.
+def test_a_success_response_after_a_failed_commit_saves_nothing(store: Store, queried: bool) -> None:
+    """If a middleware sends a success response after a failed commit, its own work is rolled back.
 
-    It is told of the failure also if the transaction began with its own query.
+    The failed commit is also raised to the middleware if its own query began the transaction.
     """
     bench = Bench(store)
 
@@ -551,8 +554,8 @@ def test_what_is_answered_to_a_refusal_saves_nothing(store: Store, queried: bool
 
 
 @pytest.mark.parametrize("holds", [False, True])
-def test_a_refusal_reaches_the_middleware_around_the_work(file_store: Store, holds: bool) -> None:
-    """Of three layers, the one in the middle settles what a middleware did inside it, while the app runs or after."""
+def test_a_failed_commit_is_raised_to_the_surrounding_middleware(file_store: Store, holds: bool) -> None:
+    """A failed commit is raised to the middleware that surrounds the work, during the app's call or after it."""
     bench = Bench(file_store)
     inside = SessionScopeMiddleware(sending(bench, insert("a"), START, LAST), bench.db)
 
@@ -581,7 +584,7 @@ def test_a_refusal_reaches_the_middleware_around_the_work(file_store: Store, hol
 
 
 async def started_beside(app: Any, scope: Any, receive: Any) -> asyncio.Task[None]:
-    """``app`` in a task of its own, once it has sent its first message, which goes nowhere."""
+    """Run ``app`` in a task, and return the task once the app has sent its first message, which is discarded."""
     started = asyncio.Event()
 
     async def note_start(message: Any) -> None:
@@ -593,7 +596,7 @@ async def started_beside(app: Any, scope: Any, receive: Any) -> asyncio.Task[Non
 
 
 def test_a_stream_that_fails_beside_a_middleware_at_work(store: Store) -> None:
-    """An app that ends beside its middleware does not end the middleware's transaction; the client sees no success."""
+    """A stream that fails in its own task leaves a middleware's transaction open, but no response is sent."""
     bench = Bench(store)
     log: list[str] = []
 
@@ -620,7 +623,7 @@ def test_a_stream_that_fails_beside_a_middleware_at_work(store: Store) -> None:
 
 
 def test_an_app_that_ends_beside_a_middleware_at_work(file_store: Store) -> None:
-    """An app that only returns does not end the middleware's transaction either."""
+    """An app that returns in its own task leaves a middleware's transaction open."""
     bench = Bench(file_store)
 
     async def starting(scope: Any, receive: Any, send: Any) -> None:
@@ -640,9 +643,11 @@ def test_an_app_that_ends_beside_a_middleware_at_work(file_store: Store) -> None
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_an_app_that_ends_before_its_last_message_is_passed_on(store: Store, left: bool) -> None:
-    """What it did while streaming is settled once, and only if the client is there: so it is behind Starlette's
-    `BaseHTTPMiddleware`, which up to Starlette 1.6 hands the last message on while the app ends beside it.
+def test_an_app_that_returns_before_its_last_message_is_passed_on(store: Store, left: bool) -> None:
+    """Work of a stream is settled once, and only if the client is still connected, if the app returns early.
+
+    Starlette's `BaseHTTPMiddleware` is such a case: up to Starlette 1.6, it passes on the last message
+    while the app is already returning.
     """
     bench = Bench(store)
 
@@ -666,13 +671,13 @@ def test_an_app_that_ends_before_its_last_message_is_passed_on(store: Store, lef
     assert (bench.sent, store.names()) == ([("start", []), ("body", []), ("body", names)], names)
 
 
-def test_a_policy_is_told_which_work_follows_the_response(file_store: Store) -> None:
-    """The work of a stream has the response's status, background work has none."""
+def test_outcomes_tell_background_work_from_streamed_work(file_store: Store) -> None:
+    """The outcome of a stream's work has the status of the response; the outcome of background work has none."""
     bench = Bench(file_store)
-    told: list[Any] = []
+    outcomes: list[Any] = []
 
     def decide(outcome: Outcome) -> Decision:
-        told.append((outcome.status, outcome.background))
+        outcomes.append((outcome.status, outcome.background))
         return Decision(True, "fine")
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -680,29 +685,29 @@ def test_a_policy_is_told_which_work_follows_the_response(file_store: Store) -> 
         await sending(bench, START, insert("a"), LAST, insert("late"))(scope, receive, send)
 
     bench.run(bench.serve(app))
-    assert (told, file_store.names()) == ([(200, False), (None, True)], ["a", "late"])
+    assert (outcomes, file_store.names()) == ([(200, False), (None, True)], ["a", "late"])
 
 
-@pytest.mark.parametrize(("answer", "status"), [("accept", 101), ("close", 403)])
-def test_a_policy_is_told_how_a_handshake_is_answered(file_store: Store, answer: str, status: int) -> None:
-    """By the HTTP status that a client reads."""
+@pytest.mark.parametrize(("reply", "status"), [("accept", 101), ("close", 403)])
+def test_the_outcome_of_a_handshake_has_the_clients_status(file_store: Store, reply: str, status: int) -> None:
+    """The outcome of a handshake has the HTTP status that the client receives."""
     bench = Bench(file_store)
-    told: list[Any] = []
+    outcomes: list[Any] = []
 
     def decide(outcome: Outcome) -> Decision:
-        told.append(outcome.status)
+        outcomes.append(outcome.status)
         return Decision(True, "fine")
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         bench.db.use(decide)
-        await sending(bench, insert("a"), {"type": f"websocket.{answer}"})(scope, receive, send)
+        await sending(bench, insert("a"), {"type": f"websocket.{reply}"})(scope, receive, send)
 
     bench.run(bench.serve(app, scope={"type": "websocket"}))
-    assert (told, bench.sent) == ([status], [(answer, ["a"])])
+    assert (outcomes, bench.sent) == ([status], [(reply, ["a"])])
 
 
-def test_the_second_app_of_a_cascade_goes_on_with_its_work(file_store: Store) -> None:
-    """What it does beside a start that is still on its way is settled with its last message, as an only app's is."""
+def test_work_of_the_second_app_of_a_cascade_is_settled(file_store: Store) -> None:
+    """If a middleware calls a second app after the first, the second app's work is settled before its last message."""
     bench = Bench(file_store)
     first = SessionScopeMiddleware(sending(bench, {**START, "status": 404}, LAST), bench.db)
 
@@ -728,15 +733,15 @@ def test_the_second_app_of_a_cascade_goes_on_with_its_work(file_store: Store) ->
 
 @pytest.mark.parametrize(("statuses", "saved"), [((200, 500), ["a"]), ((500, 200), [])])
 def test_a_second_start_is_settled_too(file_store: Store, statuses: tuple[int, int], saved: list[str]) -> None:
-    """An app that starts twice is the server's to judge; no work slips through, and no error becomes a success."""
+    """If an app sends two starts, work after the second is not lost, and an error status is never replaced."""
     bench = Bench(file_store)
     first, second = ({**START, "status": status} for status in statuses)
     bench.run(bench.serve(sending(bench, insert("a"), first, insert("b"), second, LAST)))
     assert file_store.names() == saved
 
 
-def test_the_same_request_tried_again(file_store: Store) -> None:
-    """A middleware further out may call twice: each try has a unit of work of its own, and stands in none after it."""
+def test_a_request_that_is_tried_again_has_a_new_unit_of_work(file_store: Store) -> None:
+    """If a middleware calls the app twice, each call has its own unit of work, and none is left open after it."""
     bench = Bench(file_store)
     sessions: list[Any] = []
 
@@ -756,8 +761,8 @@ def test_the_same_request_tried_again(file_store: Store) -> None:
     assert (file_store.names(), sessions[0] is sessions[1]) == (["try 1", "try 2"], False)
 
 
-def test_inside_an_except_block(file_store: Store) -> None:
-    """An app that is called while an exception is being handled commits like any other."""
+def test_an_app_called_in_an_except_block_commits(file_store: Store) -> None:
+    """An app that is called inside an `except` block commits."""
     bench = Bench(file_store)
 
     async def handling() -> None:
@@ -770,8 +775,8 @@ def test_inside_an_except_block(file_store: Store) -> None:
     assert file_store.names() == ["a"]
 
 
-def test_a_refused_response_stays_refused(store: Store) -> None:
-    """An app that goes on sending after the refusal sends nothing, and its end is the commit's error."""
+def test_nothing_is_sent_after_a_failed_commit(store: Store) -> None:
+    """After a failed commit, further messages of the app are not sent, and the app's call raises the commit's error."""
     bench = Bench(store)
 
     async def stubborn(scope: Any, receive: Any, send: Any) -> None:
@@ -785,21 +790,21 @@ def test_a_refused_response_stays_refused(store: Store) -> None:
     assert bench.sent == []
 
 
-def test_a_cancelled_app_that_was_refused_is_still_cancelled(store: Store) -> None:
-    """A refusal does not swallow a cancellation."""
+def test_a_failed_commit_does_not_swallow_a_cancellation(store: Store) -> None:
+    """An app that is cancelled after a failed commit ends with the cancellation."""
     bench = Bench(store)
-    refused = asyncio.Event()
+    commit_failed = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await bench.db.session.run_sync(add_orphan)
         with contextlib.suppress(BaseException):
             await send(START)
-        refused.set()
+        commit_failed.set()
         await asyncio.Event().wait()
 
     async def scenario() -> None:
         task = asyncio.create_task(bench.serve(app))
-        await refused.wait()
+        await commit_failed.wait()
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled()
@@ -813,8 +818,11 @@ def test_a_cancelled_app_that_was_refused_is_still_cancelled(store: Store) -> No
 @pytest.mark.parametrize(
     "to_app", [[], [{"type": "http.request"}], [{"type": "http.disconnect"}], [OSError("gone")]], ids=repr
 )
-def test_the_client_is_asked_before_the_last_byte(file_store: Store, to_app: list[Any]) -> None:
-    """Only a client that is known to have left costs the late work; what was asked ahead reaches the app."""
+def test_a_disconnect_is_checked_before_the_last_byte(file_store: Store, to_app: list[Any]) -> None:
+    """Before the last byte, the middleware checks for a disconnect, and only a disconnect rolls back a stream's work.
+
+    A message that the check receives is passed on to the app.
+    """
     bench = Bench(file_store)
     received: list[Any] = []
 
@@ -845,28 +853,28 @@ def test_the_client_is_asked_before_the_last_byte(file_store: Store, to_app: lis
 
 
 @pytest.mark.parametrize("leaves", [True, False])
-def test_an_app_that_listens_itself_is_not_asked_ahead(file_store: Store, leaves: bool) -> None:
-    """While the app waits for the client, nobody else takes its message; what it hears counts."""
+def test_an_app_that_awaits_receive_itself(file_store: Store, leaves: bool) -> None:
+    """While the app itself awaits receive(), the middleware does not; a disconnect that the app receives rolls back."""
     bench = Bench(file_store)
     listening = 0
 
     async def receive() -> Any:
         nonlocal listening
         listening += 1
-        await gone.wait()
+        await disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         listener = asyncio.create_task(receive())
         await sending(bench, START, insert("late"))(scope, receive, send)
         if leaves:
-            gone.set()
+            disconnected.set()
             await listener
         await send(LAST)
-        gone.set()
+        disconnected.set()
         await listener
 
-    gone = asyncio.Event()
+    disconnected = asyncio.Event()
     bench.receive = receive  # type: ignore[method-assign]
     bench.run(bench.serve(app))
     assert listening == 1
@@ -877,7 +885,7 @@ def test_an_app_that_listens_itself_is_not_asked_ahead(file_store: Store, leaves
 
 
 def test_a_commit_that_has_begun_is_finished(postgresql_store: Store) -> None:
-    """A cancellation that arrives during COMMIT waits for it; the client is told nothing."""
+    """A cancellation that arrives during COMMIT waits until COMMIT has finished; no response is sent."""
     bench = Bench(postgresql_store)
     committing: list[asyncio.Task[Any]] = []
     cancelled_at: list[str] = []
@@ -897,8 +905,8 @@ def test_a_commit_that_has_begun_is_finished(postgresql_store: Store) -> None:
     assert (cancelled_at, postgresql_store.names(), bench.sent) == (["commit"], ["a"], [])
 
 
-def test_a_timeout_in_a_middleware(store: Store) -> None:
-    """asyncio.timeout() around the app ends it in time; what is answered instead does not save the work."""
+def test_a_timeout_in_a_middleware_rolls_back(store: Store) -> None:
+    """asyncio.timeout() around the app cancels it, and a success response of the middleware does not save its work."""
     bench = Bench(store)
 
     async def hanging(scope: Any, receive: Any, send: Any) -> None:
@@ -920,7 +928,7 @@ def test_a_timeout_in_a_middleware(store: Store) -> None:
 
 
 def test_a_statement_that_timed_out_is_no_success(postgresql_store: Store) -> None:
-    """A request that swallows the timeout of one of its statements is not told that its work was saved."""
+    """A request that swallows the timeout of a statement receives an error, and nothing is committed."""
     bench = Bench(postgresql_store)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -938,8 +946,8 @@ def test_a_statement_that_timed_out_is_no_success(postgresql_store: Store) -> No
     assert (bench.sent, postgresql_store.names()) == ([], [])
 
 
-def test_shutdown_in_the_middle_of_a_request(store: Store) -> None:
-    """A server that stops waiting and cancels what it serves leaves nothing behind, and nothing half-done."""
+def test_shutdown_during_a_request_rolls_back(store: Store) -> None:
+    """A request that the server cancels at shutdown is rolled back, and its connection is released."""
     site = Site(store)
     reached = threading.Event()
 
@@ -958,8 +966,8 @@ def test_shutdown_in_the_middle_of_a_request(store: Store) -> None:
     assert store.names() == []
 
 
-def test_a_sync_endpoint_that_is_abandoned(file_store: Store) -> None:
-    """A native cancellation leaves a thread at work; its session refuses once the request is over."""
+def test_the_session_of_a_cancelled_sync_endpoint_is_closed(file_store: Store) -> None:
+    """The thread of a cancelled sync endpoint works on, but its session then raises `ScopeClosedError`."""
     database = Database(file_store.url.replace("aiosqlite", "pysqlite"), **POOL)
     gate = Gate()
     outcome: list[Any] = []
@@ -992,8 +1000,8 @@ def test_a_sync_endpoint_that_is_abandoned(file_store: Store) -> None:
     database.dispose()
 
 
-def test_a_thread_of_a_request_has_a_permit(file_store: Store) -> None:
-    """So a crowd of threads that wait for a connection leaves room to those that end."""
+def test_a_sync_unit_of_work_holds_a_permit_while_in_a_transaction(file_store: Store) -> None:
+    """A sync unit of work holds a permit while it is in a transaction, and returns it when it settles."""
     database = Database(file_store.url.replace("aiosqlite", "pysqlite"), **POOL)
     held: list[Any] = []
 
@@ -1015,8 +1023,8 @@ def test_a_thread_of_a_request_has_a_permit(file_store: Store) -> None:
 # -- servers ---------------------------------------------------------------------------------------
 
 
-def test_two_requests_on_one_connection(file_store: Store) -> None:
-    """A kept-alive connection carries no scope from one request to the next."""
+def test_two_requests_on_one_connection_have_separate_units_of_work(file_store: Store) -> None:
+    """Two requests on one kept-alive connection have separate units of work."""
     site = Site(file_store)
     sessions: list[Any] = []
 
@@ -1035,8 +1043,8 @@ def test_two_requests_on_one_connection(file_store: Store) -> None:
 
 
 @pytest.mark.parametrize("http", ["h11", "httptools"])
-def test_on_either_parser(file_store: Store, http: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream whose commit fails is incomplete on the wire, and one that its client left rolls back, on h11 too."""
+def test_a_stream_on_each_http_parser(file_store: Store, http: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream whose commit fails is incomplete on the wire, with h11 as well as with httptools."""
     site = Site(file_store)
     config = uvicorn.Config
     monkeypatch.setattr(uvicorn, "Config", lambda *args, **options: config(*args, http=http, **options))
@@ -1064,7 +1072,7 @@ def sending_on(db: Any, *steps: Any) -> Any:
 
 @pytest.mark.parametrize("cancelled", [True, False])
 def test_shutdown_beside_a_request(file_store: Store, cancelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its connection goes back before the pool is disposed, if the request ends at all within the bound."""
+    """At shutdown, the pool is disposed of after a running request has ended, or after a time limit."""
     monkeypatch.setattr("session_plugin.asgi.middleware.LONGEST_WAIT", math.inf if cancelled else 0.05)
 
     async def scenario() -> None:
@@ -1104,8 +1112,8 @@ def test_shutdown_beside_a_request(file_store: Store, cancelled: bool, monkeypat
     asyncio.run(scenario())
 
 
-def test_a_request_may_be_given_up_in_another_context() -> None:
-    """A server that ends its loop has its coroutines collected anywhere; nothing hides that they were given up."""
+def test_a_request_can_be_closed_in_another_context() -> None:
+    """A coroutine of a request can be closed in another context without an error."""
     db = Database("sqlite://")
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -1,4 +1,4 @@
-"""Reading without a transaction, under a policy that the database enforces."""
+"""The policy `read_only_autocommit`: reading without a transaction, on connections that refuse to write."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SETTING = {
 
 
 def reading(units: Units, work: Callable[[Session], Any]) -> Any:
-    """A unit of work under the policy."""
+    """Run ``work`` in a unit of work with the policy `read_only_autocommit`."""
 
     def read(session: Session) -> Any:
         units.db.use(read_only_autocommit)
@@ -65,8 +65,8 @@ def pools(units: Units) -> list[Any]:
     return [engine.pool for engine in core_of(units.db).engines.known]
 
 
-def test_it_reads_what_is_committed(units: Units) -> None:
-    """And gives its connection back; what is loaded stays readable."""
+def test_it_reads_committed_rows(units: Units) -> None:
+    """A unit of work reads committed rows, releases its connection, and leaves the loaded objects readable."""
     units.run(add("tea"))
     parent = reading(units, lambda session: session.scalars(select(Parent)).one())
     assert parent.name == "tea"
@@ -76,7 +76,7 @@ def test_it_reads_what_is_committed(units: Units) -> None:
 
 @on(*POSTGRESQL)
 def test_no_transaction_is_begun(units: Units) -> None:
-    """Each statement has a time, and so a transaction, of its own."""
+    """Each statement runs in its own transaction, so that now() differs between statements."""
 
     def moments(session: Session) -> int:
         return len({session.scalar(select(func.now())) for _ in range(3)})
@@ -87,7 +87,7 @@ def test_no_transaction_is_begun(units: Units) -> None:
 
 @on(*POSTGRESQL)
 def test_a_query_is_one_round_trip(units: Units) -> None:
-    """None goes to BEGIN and COMMIT, and none to the setting, once the connection is there."""
+    """A query takes one round trip: the driver sends no BEGIN, no COMMIT and no setting on a pooled connection."""
     units.run(add("tea"))
     with Proxy(units.store.url) as proxy:
         store = copy(units.store)
@@ -111,8 +111,8 @@ def test_a_query_is_one_round_trip(units: Units) -> None:
         "DROP TABLE child",
     ],
 )
-def test_the_database_refuses_what_would_write(units: Units, statement: str) -> None:
-    """For certain, and the next unit of work on this database writes as ever."""
+def test_the_database_refuses_to_write(units: Units, statement: str) -> None:
+    """The database refuses statements that write, and the next unit of work without the policy can write."""
     units.run(add("tea"))
     with pytest.raises(DBAPIError):
         reading(units, lambda session: session.execute(text(statement)))
@@ -122,13 +122,14 @@ def test_the_database_refuses_what_would_write(units: Units, statement: str) -> 
 
 
 def test_the_session_refuses_to_flush(units: Units) -> None:
+    """A flush raises `ReadOnlyError`."""
     with pytest.raises(ReadOnlyError):
         reading(units, lambda session: [session.add(Parent(name="lost")), session.flush()])
     assert units.store.names() == []
 
 
-def test_an_error_that_is_caught_spoils_nothing(units: Units) -> None:
-    """There is no transaction that it could have aborted."""
+def test_a_caught_error_does_not_prevent_further_statements(units: Units) -> None:
+    """An error that is caught does not prevent further statements, because there is no transaction to abort."""
 
     def work(session: Session) -> Any:
         with pytest.raises(DBAPIError):
@@ -138,8 +139,8 @@ def test_an_error_that_is_caught_spoils_nothing(units: Units) -> None:
     assert reading(units, work) == 0
 
 
-def test_no_setting_stays_behind(units: Units) -> None:
-    """Neither is told to the connections of the others."""
+def test_the_read_only_setting_does_not_leak(units: Units) -> None:
+    """The read-only setting does not leak to the connections of units of work with another policy."""
     backend = units.driver.partition("+")[0]
 
     def setting(session: Session) -> bool:
@@ -150,8 +151,8 @@ def test_no_setting_stays_behind(units: Units) -> None:
     assert not units.run(setting)
 
 
-def test_it_ends_with_its_database(units: Units) -> None:
-    """`dispose` closes its connections too, and later ones are made anew."""
+def test_dispose_closes_the_read_only_connections(units: Units) -> None:
+    """dispose() closes the read-only connections too, and later units of work open new ones."""
     reading(units, names)
     dispose(units)
     assert [pool.checkedin() for pool in pools(units)] == [0, 0]
@@ -160,6 +161,7 @@ def test_it_ends_with_its_database(units: Units) -> None:
 
 @on(*SYNC)
 def test_requests_and_jobs_share_the_connections(units: Units) -> None:
+    """Units of work of requests and of jobs use the same read-only pool."""
     reading(units, names)
     scope: SessionScope[Any] = open_unit_of_work(core_of(units.db), origin="GET /", method="GET")
     scope.use(read_only_autocommit)
@@ -170,8 +172,8 @@ def test_requests_and_jobs_share_the_connections(units: Units) -> None:
 
 
 @on("sqlite+aiosqlite", "postgresql+asyncpg")
-def test_on_another_event_loop(units: Units) -> None:
-    """The connections of one that is closed are left alone."""
+def test_reuse_on_another_event_loop(units: Units) -> None:
+    """A database that was disposed of can be used again on another event loop."""
     reading(units, names)
     dispose(units)
     units.runner.close()
@@ -179,8 +181,8 @@ def test_on_another_event_loop(units: Units) -> None:
     assert reading(units, names) == []
 
 
-def test_one_policy_of_this_kind_is_any_policy_of_this_kind(units: Units) -> None:
-    """What makes it is that it is read-only, and without transactions."""
+def test_a_custom_policy_with_autocommit_is_read_only(units: Units) -> None:
+    """Any policy that is read-only and has the isolation level AUTOCOMMIT refuses to write."""
     own = replace(read_only, name="own", isolation_level="AUTOCOMMIT")
 
     def work(session: Session) -> None:
@@ -191,8 +193,8 @@ def test_one_policy_of_this_kind_is_any_policy_of_this_kind(units: Units) -> Non
         units.run(work)
 
 
-def test_an_engine_made_elsewhere_is_told(tmp_path: Path) -> None:
-    """How to connect to its database is not known; nothing is done by half."""
+def test_an_engine_that_the_user_created_raises(tmp_path: Path) -> None:
+    """An engine that the user created raises `ConfigurationError`, because its connect options are unknown."""
     engine = create_engine(f"sqlite:///{tmp_path / 'test.db'}")
     db = Database(engine)
     with pytest.raises(ConfigurationError, match="that you created yourself"), db.session_scope() as session:
@@ -201,7 +203,8 @@ def test_an_engine_made_elsewhere_is_told(tmp_path: Path) -> None:
     engine.dispose()
 
 
-def test_a_database_that_cannot_be_told_is_named() -> None:
+def test_an_unsupported_dialect_is_named() -> None:
+    """A dialect without a read-only setting raises an error that names it."""
     engine = create_mock_engine("mssql+pyodbc://", lambda *statement: None)
     with pytest.raises(ConfigurationError, match="outside a transaction on mssql"):
         forbid_writing(engine)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The benchmark runs, and every contender in it answers as it should; no figure is judged here."""
+"""The benchmark runs, and every contender in it responds correctly; no measurement is judged here."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def database(postgresql: PostgreSQL) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda each: each.key)
-def test_a_contender_does_what_it_is_measured_at(contender: Contender, postgresql: PostgreSQL, database: str) -> None:
-    """It reads and writes through its own session, and leaves no connection behind."""
+def test_each_contender_reads_and_writes(contender: Contender, postgresql: PostgreSQL, database: str) -> None:
+    """Each contender reads and writes through its own session, and leaves no connection checked out."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of other people's libraries
+        warnings.simplefilter("ignore")  # warnings of third-party libraries
         running = Running(contender, postgresql.url("psycopg", database))
         try:
             running.check()
@@ -48,7 +48,7 @@ def test_a_contender_does_what_it_is_measured_at(contender: Contender, postgresq
 
 
 def test_the_command_measures_every_part(postgresql: PostgreSQL, tmp_path: Path) -> None:
-    """A very small run ends with the page, the figures and the plot."""
+    """A very small run of the benchmark writes the page, the measurements and the plot."""
     command = [sys.executable, "-m", "bench", "--size", "smoke", "--output", str(tmp_path)]
     chosen = ["--kind", "flask", "--contender", "session_plugin"]
     given = {"SESSION_PLUGIN_TEST_POSTGRESQL": postgresql.url("psycopg", "postgres")}
@@ -64,33 +64,34 @@ def test_the_command_measures_every_part(postgresql: PostgreSQL, tmp_path: Path)
     assert (tmp_path / "smoke.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.filterwarnings("ignore:transaction already deassociated")  # the end of Flask-SQLAlchemy-Lite's
-def test_isolation_is_measured_beside_other_ways(postgresql: PostgreSQL, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:transaction already deassociated")  # by Flask-SQLAlchemy-Lite
+def test_isolation_is_measured(postgresql: PostgreSQL, tmp_path: Path) -> None:
+    """The benchmark of isolation levels measures all seven ways on SQLite and PostgreSQL."""
     for url in (f"sqlite:///{tmp_path}/test.db", postgresql.url("psycopg")):
         assert len(isolation.measured(url, rounds=2)) == 7
 
 
 def test_instructions_are_counted(tmp_path: Path) -> None:
-    """Those of a process and, where Python tells of them, of each function of ours with those that it calls."""
+    """Instructions are counted for the process and, from Python 3.12 on, for each function including its callees."""
     if shutil.which("valgrind") is None:
         skip_missing("valgrind")
     script = tmp_path / "session_plugin" / "work.py"
     script.parent.mkdir()
     script.write_text("def inner():\n    sum(range(100_000))\ndef outer():\n    inner()\n    inner()\nouter()\n")
-    told = sys.version_info >= (3, 12)
-    count = instructions.Count([str(script)], functions=told)
+    by_function = sys.version_info >= (3, 12)
+    count = instructions.Count([str(script)], functions=by_function)
     assert count.total > 200_000
-    names = ["<module>", "inner", "outer"] if told else []
+    names = ["<module>", "inner", "outer"] if by_function else []
     assert sorted(count.functions) == [f"{name} (session_plugin/work.py)" for name in names]
     assert all(200_000 < counted < count.total for counted in count.functions.values())
 
 
 def test_the_proxy_counts_round_trips(postgresql: PostgreSQL, database: str) -> None:
-    """BEGIN, the statement, and the end: three for a read by hand, none if the database is not touched."""
+    """A hand-written read takes three round trips (BEGIN, the statement and the end); an unused database takes none."""
     contender = next(each for each in CONTENDERS if each.key == f"flask/{FLOOR}")
     with Proxy(postgresql.url("psycopg", database)) as proxy:
         running = Running(contender, proxy.url)
-        running.run("read", 5)  # psycopg prepares a statement that comes back
+        running.run("read", 5)  # psycopg prepares a statement that is repeated
         proxy.count()
         for endpoint, trips in (("bare", 0), ("read", 3), ("write", 3)):
             running.run(endpoint, 10)
@@ -98,7 +99,9 @@ def test_the_proxy_counts_round_trips(postgresql: PostgreSQL, database: str) -> 
         running.close()
 
 
-def test_a_goal_is_missed_by_what_is_above_its_limit() -> None:
+def test_a_goal_is_missed_above_its_limit() -> None:
+    """A goal is met up to its limit, and missed above it."""
+
     def growth(blocks: int) -> list[Goal]:
         part = {"kind": "flask", "requests": 1000, "blocks": blocks, "kilobytes": 0}
         return judged({"growth": [part]})

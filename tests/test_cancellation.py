@@ -1,7 +1,7 @@
-"""Cancelled at every await, timed out, and left by the client at every byte: wholly done or not at all, nothing held.
+"""A request that is cancelled at any await, or whose client disconnects after any byte, does all of its work or none.
 
-The awaits are found by stepping: `Stepped` drives a coroutine by hand and interrupts it at its
-n-th suspension, for every n until it ends undisturbed.
+`Stepped` finds the awaits: it drives a coroutine by hand and interrupts it at its n-th suspension, for every n
+until the coroutine ends without an interruption.
 """
 
 import asyncio
@@ -41,10 +41,10 @@ LAST = {"type": "http.response.body", "body": b""}
 
 
 class Stepped:
-    """Awaits ``work``, and makes one call at its ``at``-th suspension.
+    """Awaits ``work``, and calls ``call`` at its suspension number ``at``.
 
-    Either while it waits, or, ``on_arrival``, just when what it waits for has come: then the
-    interruption takes the place of the answer.
+    The call happens while the coroutine waits or, with ``on_arrival``, when the awaited result has just arrived, so
+    that the interruption takes the place of the result.
     """
 
     def __init__(self, work: Coroutine[Any, Any, Any], at: int, call: Callable[[], Any], *, on_arrival: bool) -> None:
@@ -62,11 +62,11 @@ class Stepped:
                 self._interrupt(waited_for)
             self.suspensions += 1
             try:
-                answer = yield waited_for
+                result = yield waited_for
             except BaseException as error:
                 step = lambda error=error: self.work.throw(error)  # type: ignore[misc] # noqa: E731
             else:
-                step = lambda answer=answer: self.work.send(answer)  # type: ignore[misc] # noqa: E731
+                step = lambda result=result: self.work.send(result)  # type: ignore[misc] # noqa: E731
 
     def _interrupt(self, waited_for: Any) -> None:
         if self.on_arrival and waited_for is not None:
@@ -93,7 +93,7 @@ def twice(task: asyncio.Task[Any], scope: anyio.CancelScope) -> None:
 
 
 def everything(task: asyncio.Task[Any], scope: anyio.CancelScope) -> None:
-    """As a loop does that ends: the task that sends the COMMIT is cancelled, too."""
+    """Cancel all tasks, including the one that sends COMMIT, as an event loop does when it ends."""
     for other in asyncio.all_tasks() - testers:
         other.cancel()
 
@@ -102,7 +102,7 @@ testers: set[asyncio.Task[Any]] = set()
 
 
 class Case:
-    """A request that writes at every stage, and what there is to say of it at any time."""
+    """A request that writes at every stage, and the conditions that must hold at any time."""
 
     def __init__(self, store: Store, make: Callable[["Case"], None]) -> None:
         self.store = store
@@ -134,7 +134,7 @@ class Case:
         await self.app(dict(HTTP), self.receive, self.send)
 
     async def connect(self) -> None:
-        """Have a connection in the pool: connecting is the driver's, and no part of a request."""
+        """Open a pooled connection, because the driver's connecting is not part of a request."""
         block = self.db.database.session_scope()
         if core_of(self.db).is_async:
             async with block as session:
@@ -144,7 +144,7 @@ class Case:
                 session.execute(select(1))
 
     def check(self, when: str) -> None:
-        """Whole or not at all, hooks as the transactions, nothing held."""
+        """Check that the work is complete or absent, and that no connection and no transaction is left open."""
         assert wait_for(lambda: self.pool.checkedout() == 0 and not self.store.open_transactions()), when
         names = self.store.names()
         assert names in WHOLE, f"{when}: {names}"
@@ -169,7 +169,7 @@ def work(case: Case) -> Callable[[Any], None]:
 
 
 def plain_app(case: Case) -> None:
-    """The middleware around a bare app, twice."""
+    """A plain app inside two layers of the middleware."""
     case.db = AsyncDatabase(case.store.url, **POOL)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -185,7 +185,7 @@ def plain_app(case: Case) -> None:
 
 
 def fastapi_app(case: Case) -> None:
-    """A dependency, a streamed response and a background task."""
+    """A FastAPI app with a dependency, a streamed response and a background task."""
     case.db = AsyncSessionPlugin(case.store.url, **POOL)
     case.app = app = FastAPI()
 
@@ -203,7 +203,7 @@ def fastapi_app(case: Case) -> None:
 
 
 def sync_fastapi_app(case: Case) -> None:
-    """A sync session: permits, and an ending in a worker thread."""
+    """A FastAPI app with a sync session, which uses permits and ends in a worker thread."""
     case.streams = False
     url = case.store.url.replace("aiosqlite", "pysqlite").replace("asyncpg", "psycopg")
     case.db = SessionPlugin(url, **POOL)
@@ -222,7 +222,7 @@ def sync_fastapi_app(case: Case) -> None:
 
 
 def job(case: Case) -> None:
-    """No app at all: two blocks, one in the other."""
+    """Two nested session_scope() blocks without an app."""
     case.db = AsyncDatabase(case.store.url, **POOL)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -236,7 +236,7 @@ def job(case: Case) -> None:
 
 
 CLOSED_BY_SQLALCHEMY = "AsyncAdapt_aiosqlite_connection._terminate_graceful_close"
-"""Cancelled once more, SQLAlchemy drops the task that closes an aiosqlite connection and stops its thread."""
+"""If cancelled again, SQLAlchemy drops the task that closes an aiosqlite connection and stops its thread."""
 
 
 def cases() -> Iterator[Any]:
@@ -253,7 +253,7 @@ def cases() -> Iterator[Any]:
 
 @contextmanager
 def nothing_in_the_garbage() -> Iterator[None]:
-    """What is left to the garbage collector warns of nothing."""
+    """Check that the objects in the block are garbage-collected without a warning."""
     gc.collect()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -264,7 +264,7 @@ def nothing_in_the_garbage() -> Iterator[None]:
 
 @pytest.mark.parametrize(("store", "make", "cancel"), [*cases()], indirect=["store"])
 def test_cancelled_at_every_await(store: Store, make: Callable[[Case], None], cancel: Callable[..., None]) -> None:
-    """At whichever await a request is cancelled: its work is done or not, never half; nothing is held or told early."""
+    """A request that is cancelled at any await does all of its work or none, and leaves nothing open."""
     case = Case(store, make)
     seen: set[tuple[str, ...]] = set()
     complaints: list[Any] = []
@@ -306,7 +306,7 @@ def test_cancelled_at_every_await(store: Store, make: Callable[[Case], None], ca
 
     with nothing_in_the_garbage():
         asyncio.run(asyncio.wait_for(scenario(), 60))
-    assert [told for told in complaints if CLOSED_BY_SQLALCHEMY not in repr(told)] == []
+    assert [complaint for complaint in complaints if CLOSED_BY_SQLALCHEMY not in repr(complaint)] == []
     assert () in seen and len(seen) > 1
 
 
@@ -314,7 +314,7 @@ def test_cancelled_at_every_await(store: Store, make: Callable[[Case], None], ca
 
 
 def asgi_site(store: Store) -> Any:
-    """Endpoint and body run in threads: on the loop, one that waits for SQLite's writer would hold up the writer."""
+    """An app whose endpoint and body run in threads, because waiting for SQLite's lock would block the event loop."""
     site = Site(store, sync=True)
 
     async def read(request: Request) -> None:
@@ -356,7 +356,7 @@ def wsgi_site(store: Store) -> Any:
 
 
 def leave(port: int, name: str, sends: int, reads: int, *, reset: bool) -> tuple[int, bytes]:
-    """Send so many bytes of a request, read so many of its response, and leave; answers what was left to send."""
+    """Send and read so many bytes, then disconnect; return the number of unsent bytes, and what was read."""
     message = f"POST /{name} HTTP/1.1\r\nHost: shop\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc".encode()
     with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
         if reset:
@@ -369,22 +369,22 @@ def leave(port: int, name: str, sends: int, reads: int, *, reset: bool) -> tuple
 
 
 @pytest.mark.parametrize("serve", [asgi_site, wsgi_site])
-def test_a_client_that_leaves_after_any_byte(file_store: Store, serve: Callable[[Store], Any]) -> None:
-    """Whichever byte of its request or of the response is its last, a client leaves nothing half-done or held."""
-    fates: dict[str, bytes] = {}
+def test_a_disconnect_after_any_byte(file_store: Store, serve: Callable[[Store], Any]) -> None:
+    """A client that disconnects after any byte of the request or the response leaves no work half-done."""
+    responses: dict[str, bytes] = {}
     with serve(file_store) as site:
         sends, missing = 0, 1
         while missing:
-            missing, fates[f"sent-{sends}"] = leave(site.port, f"sent-{sends}", sends, 0, reset=sends % 2 == 0)
+            missing, responses[f"sent-{sends}"] = leave(site.port, f"sent-{sends}", sends, 0, reset=sends % 2 == 0)
             sends += 1
         reads, complete = 0, False
         while not complete:
             name = f"read-{reads}"
-            _, fates[name] = leave(site.port, name, 1000, reads, reset=reads % 2 == 0)
-            complete = len(fates[name]) < reads
+            _, responses[name] = leave(site.port, name, 1000, reads, reset=reads % 2 == 0)
+            complete = len(responses[name]) < reads
             reads += 1
     names = file_store.names()
-    for name, read in fates.items():
+    for name, read in responses.items():
         durable = [kept.rpartition(" ")[2] for kept in names if kept.startswith(f"{name} ")]
         assert durable in ([], ["early"], ["early", "late"]), name
         assert not read.startswith(b"HTTP/1.1 200") or durable, name

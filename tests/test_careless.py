@@ -1,6 +1,6 @@
-"""What careless callers are told: at once, by an error of ours, with what to do and without a password.
+"""Mistakes of a caller raise an error of session_plugin at once, which says what to do and contains no password.
 
-One row is what was done, the exception, and what its message must name.
+Each row is what the caller does, the exception, and a regular expression for its message.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ AsyncPlugin = session_plugin.starlette.AsyncSessionPlugin
 
 
 async def a_coroutine_function(*args: Any) -> Any:
-    """Stands where a plain function belongs."""
+    """An async function where a plain function is required."""
 
 
 class AsyncCallable:
     async def __call__(self) -> None:
-        """Stands where a plain function belongs."""
+        """An async function where a plain function is required."""
 
 
 def app(*args: Any) -> Any:
-    """A WSGI or an ASGI app that nobody calls."""
+    """A WSGI or ASGI app that is never called."""
 
 
 def flask_app(**config: Any) -> Flask:
@@ -107,7 +107,7 @@ AT_CONSTRUCTION: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("an empty URL", lambda: Database(""), ConfigurationError, "dialect\\+driver"),
     ("a path", lambda: Database("shop.db"), ConfigurationError, "dialect\\+driver"),
     ("a URL of two slashes", lambda: Database("sqlite://shop.db"), ConfigurationError, "sqlite:///relative/path"),
-    ("a port that is none", lambda: Database("postgresql://u:secret@h:p/d"), ConfigurationError, "dialect\\+driver"),
+    ("an invalid port", lambda: Database("postgresql://u:secret@h:p/d"), ConfigurationError, "dialect\\+driver"),
     ("an old dialect", lambda: Database("postgres://u:secret@h/d"), ConfigurationError, "has no dialect for"),
     ("bytes", lambda: Database(SECRET.encode()), ConfigurationError, "type bytes.*Give a URL"),
     ("a list", lambda: Database([SECRET]), ConfigurationError, "type list.*Give a URL"),
@@ -132,7 +132,7 @@ AT_CONSTRUCTION: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("binds as a list", lambda: Database(MEMORY, binds=[Parent]), ConfigurationError, "must be a mapping"),
     ("binds to None", lambda: Database(MEMORY, binds={Parent: None}), ConfigurationError, "Give a URL, an Engine"),
     ("binds to a URL", lambda: Database(MEMORY, binds={Parent: SECRET}), ConfigurationError, "give an Engine"),
-    ("binds to nobody", lambda: Database(MEMORY, binds={Parent: "r"}), ConfigurationError, "'default'. Name one"),
+    ("binds to no engine", lambda: Database(MEMORY, binds={Parent: "r"}), ConfigurationError, "'default'. Name one"),
     ("binds of a name", lambda: Database(MEMORY, binds={SECRET: "default"}), ConfigurationError, "Give a mapped class"),
     ("binds to async", lambda: Database(MEMORY, binds={Parent: create_async_engine(ASYNC_MEMORY)}), ConfigurationError,
      "does not fit"),
@@ -142,7 +142,7 @@ AT_CONSTRUCTION: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("a policy's name", lambda: Database(MEMORY, policy="read_only"), PolicyError, "Give commit_on_success"),
     ("None for a policy", lambda: Database(MEMORY, policy=None), PolicyError, "Give commit_on_success"),
     ("an async policy", lambda: Database(MEMORY, policy=a_coroutine_function), PolicyError, "a plain function"),
-    ("a policy of nothing", lambda: Policy(None), PolicyError, "takes one Outcome"),
+    ("a policy of None", lambda: Policy(None), PolicyError, "takes one Outcome"),
     ("a policy of no argument", lambda: SyncPlugin(policy=lambda: True), PolicyError, "takes one Outcome"),
     ("a bare decorator", lambda: Database(MEMORY).policy(lambda: None), PolicyError, "@db.policy\\("),
     ("a decorated number", lambda: Database(MEMORY).policy(manual)(3), ConfigurationError, "Put it directly above"),
@@ -165,10 +165,10 @@ AT_CONSTRUCTION: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      ConfigurationError, "must be a dict"),
     ("an async one in Flask", lambda: FlaskPlugin(AsyncDatabase(ASYNC_MEMORY)).init_app(flask_app()),
      ConfigurationError, "needs a database of class Database"),
-    ("a middleware of a URL", lambda: Wsgi(app, SECRET), ConfigurationError, "with a Database"),
-    ("a middleware of nothing", lambda: Asgi(app, None), ConfigurationError, "with a Database"),
+    ("a middleware with a URL", lambda: Wsgi(app, SECRET), ConfigurationError, "with a Database"),
+    ("a middleware without a database", lambda: Asgi(app, None), ConfigurationError, "with a Database"),
     ("arguments swapped", lambda: Asgi(Database(MEMORY), app), ConfigurationError, "\\(app, database\\)"),
-    ("a middleware around nothing", lambda: Wsgi(None, Database(MEMORY)), ConfigurationError, "cannot be called"),
+    ("a middleware without an app", lambda: Wsgi(None, Database(MEMORY)), ConfigurationError, "cannot be called"),
     ("a policy to find policies", lambda: Asgi(app, Database(MEMORY), find_policy=read_only), ConfigurationError,
      "its find_policy"),
     ("an async one under WSGI", lambda: Wsgi(app, AsyncDatabase(ASYNC_MEMORY)), ConfigurationError, "cannot await"),
@@ -194,8 +194,8 @@ def engine() -> Any:
 @pytest.mark.parametrize(
     ("act", "error", "names"), [row[1:] for row in AT_CONSTRUCTION], ids=[r[0] for r in AT_CONSTRUCTION]
 )
-def test_told_at_once(act: Callable[[], Any], error: type[Exception], names: str) -> None:
-    """Before any request and any statement."""
+def test_configuration_mistakes_raise_at_once(act: Callable[[], Any], error: type[Exception], names: str) -> None:
+    """A mistake in the configuration raises an error before any request and any statement."""
     with pytest.raises(error, match=f"(?s){names}") as caught:
         act()
     assert "secret" not in str(caught.value)
@@ -209,7 +209,7 @@ INSIDE: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
     ("no hook", lambda db: db.on_commit(None), ConfigurationError, "db.on_commit\\(send, order_id\\)"),
     ("a called hook", lambda db: db.on_rollback([].append(1)), ConfigurationError, "Give the function"),
     ("a coroutine function", lambda db: db.on_commit(a_coroutine_function), ConfigurationError, "or use AsyncDatabase"),
-    ("a partial of one", lambda db: db.on_commit(functools.partial(a_coroutine_function)), ConfigurationError, "plain"),
+    ("an async partial", lambda db: db.on_commit(functools.partial(a_coroutine_function)), ConfigurationError, "plain"),
     ("an async object", lambda db: db.on_commit(AsyncCallable()), ConfigurationError, "The hook AsyncCallable"),
     ("a hook's arguments", lambda db: db.on_commit(lambda order: None), ConfigurationError, "'order'. Give its"),
     ("use(None)", lambda db: db.use(None), PolicyError, "Give commit_on_success"),
@@ -217,7 +217,7 @@ INSIDE: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
     ("use() too late", lambda db: (select_one(db), db.use(read_only)), PolicyError, "Choose the policy before"),
     ("a policy that raises", lambda db: (db.use(lambda o: 1 / 0), select_one(db)), PolicyError, "ZeroDivisionError"),
     ("a policy of True", lambda db: (db.use(lambda o: True), select_one(db)), PolicyError, "Decision\\(commit"),
-    ("a decision of words", lambda db: (db.use(lambda o: Decision("no", "")), select_one(db)), PolicyError, "True"),
+    ("a decision of strings", lambda db: (db.use(lambda o: Decision("no", "")), select_one(db)), PolicyError, "True"),
     ("another session", lambda db: db.scoped_session.registry.set(Session()), ConfigurationError, "cannot replace it"),
     ("a doomed commit", lambda db: (db.doom(None), select_one(db), db.session.commit()), TransactionAbortedError,
      "session_scope\\(new=True\\)"),
@@ -225,8 +225,8 @@ INSIDE: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("act", "error", "names"), [row[1:] for row in INSIDE], ids=[row[0] for row in INSIDE])
-def test_told_in_a_unit_of_work(act: Callable[[Any], Any], error: type[Exception], names: str) -> None:
-    """At the call, or where its policy is asked; nothing is saved and nothing held."""
+def test_mistakes_in_a_unit_of_work_raise(act: Callable[[Any], Any], error: type[Exception], names: str) -> None:
+    """A mistake in a unit of work raises at the call or when the policy is called, and nothing is saved."""
     db = Database(MEMORY, metadata=Base.metadata)
     db.create_all()
     with pytest.raises(error, match=names):
@@ -241,7 +241,8 @@ def test_told_in_a_unit_of_work(act: Callable[[Any], Any], error: type[Exception
 
 
 @pytest.mark.parametrize("reason", [None, "", "dry run"])
-def test_doom_dooms_whatever_the_reason(reason: Any) -> None:
+def test_doom_rolls_back_for_any_reason(reason: Any) -> None:
+    """doom() rolls back for any reason, including an empty one."""
     db = Database(MEMORY, metadata=Base.metadata)
     db.create_all()
     with db.session_scope() as session:
@@ -252,23 +253,26 @@ def test_doom_dooms_whatever_the_reason(reason: Any) -> None:
     db.dispose()
 
 
-def test_a_hook_without_a_signature_is_taken() -> None:
-    """What cannot be known at once is left to the call."""
+def test_a_hook_without_a_signature_is_accepted() -> None:
+    """A hook without a signature is accepted, because its arguments cannot be checked before the call."""
     seen: list[str] = []
     db = Database(MEMORY)
     with db.session_scope():
-        db.on_commit(type, "tea")  # a builtin that tells no signature
+        db.on_commit(type, "tea")  # a builtin without a signature
         db.on_commit(seen.append, "tea")
     assert seen == ["tea"]
     db.dispose()
 
 
-def test_builtins_without_a_signature_may_name_a_source_and_decide() -> None:
+def test_builtins_without_a_signature_are_accepted() -> None:
+    """Builtins without a signature are accepted as a source and as a policy."""
     Policy(type)
     SyncPlugin(dict)
 
 
-def test_what_is_said_here_wins_over_a_session_factory() -> None:
+def test_arguments_take_precedence_over_a_session_factory() -> None:
+    """Arguments of `Database` take precedence over those of a session factory."""
+
     class Own(Session):
         """A session class."""
 
@@ -279,29 +283,30 @@ def test_what_is_said_here_wins_over_a_session_factory() -> None:
     assert core_of(Database(maker)).engines.binds == maker.kw["binds"]
 
 
-def test_the_configuration_wins_over_bind() -> None:
+def test_the_configuration_takes_precedence_over_bind() -> None:
+    """Flask's configuration takes precedence over ``bind``."""
     plugin = FlaskPlugin(bind=create_engine("sqlite:///production.db"))
     app = flask_app(SQLALCHEMY_DATABASE_URI=MEMORY)
     plugin.init_app(app)
     assert "production" not in str(plugin.database_for(app).engine.url)
 
 
-def test_a_thread_is_told_that_it_inherits_nothing() -> None:
-    """Not what a script is told."""
+def test_a_thread_does_not_inherit_the_unit_of_work() -> None:
+    """The error in a new thread says that threads do not inherit the unit of work."""
     db = Database(MEMORY)
-    told: list[BaseException] = []
+    caught_errors: list[BaseException] = []
 
     def work() -> None:
         try:
             _ = db.session
         except NoScopeError as error:
-            told.append(error)
+            caught_errors.append(error)
 
     with db.session_scope():
         thread = threading.Thread(target=work, name="mailer")
         thread.start()
         thread.join()
-    assert "in the thread mailer, and threads inherit none" in str(told[0])
+    assert "in the thread mailer, and threads inherit none" in str(caught_errors[0])
     db.dispose()
 
 
@@ -331,17 +336,20 @@ async def flush(session: AsyncSession) -> None:
 
 @pytest.mark.parametrize("connected", [False, True], ids=["first", "later"])
 @pytest.mark.parametrize("acts", [(flush, flush), (count, flush), (flush, count)], ids=["2 flushes", "cf", "fc"])
-def test_two_tasks_at_once_are_told_what_to_open(acts: Any, connected: bool) -> None:
-    """Also those that flush, and those that are first; the one that came first goes on."""
+def test_two_tasks_at_once_raise_concurrent_use_error(acts: Any, connected: bool) -> None:
+    """If two tasks use a session at once, the second raises an error that names session_scope(new=True).
+
+    This also holds if they flush, and if neither has used the session before.
+    """
 
     async def work(db: AsyncDatabase[AsyncSession]) -> list[Any]:
         async with db.session_scope() as session:
             if connected:
                 await count(session)
             session.add(Parent(name="tea"))
-            answers = await asyncio.gather(*(act(session) for act in acts), return_exceptions=True)
+            results = await asyncio.gather(*(act(session) for act in acts), return_exceptions=True)
             await session.rollback()
-            return answers
+            return results
 
     first, second = async_units(work)
     assert not isinstance(first, Exception)
@@ -349,7 +357,8 @@ def test_two_tasks_at_once_are_told_what_to_open(acts: Any, connected: bool) -> 
     assert "session_scope(new=True)" in str(second)
 
 
-def test_a_flush_within_a_flush_is_sqlalchemys_to_refuse() -> None:
+def test_a_flush_within_a_flush_raises_sqlalchemys_error() -> None:
+    """A flush inside a flush raises SQLAlchemy's own error."""
     db = Database(MEMORY, metadata=Base.metadata)
     db.create_all()
     with db.session_scope() as session:
@@ -363,15 +372,15 @@ def test_a_flush_within_a_flush_is_sqlalchemys_to_refuse() -> None:
     db.dispose()
 
 
-def test_a_statement_answered_from_a_cache_is_no_use_of_the_session() -> None:
-    """A listener such as dogpile's answers it before any connection is taken."""
+def test_a_cached_statement_does_not_use_the_session() -> None:
+    """A task whose statement is served from a cache, as with dogpile, does not count as a user of the session."""
 
     async def work(db: AsyncDatabase[AsyncSession]) -> int | None:
-        answered, done = asyncio.Event(), asyncio.Event()
+        served, done = asyncio.Event(), asyncio.Event()
 
         async def ask_the_cache() -> None:
             await session.execute(select(1), execution_options={"cached": True})
-            answered.set()
+            served.set()
             await done.wait()
 
         async with db.session_scope() as session:
@@ -384,7 +393,7 @@ def test_a_statement_answered_from_a_cache_is_no_use_of_the_session() -> None:
 
             async with asyncio.TaskGroup() as group:
                 group.create_task(ask_the_cache())
-                await answered.wait()
+                await served.wait()
                 try:
                     return await session.scalar(select(2))
                 finally:
@@ -393,8 +402,8 @@ def test_a_statement_answered_from_a_cache_is_no_use_of_the_session() -> None:
     assert async_units(work) == 2
 
 
-def test_an_outer_block_that_leaves_a_joined_one_behind_commits_nothing() -> None:
-    """Half of that block's work would be durable and the rest lost."""
+def test_an_outer_block_that_ends_before_a_joined_one_raises() -> None:
+    """If an outer block ends before a joined block in another task, it raises and commits nothing."""
 
     async def work(db: AsyncDatabase[AsyncSession]) -> tuple[int, Any]:
         half_done, go_on = asyncio.Event(), asyncio.Event()
@@ -413,16 +422,18 @@ def test_an_outer_block_that_leaves_a_joined_one_behind_commits_nothing() -> Non
                 left_behind = asyncio.create_task(join())
                 await half_done.wait()
         go_on.set()
-        (told,) = await asyncio.gather(left_behind, return_exceptions=True)
+        (error,) = await asyncio.gather(left_behind, return_exceptions=True)
         async with db.session_scope() as session:
-            return await count(session), told
+            return await count(session), error
 
-    saved, told = async_units(work)
+    saved, error = async_units(work)
     assert saved == 0
-    assert isinstance(told, ScopeClosedError)
+    assert isinstance(error, ScopeClosedError)
 
 
-def test_a_joined_block_that_is_awaited_is_part_of_the_whole() -> None:
+def test_an_awaited_joined_block_is_committed() -> None:
+    """The work of a joined block in a task is committed if the outer block awaits the task."""
+
     async def work(db: AsyncDatabase[AsyncSession]) -> int:
         async def join() -> None:
             async with db.session_scope() as session:
@@ -436,8 +447,8 @@ def test_a_joined_block_that_is_awaited_is_part_of_the_whole() -> None:
     assert async_units(work) == 1
 
 
-def test_a_task_that_has_left_its_joined_block_may_go_on() -> None:
-    """What it did inside is whole."""
+def test_a_task_may_go_on_after_its_joined_block() -> None:
+    """A task may go on after it has left its joined block, because the work in the block is complete."""
 
     async def work(db: AsyncDatabase[AsyncSession]) -> int:
         left, go_on = asyncio.Event(), asyncio.Event()
@@ -459,8 +470,8 @@ def test_a_task_that_has_left_its_joined_block_may_go_on() -> None:
     assert async_units(work) == 1
 
 
-def test_a_joined_block_that_its_own_task_left_open_does_not_stand_in_the_way() -> None:
-    """A generator that nobody reads to its end works beside nobody."""
+def test_a_joined_block_in_an_unfinished_generator_does_not_prevent_the_commit() -> None:
+    """A joined block in a generator that is not read to its end does not prevent the commit."""
 
     async def work(db: AsyncDatabase[AsyncSession]) -> int:
         async def generate() -> AsyncIterator[None]:
@@ -479,8 +490,8 @@ def test_a_joined_block_that_its_own_task_left_open_does_not_stand_in_the_way() 
 
 
 @on("postgresql+psycopg", "postgresql+psycopg2")
-def test_a_swallowed_error_of_a_raw_cursor_is_no_phantom(units: Units) -> None:
-    """libpq knows that the transaction is aborted, whoever sent the statement."""
+def test_a_swallowed_error_of_a_raw_cursor_is_no_success(units: Units) -> None:
+    """An error of a raw DBAPI cursor that is swallowed prevents the commit, because libpq reports the state."""
 
     def work(session: Session) -> None:
         insert("tea")(session)
@@ -498,7 +509,7 @@ def test_a_swallowed_error_of_a_raw_cursor_is_no_phantom(units: Units) -> None:
 
 
 def messages() -> list[str]:
-    """The first sentence of every error that the package raises, with an ellipsis for what varies."""
+    """The first sentence of every error message of the package, with an ellipsis for each variable part."""
     found = []
     for path in sorted(Path(exceptions.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -526,12 +537,13 @@ def first_sentence(text: ast.expr) -> str:
 
 @pytest.mark.parametrize("message", messages())
 def test_every_message_is_explained(message: str) -> None:
-    """errors.md lists the first sentence of each, with its cause and its cure."""
+    """errors.md lists the first sentence of every message."""
     page = " ".join((ROOT / "docs/errors.md").read_text().split())
     assert f"`{message}`" in page
 
 
-def test_the_page_lists_no_message_that_is_gone() -> None:
+def test_the_page_lists_no_obsolete_message() -> None:
+    """errors.md lists no message that the package does not raise."""
     page = (ROOT / "docs/errors.md").read_text().split("## Warnings")[0]
     listed = {
         message for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for message in re.findall("`([^`]+)`", row)

@@ -1,4 +1,4 @@
-"""The client of an ASGI app: what is sent to it, and when."""
+"""`Client`, which decides what is sent to an ASGI server, and when."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ NOTHING, END = body(b"", more_body=True), body(b"")
         ([start(length(b"1")), A, B, NOTHING, C, END], [start(length(b"1")), body(b"abc")]),
         ([start(length(b"1")), A, PUSH, END], [start(length(b"1")), PUSH, body(b"a")]),
     ],
-    ids=["the last", "the end", "another number", "more than declared", "a push"],
+    ids=["the last", "the last with content", "another header", "more than declared", "a push"],
 )
-def test_what_would_complete_a_body_waits_for_its_end(messages: list[Any], sent: list[Any]) -> None:
+def test_the_chunk_that_completes_a_body_is_held_back(messages: list[Any], sent: list[Any]) -> None:
+    """The chunk that completes a body, according to Content-Length, is held back until the app ends the body."""
     assert sent_of(messages) == sent
 
 
@@ -51,14 +52,15 @@ def test_what_would_complete_a_body_waits_for_its_end(messages: list[Any], sent:
         [start(length(b"1")), body(b"a")],
         [A],
     ],
-    ids=["any length", "no number", "nothing", "at once", "no start"],
+    ids=["no length", "an invalid length", "a length of 0", "at once", "no start"],
 )
-def test_all_else_is_passed_on_at_once(messages: list[Any]) -> None:
+def test_other_messages_are_passed_on_at_once(messages: list[Any]) -> None:
+    """All other messages are passed on at once."""
     assert sent_of(messages) == messages
 
 
 def sent_of(messages: list[Any]) -> list[Any]:
-    """What the server is told when the app sends ``messages``."""
+    """The messages that the server receives when the app sends ``messages``."""
 
     async def receive() -> Any:
         raise AssertionError

@@ -1,7 +1,7 @@
-"""An app written for another library becomes one of ours by the diffs that its page shows; its own tests still pass.
+"""The diffs on each "coming from" page move an app of another library to session_plugin, and its tests still pass.
 
-`coming_from/<library>/` holds the app and its tests as they were.  `change.diff` moves it to
-`session_plugin` under ``policy=manual``; `turn_on.diff`, on top of it, lets the library commit.
+`coming_from/<library>/` contains the original app and its tests.  `change.diff` moves it to
+`session_plugin` with ``policy=manual``; `turn_on.diff`, applied after it, lets the library commit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAGES = TESTS.parent / "docs/coming-from"
 LIBRARIES = sorted(path.name for path in APPS.iterdir())
 DIFFS = ("change.diff", "turn_on.diff")
 STATES = {"as it was": 0, "changed": 1, "turned on": 2}
-"""How many of the diffs an app has had."""
+"""The number of diffs that are applied in each state."""
 
 FILE = re.compile(r"^```python\n(# (\w+\.py)\n.*?)^```$", re.MULTILINE | re.DOTALL)
 DIFF = re.compile(r"^```diff\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -36,12 +36,12 @@ def page(library: str) -> str:
 
 
 def copy(library: str, state: str, directory: Path) -> Path:
-    """The app of ``library`` in ``state``, with the files that its page gives."""
+    """The app of ``library`` in ``state``, with the files that its page adds."""
     copied = directory / f"{library}, {state}"
     shutil.copytree(APPS / library, copied, ignore=shutil.ignore_patterns("__pycache__"))
     for source, name in FILE.findall(page(library)):
         (copied / name).write_text(source)
-    outside = {**os.environ, "GIT_CEILING_DIRECTORIES": str(directory)}  # in a repository, git would look for its files
+    outside = {**os.environ, "GIT_CEILING_DIRECTORIES": str(directory)}  # git would look in a repository around it
     for diff in DIFFS[: STATES[state]]:
         subprocess.run(["git", "apply", diff], cwd=copied, env=outside, check=True)
     return copied
@@ -49,7 +49,7 @@ def copy(library: str, state: str, directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def apps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """Each app in each state, and with the tests of the last state where these differ."""
+    """The folder of each app in each state, and a copy with the tests of the last state if these differ."""
     directory = tmp_path_factory.mktemp("coming_from")
     copies = {(library, state): copy(library, state, directory) for library in LIBRARIES for state in STATES}
     for library in LIBRARIES:
@@ -67,7 +67,7 @@ def suite(directory: Path) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes(apps: dict[tuple[str, str], Path]) -> dict[Path, tuple[int, str]]:
-    """What became of the tests of each app: an exit code and an output."""
+    """The exit code and the output of each app's tests."""
     run = subprocess.run(
         [sys.executable, str(TESTS / "forks.py"), *map(str, apps.values())],
         env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
@@ -86,23 +86,23 @@ def passed(outcome: tuple[int, str]) -> bool:
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_the_apps_own_tests(
+def test_the_apps_own_tests_pass(
     library: str, state: str, apps: dict[tuple[str, str], Path], outcomes: dict[Path, tuple[int, str]]
 ) -> None:
-    """They pass on the app as it was, and after each diff."""
+    """The app's own tests pass on the original app and after each diff."""
     outcome = outcomes[apps[library, state]]
     assert passed(outcome), outcome[1]
 
 
 def test_manual_without_an_override(apps: dict[tuple[str, str], Path], outcomes: dict[Path, tuple[int, str]]) -> None:
-    """The tests that no longer override `get_db` pass while the app still commits by hand."""
+    """The tests that do not override `get_db` pass while the app still commits by itself."""
     outcome = outcomes[apps["fastapi_get_db", OTHER_TESTS]]
     assert passed(outcome), outcome[1]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_what_becomes_of_the_tests(library: str, apps: dict[tuple[str, str], Path]) -> None:
-    """A diff leaves the tests alone, but for what the page names."""
+def test_a_diff_leaves_the_tests_unchanged(library: str, apps: dict[tuple[str, str], Path]) -> None:
+    """A diff changes the tests only where its page says so."""
     was, changed, turned_on = (suite(apps[library, state]) for state in STATES)
     assert changed == was.replace("db.session.remove()", "db.session.close()")
     assert turned_on == changed or library == "fastapi_get_db"
@@ -110,5 +110,5 @@ def test_what_becomes_of_the_tests(library: str, apps: dict[tuple[str, str], Pat
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_the_page_shows_the_diffs(library: str) -> None:
-    """What is shown is what is applied."""
+    """The page shows exactly the diffs that are applied."""
     assert DIFF.findall(page(library)) == [(APPS / library / diff).read_text() for diff in DIFFS]

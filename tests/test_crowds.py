@@ -1,6 +1,6 @@
-"""Crowds on a pool of five: all are served, each with a session of its own, and none waits for ever.
+"""Many concurrent requests on a pool of five: all are served, each with its own session, and none waits forever.
 
-A request has sessions, rows and late work of its own; whatever it meets of another's is answered by a 500.
+Each request uses its own session, rows and late work.  If it sees those of another request, it fails with a 500.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ class ParentOut(BaseModel):
 
 
 def look(session: Session, name: str) -> None:
-    """Look for anything of another request."""
+    """Check that the session contains nothing of another request."""
     assert session.info.setdefault("name", name) == name
     assert {row.name.partition(" ")[0] for row in [*session.new, *session.identity_map.values()]} <= {name}
     asks = text("SELECT pg_backend_pid(), txid_current()")
@@ -117,7 +117,7 @@ def add_sync_endpoints(site: Site) -> None:
 
     @app.get("/nothing")
     def nothing() -> None:
-        """Needs a thread, and no database."""
+        """Needs a thread, but no database."""
 
 
 def add_async_endpoints(site: Site) -> None:
@@ -185,12 +185,12 @@ SYNC_KINDS = [*ASYNC_KINDS, "accessor-add"]
 
 
 def crowd(site: Any, kinds: list[str], ask: Any) -> None:
-    """All at once; every reply is what the database holds."""
+    """Send all requests at once, and check that the responses agree with the database."""
     names = {f"{number:03}": kinds[number % len(kinds)] for number in range(CROWD)}
     with ThreadPoolExecutor(CROWD) as clients:
         replies = list(clients.map(lambda name: ask(f"/{names[name]}/{name}"), names))
-    told = {(kind, reply.status, reply.complete) for kind, reply in zip(names.values(), replies, strict=True)}
-    assert told == {(kind, 409 if kind == "refused" else 200, True) for kind in kinds}
+    results = {(kind, reply.status, reply.complete) for kind, reply in zip(names.values(), replies, strict=True)}
+    assert results == {(kind, 409 if kind == "refused" else 200, True) for kind in kinds}
     saved = {name for name, kind in names.items() if kind != "refused"}
     expected = sorted(saved | {f"{name} {what}" for name in saved for what in EXTRA.get(names[name], [])})
     wait_for(lambda: site.store.names() == expected)
@@ -201,7 +201,7 @@ def crowd(site: Any, kinds: list[str], ask: Any) -> None:
     "kinds", [SYNC_KINDS, ["accessor", "own", "own"], ["stream"]], ids=["mixed", "accessor", "stream"]
 )
 def test_sync_endpoints(store: Store, kinds: list[str]) -> None:
-    """Each needs several threads one after the other, and a connection all the while; none is kept from them."""
+    """Sync endpoints are served although each needs several threads in turn, and a connection during that time."""
     site = Site(store, sync=True)
     add_sync_endpoints(site)
     with site.running():
@@ -209,7 +209,7 @@ def test_sync_endpoints(store: Store, kinds: list[str]) -> None:
 
 
 def test_async_endpoints(store: Store) -> None:
-    """As many tasks on five connections."""
+    """Async endpoints are served when there are many more tasks than connections."""
     site = Site(store)
     add_async_endpoints(site)
     with site.running():
@@ -217,7 +217,7 @@ def test_async_endpoints(store: Store) -> None:
 
 
 def test_flask(store: Store) -> None:
-    """A thread for each, as development and threaded servers have it."""
+    """Flask endpoints are served on a server with one thread for each request."""
     store.clear()
     db = SessionPlugin(store.url, **POOL)
     app = Flask(__name__)
@@ -253,11 +253,11 @@ def test_flask(store: Store) -> None:
         crowd(site, ["add", "own", "hook", "stream", "background", "refused"], lambda path: site.ask(path, "GET"))
 
 
-# -- when more arrive than can be served ----------------------------------------------------------
+# -- more requests than can be served --------------------------------------------------------------
 
 
 def held_site(store: Store, *, sync: bool = True, **options: Any) -> tuple[Site, Gate]:
-    """A pool of one, and an endpoint that holds its connection as long as the gate is shut."""
+    """A site with a pool of one connection, and an endpoint that holds the connection until the gate opens."""
     site = Site(store, sync=sync, **{"pool_size": 1, "max_overflow": 0, "pool_timeout": 30, **options})
     gate = Gate()
 
@@ -282,7 +282,7 @@ def held_site(store: Store, *, sync: bool = True, **options: Any) -> tuple[Site,
 
         @site.app.get("/nothing")
         def nothing() -> None:
-            """Needs a thread, and no database."""
+            """Needs a thread, but no database."""
     else:
 
         @site.app.get("/hold")
@@ -306,8 +306,8 @@ def held_site(store: Store, *, sync: bool = True, **options: Any) -> tuple[Site,
     [(True, "/dependency"), (True, "/accessor"), (False, "/dependency")],
     ids=["def", "accessor", "async"],
 )
-def test_past_the_bound(store: Store, sync: bool, path: str) -> None:
-    """Who has waited for `pool_timeout` is told so, by the app's handler; who needs no database notices nothing."""
+def test_requests_past_the_pool_timeout(store: Store, sync: bool, path: str) -> None:
+    """A request that waits longer than `pool_timeout` receives the app's 503; others without a database are served."""
     site, gate = held_site(store, sync=sync, pool_timeout=0.5)
     with site.running(), ThreadPoolExecutor(61) as clients:
         holding = clients.submit(site.get, "/hold")
@@ -322,8 +322,8 @@ def test_past_the_bound(store: Store, sync: bool, path: str) -> None:
         assert [site.get(path).status for _ in range(3)] == [200] * 3
 
 
-def test_in_the_order_of_arrival(store: Store) -> None:
-    """With and without the dependency alike."""
+def test_waiting_requests_are_served_in_order(store: Store) -> None:
+    """Waiting requests are served in order, whether they use the dependency or the accessor."""
     site, gate = held_site(store)
     served: list[str] = []
 
@@ -350,8 +350,8 @@ def test_in_the_order_of_arrival(store: Store) -> None:
 
 
 @pytest.mark.parametrize("sync", [True, False], ids=["def", "async"])
-def test_two_connections_for_one_request(store: Store, sync: bool) -> None:
-    """As many requests as connections, each in need of a second: who waits too long fails, nothing hangs."""
+def test_requests_that_need_a_second_connection_do_not_hang(store: Store, sync: bool) -> None:
+    """Requests that hold a connection and need a second one fail after `pool_timeout` instead of hanging."""
     site = Site(store, sync=sync, pool_size=2, max_overflow=0, pool_timeout=0.5)
     together = threading.Barrier(2)
 

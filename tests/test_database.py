@@ -1,4 +1,4 @@
-"""How a database is configured, and how a wrong configuration is told."""
+"""The configuration of a `Database`, and the errors of a wrong configuration."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .harness import Base, Parent, insert, wait_for
 
 @pytest.fixture
 def dispose() -> Any:
-    """Disposes what a test made."""
+    """Dispose of the databases that a test creates."""
     made: list[Any] = []
 
     def keep(db: Any) -> Any:
@@ -65,12 +65,14 @@ class CustomAsyncSession(AsyncSession):
 
 
 def test_a_url(dispose: Any) -> None:
+    """A `Database` can be created from a URL."""
     db = dispose(Database("sqlite://"))
     with db.session_scope() as session:
         assert session.scalar(text("SELECT 42")) == 42
 
 
-def test_an_engine_made_elsewhere_is_its_makers_to_dispose(dispose: Any) -> None:
+def test_an_engine_that_the_user_created_is_not_disposed_of(dispose: Any) -> None:
+    """dispose() does not dispose of an engine that the user created."""
     engine = create_engine("sqlite://")
     db = dispose(Database(engine))
     with db.session_scope() as session:
@@ -83,13 +85,15 @@ def test_an_engine_made_elsewhere_is_its_makers_to_dispose(dispose: Any) -> None
     assert engine.pool is not pool
 
 
-def test_bind_is_another_word_for_the_source(dispose: Any) -> None:
+def test_bind_is_an_alternative_to_the_first_argument(dispose: Any) -> None:
+    """``bind=`` is an alternative to the first argument."""
     engine = create_engine("sqlite://")
     assert dispose(Database(bind=engine)).engine is engine
     engine.dispose()
 
 
 def test_a_sessionmaker_with_its_class_and_options(dispose: Any) -> None:
+    """The session class and the options of a sessionmaker are used."""
     engine = create_engine("sqlite://")
     maker = sessionmaker(engine, class_=CustomSession, autoflush=False, info={"who": "me"})
     with dispose(Database(maker)).session_scope() as session:
@@ -98,6 +102,7 @@ def test_a_sessionmaker_with_its_class_and_options(dispose: Any) -> None:
 
 
 def test_an_async_sessionmaker(dispose: Any) -> None:
+    """The session classes of an async sessionmaker are used."""
     engine = create_async_engine("sqlite+aiosqlite://")
     db = dispose(AsyncDatabase(async_sessionmaker(engine, class_=CustomAsyncSession)))
 
@@ -112,7 +117,7 @@ def test_an_async_sessionmaker(dispose: Any) -> None:
 
 @pytest.mark.parametrize("work", ["SELECT 1", None])
 def test_a_session_is_closed_by_its_own_close(work: str | None, dispose: Any) -> None:
-    """Also one that was asked for and not used."""
+    """A session is closed by the close() method of its own class, even if it was not used."""
     closed: list[str] = []
 
     class Closing(Session):
@@ -142,7 +147,7 @@ def test_a_session_is_closed_by_its_own_close(work: str | None, dispose: Any) ->
 
 
 def test_a_session_class_keeps_its_own_attributes(dispose: Any) -> None:
-    """Only what SQLAlchemy's session has too is overridden, and names that begin with an underscore."""
+    """A user's session class keeps its public attributes, unless SQLAlchemy's `Session` has the same attribute."""
     public = {name for name in vars(ScopeSession) if not name.startswith("_")}
     assert public <= {*dir(Session)}
 
@@ -157,7 +162,7 @@ def test_a_session_class_keeps_its_own_attributes(dispose: Any) -> None:
 
 @pytest.mark.parametrize("by", ["keyword", "factory"])
 def test_a_sessionmaker_as_sync_session_class(by: str, dispose: Any) -> None:
-    """SQLAlchemy's way to events on async sessions: they fire, and its own options hold."""
+    """A sessionmaker as ``sync_session_class`` keeps its options, and events that listen to it fire."""
     maker = sessionmaker(info={"a": 1})
     begun: list[Any] = []
     event.listen(maker, "after_begin", lambda session, *rest: begun.append(session))
@@ -179,7 +184,7 @@ def test_a_sessionmaker_as_sync_session_class(by: str, dispose: Any) -> None:
 
 
 def test_every_session_option_passes_through(dispose: Any) -> None:
-    """Under SQLAlchemy's own names, and engine options beside them."""
+    """Session options are passed on under SQLAlchemy's names, together with engine options."""
     db = dispose(
         Database(
             "sqlite://", autoflush=False, expire_on_commit=False, autobegin=False, twophase=False, info={"a": 1},
@@ -195,13 +200,15 @@ def test_every_session_option_passes_through(dispose: Any) -> None:
         assert session.scalar(text("SELECT 1")) == 1
 
 
-def test_async_sessions_do_not_expire_unless_told(dispose: Any) -> None:
+def test_async_sessions_do_not_expire_by_default(dispose: Any) -> None:
+    """Async sessions are created with expire_on_commit=False, unless the option is given."""
     assert dispose(AsyncDatabase("sqlite+aiosqlite://")).sessionmaker.kw["expire_on_commit"] is False
     asked = dispose(AsyncDatabase("sqlite+aiosqlite://", expire_on_commit=True))
     assert asked.sessionmaker.kw["expire_on_commit"] is True
 
 
 def test_a_session_of_the_sessionmaker_belongs_to_no_scope(dispose: Any) -> None:
+    """A session that is created with `Database.sessionmaker` belongs to no unit of work."""
     db = dispose(Database("sqlite://", metadata=Base.metadata))
     db.create_all()
     with db.sessionmaker() as session:
@@ -238,7 +245,7 @@ class Entry(Log):
 
 @pytest.mark.parametrize("key", [Report, Report.__table__, Report.__mapper__], ids=["class", "table", "mapper"])
 def test_named_engines_and_binds(dispose: Any, key: Any) -> None:
-    """One session whose entities find their engine; create_all() follows the binds."""
+    """One session uses the engine that ``binds`` gives for each entity, and create_all() uses the same binds."""
     db = dispose(
         Database(
             {"default": "sqlite://", "reports": {"url": "sqlite://", "pool_size": 2}},
@@ -256,12 +263,14 @@ def test_named_engines_and_binds(dispose: Any, key: Any) -> None:
 
 
 def test_the_engines_of_an_async_database() -> None:
+    """An async database has named engines, and `engine` is the default one."""
     db = AsyncDatabase({"default": "sqlite+aiosqlite://", "other": "sqlite+aiosqlite://"})
     assert list(db.engines) == ["default", "other"]
     assert db.engine is db.engines["default"]
 
 
 def test_binds_of_a_whole_base_and_to_an_engine(dispose: Any) -> None:
+    """``binds`` accepts a declarative base as a key and an engine as a value."""
     engine = create_engine("sqlite:///file:/log?vfs=memdb&uri=true", pool_size=1)
     db = dispose(Database("sqlite://", binds={Log: engine}, metadata=Log.metadata))
     db.create_all()
@@ -271,8 +280,8 @@ def test_binds_of_a_whole_base_and_to_an_engine(dispose: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["create_all", "drop_all"])
-def test_tables_of_a_database_in_use_on_another_loop(dispose: Any, method: str) -> None:
-    """Its connections cannot serve two loops."""
+def test_create_all_on_another_event_loop_raises(dispose: Any, method: str) -> None:
+    """create_all() and drop_all() raise an error while another event loop uses the database's connections."""
     db = dispose(AsyncDatabase("sqlite+aiosqlite://", metadata=Base.metadata))
 
     async def elsewhere() -> None:
@@ -288,7 +297,7 @@ def test_tables_of_a_database_in_use_on_another_loop(dispose: Any, method: str) 
 
 
 def test_a_disposed_async_database_serves_another_loop(dispose: Any) -> None:
-    """Also while the first one still runs."""
+    """An async database that was disposed of can be used on another event loop, even while the first one runs."""
     db = dispose(AsyncDatabase("sqlite+aiosqlite://"))
 
     async def work() -> None:
@@ -305,6 +314,7 @@ def test_a_disposed_async_database_serves_another_loop(dispose: Any) -> None:
 
 
 def test_create_all_on_an_async_database(dispose: Any) -> None:
+    """create_all() and drop_all() can be awaited on an async database."""
     db = dispose(AsyncDatabase("sqlite+aiosqlite://", metadata=Base.metadata))
 
     async def main() -> None:
@@ -319,17 +329,18 @@ def test_create_all_on_an_async_database(dispose: Any) -> None:
 
 
 def test_the_default_policy(dispose: Any) -> None:
+    """The default policy is `commit_on_success`, unless ``policy=`` is given."""
     db = dispose(Database("sqlite://", policy=manual))
     with db.session_scope():
         assert db.scope.policy is manual
     assert dispose(Database("sqlite://"))._core.default_policy is commit_on_success
 
 
-# -- 17: misconfiguration is told at start-up --------------------------------------------------------
+# -- 17: a wrong configuration raises at start-up --------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: Database(), "No database is configured"),
         (lambda: Database("postgres//nonsense:secret@"), "cannot be read"),
@@ -350,11 +361,11 @@ def test_the_default_policy(dispose: Any) -> None:
         (lambda: Database("sqlite://").create_all(), "metadata=Base.metadata"),
     ],
 )
-def test_a_wrong_configuration_says_what_to_change(make: Any, says: str) -> None:
-    """In one sentence or two, and never with a password."""
+def test_a_wrong_configuration_raises(make: Any, message: str) -> None:
+    """A wrong configuration raises an error that says what to change and contains no password."""
     from session_plugin import PolicyError
 
-    with pytest.raises((ConfigurationError, PolicyError), match=says) as caught:
+    with pytest.raises((ConfigurationError, PolicyError), match=message) as caught:
         make()
     assert "secret" not in str(caught.value)
     del caught
@@ -362,6 +373,7 @@ def test_a_wrong_configuration_says_what_to_change(make: Any, says: str) -> None
 
 
 def test_an_async_database_without_greenlet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without greenlet, `AsyncDatabase` raises an error that names the extra to install."""
     import sys
 
     monkeypatch.setitem(sys.modules, "greenlet", None)
@@ -369,7 +381,8 @@ def test_an_async_database_without_greenlet(monkeypatch: pytest.MonkeyPatch) -> 
         AsyncDatabase("sqlite+aiosqlite://")
 
 
-def test_no_default_engine_is_told() -> None:
+def test_a_missing_default_engine_raises() -> None:
+    """Reading `engine` raises an error if there is no engine called 'default'."""
     db = Database({"reports": "sqlite://"})
     with pytest.raises(ConfigurationError, match="No engine is called 'default'"):
         _ = db.engine
@@ -377,6 +390,7 @@ def test_no_default_engine_is_told() -> None:
 
 
 def test_a_scoped_session_cannot_replace_the_session(dispose: Any) -> None:
+    """`scoped_session` returns the unit of work's session, and its registry cannot replace it."""
     db = dispose(Database("sqlite://"))
     registry = db.scoped_session.registry
     assert not registry.has()
@@ -393,7 +407,7 @@ def test_a_scoped_session_cannot_replace_the_session(dispose: Any) -> None:
 
 
 def test_a_forked_child_shares_no_socket(postgresql: Any) -> None:
-    """The child connects anew, and its end leaves the parent's connection alone."""
+    """A forked child opens its own connections, and its exit does not close those of the parent."""
     db = Database(postgresql.url("psycopg"), pool_size=1, max_overflow=0)
 
     def backend() -> int:
@@ -452,7 +466,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_worker_processes(request: pytest.FixtureRequest, tmp_path: Path, method: str) -> None:
-    """Started in the middle of a unit of work, they save in units of work of their own, and leave that one alone."""
+    """Worker processes that start during a unit of work use their own units of work and leave the parent's open."""
     store = make_store(request, "postgresql+psycopg")
     program = tmp_path / "workers.py"
     program.write_text(WORKERS)
@@ -463,10 +477,10 @@ def test_worker_processes(request: pytest.FixtureRequest, tmp_path: Path, method
     store.engine.dispose()
 
 
-def test_what_a_forked_child_forgets(dispose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pool, and not its connections: closing one would end the parent's session on the server."""
+def test_a_forked_child_drops_the_inherited_pool(dispose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked child drops the inherited pool without closing its connections, which the parent still uses."""
     db = dispose(Database("sqlite://"))
-    monkeypatch.setattr(forks, "alive", WeakSet([core_of(db)]))  # other tests' pools are none of its business
+    monkeypatch.setattr(forks, "alive", WeakSet([core_of(db)]))  # not the databases of other tests
     with db.session_scope() as session:
         session.execute(text("SELECT 1"))
     inherited = db.engine.pool
@@ -476,8 +490,8 @@ def test_what_a_forked_child_forgets(dispose: Any, monkeypatch: pytest.MonkeyPat
     inherited.dispose()
 
 
-def test_the_end_of_a_process(postgresql: Any) -> None:
-    """It closes the pooled connections of sync databases: no driver warns, and PostgreSQL is told."""
+def test_pooled_connections_are_closed_at_exit(postgresql: Any) -> None:
+    """At the end of a process, the pooled connections of sync databases are closed, so that no driver warns."""
     program = f"""
 from sqlalchemy import text
 from session_plugin import Database
@@ -490,8 +504,8 @@ with db.session_scope() as session:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
 
 
-def test_what_the_end_of_a_process_disposes(dispose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was made here; not an engine made elsewhere, nor what needs an event loop."""
+def test_engines_that_are_disposed_of_at_exit(dispose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At exit, engines that session_plugin created are disposed of, except those that need an event loop."""
     ours, theirs = dispose(Database("sqlite://")), dispose(Database(create_engine("sqlite://")))
     needs_loop = AsyncDatabase("sqlite+aiosqlite://")
     pools = [db.engine.pool for db in (ours, theirs, needs_loop)]
@@ -511,31 +525,32 @@ def test_what_the_end_of_a_process_disposes(dispose: Any, monkeypatch: pytest.Mo
         ({"poolclass": NullPool}, None),
     ],
 )
-def test_how_many_connections_a_pool_hands_out(options: Any, limits: Any) -> None:
-    """And for how many seconds it lets one wait; None is no limit."""
+def test_the_connection_limit_of_a_pool(options: Any, limits: Any) -> None:
+    """connection_limit() returns the number of connections of a pool and its timeout, or None if there is no limit."""
     assert connection_limit(create_engine("sqlite:///x", **options), options) == limits
 
 
-def test_the_overflow_of_an_engine_made_elsewhere_does_not_count() -> None:
+def test_the_overflow_of_a_users_engine_is_not_counted() -> None:
+    """The overflow of an engine that the user created is not counted."""
     assert connection_limit(create_engine("sqlite:///x", pool_size=3), None) == (3, 30)
 
 
 def test_databases_are_collected() -> None:
-    """Nothing keeps a database that nobody uses any more."""
+    """A database that is no longer used is garbage-collected."""
     import weakref
 
     db = Database("sqlite://")
     with db.session_scope() as session:
         session.execute(text("SELECT 1"))
     db.dispose()
-    gone = weakref.ref(db)
+    collected = weakref.ref(db)
     del db, session
     gc.collect()
-    assert gone() is None
+    assert collected() is None
 
 
 def test_every_engine_is_listened_to() -> None:
-    """Also one that lies where a collected one lay: an engine's id is no proof that it is known."""
+    """An engine is listened to even if it has the same id() as an engine that was garbage-collected."""
     for _ in range(200):
         db = Database("sqlite://")
         with db.session_scope() as session:

@@ -1,6 +1,6 @@
-"""What each driver's database does, measured, beside the table in ``docs/databases.md``.
+"""Measures how each driver and its database behave, and compares the results with the table in ``docs/databases.md``.
 
-After a change that is meant, SESSION_PLUGIN_TEST_WRITE=1 lets the run write the table anew.
+After an intended change, run with SESSION_PLUGIN_TEST_WRITE=1 to write the measured table to the page.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ KILL = {
 Probe = Callable[[Units], str]
 
 
-def yes_or_no(answer: bool) -> str:
-    return "yes" if answer else "no"
+def yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def raises(error: type[Exception], units: Units, work: Callable[[Session], Any]) -> bool:
@@ -51,10 +51,10 @@ def unused(units: Units) -> str:
 
 
 def failed_commit(units: Units) -> str:
-    told = raises(units.store.commit_error, units, add_orphan)
+    error_raised = raises(units.store.commit_error, units, add_orphan)
     for _ in range(6):
         units.run(lambda session: session.merge(Parent(name="next")))
-    return yes_or_no(told and units.store.names() == ["next"])
+    return yes_or_no(error_raised and units.store.names() == ["next"])
 
 
 def swallowed_error(units: Units) -> str:
@@ -97,7 +97,7 @@ def under_read_only(error: type[Exception], work: Callable[[Session], Any]) -> P
             work(session)
 
         refused = raises(error, units, write)
-        units.run(insert("next"))  # nothing of it stays behind
+        units.run(insert("next"))  # the policy has no effect on the next unit of work
         with units.store.engine.begin() as connection:
             connection.execute(text("DROP TABLE IF EXISTS more"))
         return yes_or_no(refused)
@@ -143,14 +143,14 @@ def killed(units: Units) -> str:
         with units.store.engine.connect() as connection:
             connection.execute(text(kill.format(own)))
 
-    told = raises(DBAPIError, units, work)
+    error_raised = raises(DBAPIError, units, work)
     units.run(insert("next"))
-    return yes_or_no(told and units.store.names() == ["next"])
+    return yes_or_no(error_raised and units.store.names() == ["next"])
 
 
 def two_at_once(units: Units) -> str:
     if not units.is_async:
-        return ""  # threads: tests/test_scope.py
+        return ""  # tests/test_scope.py tests threads
     slow = select(func.count()).select_from(Parent)
     if units.store.backend in NAP:
         slow = text(NAP[units.store.backend].format(0.2))
@@ -242,7 +242,8 @@ def columns() -> Iterator[dict[str, list[str]]]:
         PAGE.write_text(f"{before}{TABLE}\n\n{table}\n\n{rest}")
 
 
-def test_the_table_is_true(units: Units, columns: dict[str, list[str]]) -> None:
+def test_the_table_matches_the_measurements(units: Units, columns: dict[str, list[str]]) -> None:
+    """The table in ``docs/databases.md`` contains the measured behaviour of each driver."""
     columns[units.driver] = measure(units)
     if not os.environ.get(WRITE):
         assert columns[units.driver] == documented()[units.driver]

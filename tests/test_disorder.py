@@ -1,10 +1,10 @@
-"""Apps and servers that keep to no order: whatever they do, the promises hold.
+"""The promises hold for apps and servers that call in any order.
 
-Hypothesis makes up programs of what an app does, and servers that are strict, lenient, deaf or
-gone.  A `Ledger` goes along with each run: from what the app did and what the server was handed
-it knows what the database must hold at every moment.
+Hypothesis generates programs of what an app does, and servers that are strict, lenient, or disconnected, with or
+without reporting it.  A `Ledger` follows each run: from what the app did and what the server received,
+it computes what the database must contain at each moment.
 
-``HYPOTHESIS_PROFILE=long`` looks for minutes; otherwise the programs are few, and always the same.
+``HYPOTHESIS_PROFILE=long`` searches for minutes; the default runs a few programs, always the same ones.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ ORPHAN = "orphan"
 
 
 class AppError(Exception):
-    """What an app of these tests raises."""
+    """Raised by the apps of these tests."""
 
 
 class Ledger:
-    """What one request did, and what the database must hold of it.
+    """Records what one request did, and computes what the database must contain.
 
     Attributes:
-        kept: what must be durable.
-        pending: the work of the open transaction.
-        begun: a transaction is open.
-        broken: a flush has failed, and nobody has rolled back since.
-        doomed: nothing of this unit of work may commit.
-        failed: an error has left the app, or a commit was refused, before the response was complete.
-        settled: a settling has begun; a ``session_scope()`` is no longer part of this unit of work.
-        wrong: what was not as it must be.
+        kept: the rows that must be committed.
+        pending: the rows of the open transaction.
+        begun: whether a transaction is open.
+        broken: whether a flush has failed without a rollback since.
+        doomed: whether the unit of work must not commit.
+        failed: whether the app raised an error, or a commit failed, before the response was complete.
+        settled: whether settling has begun; a later ``session_scope()`` opens another unit of work.
+        wrong: a message for each difference from what must hold.
     """
 
     def __init__(self, names: Callable[[], list[str]]) -> None:
@@ -92,7 +92,7 @@ class Ledger:
         self.pending.append(name)
 
     def end(self, *, commit: bool) -> None:
-        """The transaction ends."""
+        """Record the end of the transaction."""
         if commit:
             self.kept.update(self.pending)
         self.hooks_due += [name for name, on in self.waiting if (on == "commit") == commit]
@@ -114,7 +114,7 @@ SCOPES = ["joined", "joined and failed", "new"]
 
 
 def work(step: str, name: str, db: Any, ledger: Ledger) -> Callable[[Session], None]:
-    """``step`` as a function of a sync session; it tells the ledger what it did."""
+    """Return ``step`` as a function of a sync session, which records in the ledger what it did."""
 
     def do(session: Session) -> None:
         match step:
@@ -141,7 +141,7 @@ def work(step: str, name: str, db: Any, ledger: Ledger) -> Callable[[Session], N
                 ledger.doomed = True
             case _:
                 if (ledger.settled or ledger.failed) and not session.in_transaction():
-                    session.begin()  # a late hook without a transaction goes with whatever is settled next
+                    session.begin()  # a late hook without a transaction would run with whatever is settled next
                     ledger.begun = True
                 register = db.on_commit if step == "on_commit" else db.on_rollback
                 register(ledger.hooks_run.append, name)
@@ -178,7 +178,7 @@ def work(step: str, name: str, db: Any, ledger: Ledger) -> Callable[[Session], N
 
 
 class Databases:
-    """One file, looked at through a sync and an async database of ours and, from outside, a `Store`."""
+    """A sync and an async database on one file, and a `Store` that inspects the file."""
 
     def __init__(self, folder: Any) -> None:
         self.store = Store("sqlite+aiosqlite", folder / "test.db")
@@ -218,7 +218,7 @@ def prepare_connection(connection: Any, record: Any) -> None:
 @pytest.fixture(scope="module")
 def databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
     databases = Databases(tmp_path_factory.mktemp("disorder"))
-    gc.collect()  # what is collected below is of these tests
+    gc.collect()  # so that later collections find garbage of these tests only
     yield databases
     databases.close()
 
@@ -249,7 +249,7 @@ asgi_steps = st.one_of(
 
 
 def programs(steps: st.SearchStrategy[str], start: str, *ends: str) -> st.SearchStrategy[list[str]]:
-    """Any steps in any order, and orderly programs with a few steps too many."""
+    """Programs of steps in any order, and orderly programs with a few additional steps."""
     few = st.lists(steps, max_size=3)
     works = st.sampled_from([[], ["insert"]])
     orderly = [st.just([start]), works, few, *(part for end in ends for part in (st.just([end]), works, few))]
@@ -257,15 +257,15 @@ def programs(steps: st.SearchStrategy[str], start: str, *ends: str) -> st.Search
 
 
 class ASGIServer:
-    """Notes for the ledger what it is handed, and behaves as ``kind`` says.
+    """Reports each message to the ledger, and behaves as its arguments say.
 
-    A strict one raises at a message out of order; one that is gone raises at every message from the
-    ``fails_at``-th on; from there on it also tells that the client has left, if it ``tells``.
+    A strict server raises at a message out of order.  From message number ``fails_at`` on, the client is disconnected:
+    receive() returns a disconnect if ``sends_disconnect``, and otherwise send() raises.
     """
 
-    def __init__(self, ledger: Ledger, *, strict: bool, fails_at: int, tells: bool) -> None:
+    def __init__(self, ledger: Ledger, *, strict: bool, fails_at: int, sends_disconnect: bool) -> None:
         self.ledger = ledger
-        self.strict, self.fails_at, self.tells = strict, fails_at, tells
+        self.strict, self.fails_at, self.sends_disconnect = strict, fails_at, sends_disconnect
         self.messages = 0
         self.status: int | None = None
         self.trailers = False
@@ -276,7 +276,7 @@ class ASGIServer:
         return self.messages >= self.fails_at
 
     async def receive(self) -> Any:
-        if self.left and self.tells:
+        if self.left and self.sends_disconnect:
             return {"type": "http.disconnect"}
         return {"type": "http.request", "body": b"", "more_body": False}
 
@@ -285,7 +285,7 @@ class ASGIServer:
         in_order = self._note(message)
         self.ledger.check(f"message {self.messages}, {message}")
         self.messages += 1
-        if not self.tells and self.messages > self.fails_at:
+        if not self.sends_disconnect and self.messages > self.fails_at:
             raise OSError("the client has left")
         if self.strict and not in_order:
             raise RuntimeError(f"unexpected {message}")
@@ -302,7 +302,7 @@ class ASGIServer:
             ledger.settled = True
             self._end(left=False)
         elif started and self._is_last(message):
-            self._end(left=self.left and self.tells and ledger.active)
+            self._end(left=self.left and self.sends_disconnect and ledger.active)
             self.complete = True
         return in_order
 
@@ -320,7 +320,7 @@ class ASGIServer:
 
 
 class ASGIApp:
-    """Performs a program; ``swallows`` says which errors of its steps it takes for nothing."""
+    """Performs a program; ``swallows`` are the exceptions of its steps that it ignores."""
 
     def __init__(self, program: list[str], database: Any, server: ASGIServer, swallows: Any) -> None:
         self.program, self.database, self.swallows = program, database, swallows
@@ -375,7 +375,7 @@ class ASGIApp:
         ledger, new = self.ledger, step == "new"
         is_new = new or ledger.settled
         if is_new and ledger.begun:
-            return  # SQLite has one writer
+            return  # SQLite allows one writer at a time
         block = self.database.session_scope(new=new)
         try:
             async with block if core_of(self.database).is_async else in_async(block) as session:
@@ -413,7 +413,7 @@ async def inside_an_except_block(app: Any, scope: Any, receive: Any, send: Any) 
 
 
 async def answering(app: Any, scope: Any, receive: Any, send: Any) -> None:
-    """What frameworks do: an error before the first byte is answered."""
+    """Send an error response if the app raises before the first byte, as frameworks do."""
     started = False
 
     async def note(message: Any) -> None:
@@ -431,7 +431,7 @@ async def answering(app: Any, scope: Any, receive: Any, send: Any) -> None:
 
 
 async def swallowing(app: Any, scope: Any, receive: Any, send: Any) -> None:
-    """What none should do: an error is a success."""
+    """Send a success response if the app raises, as no middleware should."""
     with contextlib.suppress(Exception):
         await app(scope, receive, send)
     with contextlib.suppress(RuntimeError, OSError):
@@ -457,12 +457,12 @@ MIDDLEWARES = {
     swallows=st.sampled_from([(), (Exception,), (BaseException,)]),
     strict=st.booleans(),
     fails_at=st.sampled_from([99, 99, 0, 1, 2, 3]),
-    tells=st.booleans(),
+    sends_disconnect=st.booleans(),
 )
 def test_asgi(
     databases: Databases, kind: str, program: list[str], layers: list[str], swallows: Any, **server: Any
 ) -> None:
-    """Whatever an app sends, in whatever order, and whatever the server answers."""
+    """The ledger's rules hold under ASGI for any messages in any order, and for any server."""
     database, ledger = databases.databases[kind], Ledger(databases.store.names)
     served = ASGIServer(ledger, **server)
     app: Any = SessionScopeMiddleware(ASGIApp(program, database, served, swallows), database)
@@ -499,7 +499,7 @@ wsgi_steps = st.one_of(
 
 
 class WSGIApp:
-    """Performs a program, and ``closing`` in the ``close()`` of its body; notes what it did in which phase."""
+    """Performs a program, and ``closing`` in the ``close()`` of its body; records the rows of each phase."""
 
     def __init__(self, program: list[str], closing: list[str], database: Any, swallows: Any) -> None:
         self.program, self.closing, self.database, self.swallows = program, closing, database, swallows
@@ -563,7 +563,7 @@ class WSGIBody:
 
 
 class WSGIServer:
-    """Asks for so many chunks, each in a thread of its own if ``hops``, and then closes the body, if it ever does."""
+    """Reads ``reads`` chunks, with ``hops`` each in another thread, and then closes the body as ``closes`` says."""
 
     def __init__(self, names: Callable[[], list[str]], *, reads: int, closes: str, hops: bool) -> None:
         self.names = names
@@ -624,7 +624,7 @@ class WSGIServer:
 def test_wsgi(
     databases: Databases, program: list[str], closing: list[str], swallows: Any, handling: bool, **options: Any
 ) -> None:
-    """Whatever an app says in whatever order, and however the server reads its body and closes it."""
+    """Under WSGI, a response agrees with the database for any calls in any order, and for any server."""
     database = databases.databases["sync"]
     databases.store.clear()
     app = WSGIApp(program, closing, database, swallows)
@@ -642,12 +642,12 @@ def test_wsgi(
     assert not caught or options["closes"] == "never"
     durable = {name for name in databases.store.names() if not name.startswith("late")}
     durable_at_start = set(server.durable_at_start)
-    told = server.status or 0
-    if told >= 400:
+    status = server.status or 0
+    if status >= 400:
         assert not durable, "an error was told"
-    elif told and "doom" not in program and not any("anew" in step for step in program):
+    elif status and "doom" not in program and not any("anew" in step for step in program):
         assert "write" in program or durable_at_start >= set(app.before_the_body), "a success was told too early"
-        if server.complete and "200 of 8 bytes" not in program:  # what follows its last byte is late work
+        if server.complete and "200 of 8 bytes" not in program:  # what follows the declared last byte is late work
             assert durable == set(app.before_the_end), "a complete success was told"
     assert durable >= durable_at_start, "what was told is gone"
     assert find(core_of(database)) is None

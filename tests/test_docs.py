@@ -1,10 +1,10 @@
-"""The documentation is executed, so that it cannot lie.
+"""The code in the documentation is executed, so that it stays correct.
 
-Every ``python`` block of `README.md` and of `docs/` runs, those of one page in order and in one
-module.  An HTML comment above a block may say ``<!-- needs: postgresql -->``; with
-``<!-- file: migrations/env.py -->`` the block is written to that file, for others to run.  A
-comment that begins with ``<!-- check`` is code that runs but is not shown.  ``# prints: ...``
-says what a block prints.
+Every ``python`` block of `README.md` and of `docs/` runs; the blocks of one page run in order and in one
+module.  An HTML comment above a block can be ``<!-- needs: postgresql -->``, or
+``<!-- file: migrations/env.py -->``, which writes the block to that file for other blocks.  A
+comment that begins with ``<!-- check`` contains code that runs but is not shown.  ``# prints: ...``
+gives the output of a block.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ POSTGRESQL_URL = re.compile(r"postgresql\+(\w+)://localhost/(\w+)")
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code, padded so that its line numbers are those of its page."""
+    """A block of code, padded so that its line numbers agree with those of its page."""
 
     source: str
     needs: str | None
@@ -50,7 +50,7 @@ class Block:
 
     @property
     def checks(self) -> bool:
-        """True if running it can fail for more than a typing error."""
+        """Whether running the block can fail for other reasons than an exception."""
         return "assert " in self.source or bool(PRINTS.search(self.source))
 
 
@@ -71,18 +71,18 @@ def needs(page: Path) -> set[str]:
 
 
 class Namespace:
-    """The module in which the blocks of one page run, and the event loop of those that await."""
+    """The module in which the blocks of one page run, and the event loop for blocks that await."""
 
     def __init__(self, page: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._page = page
         self._engines: dict[Any, Engine] = {}
         self._runner = asyncio.Runner()
-        self._logging = logging.root.handlers[:], logging.root.level  # which the migrations' env.py sets up anew
+        self._logging = logging.root.handlers[:], logging.root.level  # the migrations' env.py configures logging
         self._directory = directory
         self._module = ModuleType("shop")
         self._module.__file__ = str(directory / "shop.py")
         monkeypatch.chdir(directory)
-        for name in ("shop", "models"):  # the names that pages import from themselves
+        for name in ("shop", "models"):  # the names under which pages import their own blocks
             monkeypatch.setitem(sys.modules, name, self._module)
 
     def __enter__(self) -> Namespace:
@@ -100,7 +100,7 @@ class Namespace:
         self._module.__dict__.clear()
         logging.root.handlers[:], level = self._logging
         logging.root.setLevel(level)
-        gc.collect()  # here, what is left open still fails this page
+        gc.collect()  # so that a resource that is left open makes this page fail, and not a later one
 
     def _note(self, connection: Connection) -> None:
         self._engines[connection.engine.pool] = connection.engine
@@ -141,7 +141,7 @@ def run_page(page: Path, namespace: Namespace, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a page says is so."""
+    """The code of a page runs and prints what the page says."""
     run_page(page, Namespace(page, tmp_path, monkeypatch), capsys)
 
 
@@ -153,13 +153,13 @@ def test_page_on_postgresql(
     capsys: pytest.CaptureFixture[str],
     postgresql: Any,
 ) -> None:
-    """What a page says of PostgreSQL is so."""
+    """The blocks of a page that need PostgreSQL run too."""
     run_page(page, Namespace(page, tmp_path, monkeypatch), capsys, postgresql)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_page_is_checked(page: Path) -> None:
-    """A page with code says what the code does, in a way that can fail, and no block escapes."""
+    """Every code block of a page is found, and a page with code contains at least one assertion or output."""
     found = list(blocks(page))
     text = page.read_text()
     assert text.count("```python") + text.count("<!-- check") == len(found)
@@ -168,7 +168,7 @@ def test_page_is_checked(page: Path) -> None:
 
 
 def test_every_error_is_explained() -> None:
-    """errors.md has a section for each exception of ours, and names no other."""
+    """errors.md has a section for each of session_plugin's exceptions, and for no other."""
     sections = re.findall(r"^## `?(\w+Error)`?$", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
     assert set(sections) == set(exceptions.__all__) - {"SessionPluginError"}
 
@@ -180,8 +180,8 @@ def test_every_public_name_is_mentioned() -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent == ROOT], ids=page_id)
-def test_links_of_the_readme(page: Path) -> None:
-    """Its links lead to files that exist; mkdocs checks those of docs/."""
+def test_the_links_of_the_readme_exist(page: Path) -> None:
+    """Relative links in the README lead to existing files; mkdocs checks the links in docs/."""
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []

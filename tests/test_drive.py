@@ -1,4 +1,4 @@
-"""One algorithm, two drivers, and work that a cancellation does not break off."""
+"""`run` and `arun` drive the same generators, and `uncancelled` finishes its work despite a cancellation."""
 
 import asyncio
 from collections.abc import Callable, Generator
@@ -16,7 +16,7 @@ class Oops(Exception):
 
 
 def steps(log: list[Any], *calls: Callable[[], Any]) -> Generator[Callable[[], Any], Any, str]:
-    """Notes what each call answers or raises; an error ends it, after one more call."""
+    """Log the result or the error of each call; after an error, make one more call and raise it."""
     for call in calls:
         try:
             log.append((yield call))
@@ -41,17 +41,20 @@ def drive_async(generator: Any) -> Any:
 
 @pytest.mark.parametrize("drive", [drive_sync, drive_async])
 class TestDrivers:
-    """Both drivers make the calls in order, send back answers, and throw back errors."""
+    """Both drivers make the calls in order, send the results back, and throw errors into the generator."""
 
-    def test_answers(self, drive: Any) -> None:
+    def test_results(self, drive: Any) -> None:
+        """Each result is sent into the generator, whose return value is returned."""
         log: list[Any] = []
         assert drive(steps(log, lambda: 1, lambda: 2)) == "the end"
         assert log == [1, 2]
 
     def test_nothing_to_do(self, drive: Any) -> None:
+        """A generator without calls returns its value."""
         assert drive(steps([])) == "the end"
 
     def test_errors(self, drive: Any) -> None:
+        """An error of a call is thrown into the generator, which can make further calls."""
         log: list[Any] = []
         with pytest.raises(Oops):
             drive(steps(log, lambda: 1, fail, lambda: "never"))
@@ -61,9 +64,10 @@ class TestDrivers:
 
 
 def test_awaitables_are_awaited() -> None:
+    """`arun` awaits the result of a call if it is awaitable."""
     log: list[Any] = []
 
-    async def answer() -> str:
+    async def awaited() -> str:
         await asyncio.sleep(0)
         return "awaited"
 
@@ -72,12 +76,12 @@ def test_awaitables_are_awaited() -> None:
         raise Oops
 
     with pytest.raises(Oops):
-        drive_async(steps(log, answer, lambda: "called", failing))
+        drive_async(steps(log, awaited, lambda: "called", failing))
     assert log[:2] == ["awaited", "called"]
 
 
 class Work:
-    """Takes until ``finish`` is set, and then answers or raises."""
+    """Waits until ``finish`` is set, and then returns or raises ``error``."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.begun, self.finish = asyncio.Event(), asyncio.Event()
@@ -95,8 +99,8 @@ class Work:
 
 @pytest.mark.parametrize("error", [None, Oops()])
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_cancellation_waits_for_the_end(error: Oops | None, times: int) -> None:
-    """However often it is cancelled, the work ends; then the cancellation counts, caused by the work's error."""
+def test_a_cancellation_waits_for_the_work(error: Oops | None, times: int) -> None:
+    """Cancelled work runs to its end, however often it is cancelled; CancelledError is raised from the work's error."""
 
     async def scenario() -> None:
         work = Work(error)
@@ -115,8 +119,8 @@ def test_a_cancellation_waits_for_the_end(error: Oops | None, times: int) -> Non
     asyncio.run(scenario())
 
 
-def test_an_anyio_scope_waits_for_the_end() -> None:
-    """anyio delivers a cancellation again and again; the work ends all the same."""
+def test_an_anyio_scope_waits_for_the_work() -> None:
+    """Work inside a cancelled anyio scope runs to its end, although anyio repeats the cancellation."""
 
     async def scenario() -> None:
         work = Work()
@@ -130,7 +134,7 @@ def test_an_anyio_scope_waits_for_the_end() -> None:
 
 
 def test_an_anyio_scope_does_not_spin() -> None:
-    """anyio cancels at every turn of the loop until somebody listens: during a COMMIT that would eat a processor."""
+    """A cancelled anyio scope does not cancel the waiting task in each turn of the loop, which would busy a CPU."""
 
     async def scenario() -> None:
         waiting = asyncio.current_task()
@@ -153,7 +157,7 @@ def test_an_anyio_scope_does_not_spin() -> None:
 
 
 def test_asyncio_timeout_still_times_out() -> None:
-    """The time-out is told as one, once the work is done."""
+    """asyncio.timeout() raises `TimeoutError` once the work is done."""
 
     async def scenario() -> None:
         work = Work()
@@ -167,7 +171,7 @@ def test_asyncio_timeout_still_times_out() -> None:
 
 
 def test_without_a_cancellation() -> None:
-    """The answer is the work's answer, and its error the work's error."""
+    """Without a cancellation, `uncancelled` returns the result of the work, or raises its error."""
 
     async def scenario(error: Oops | None) -> Any:
         work = Work(error)
@@ -180,7 +184,7 @@ def test_without_a_cancellation() -> None:
 
 
 def test_a_task_that_goes_on_after_the_work() -> None:
-    """As a task factory's may, that tells a tracer of each task: it is waited for, and the loop turns meanwhile."""
+    """If a task factory's task continues after the work, `uncancelled` waits for it without blocking the loop."""
 
     async def work() -> int:
         return 42
@@ -203,7 +207,7 @@ def test_a_task_that_goes_on_after_the_work() -> None:
 
 @pytest.mark.parametrize("caller_too", [False, True])
 def test_work_that_is_itself_cancelled(caller_too: bool) -> None:
-    """A loop that ends cancels every task, the work's own too: no endless wait, and the first of them comes out."""
+    """If the work's own task is cancelled, as at the end of a loop, the first cancellation is raised."""
 
     async def scenario() -> None:
         work = Work()
@@ -222,7 +226,7 @@ def test_work_that_is_itself_cancelled(caller_too: bool) -> None:
 
 
 def test_work_that_is_cancelled_before_it_begins() -> None:
-    """It is closed, and nobody is warned that it was never awaited."""
+    """Work that is cancelled before it begins is closed, without a warning that it was never awaited."""
 
     async def scenario() -> None:
         work = Work()()
@@ -237,8 +241,8 @@ def test_work_that_is_cancelled_before_it_begins() -> None:
     asyncio.run(scenario())
 
 
-def test_who_waits_is_told_in_the_turn_in_which_the_work_ends() -> None:
-    """A request's answer waits for no further turn of a busy event loop."""
+def test_the_waiting_task_resumes_in_the_turn_in_which_the_work_ends() -> None:
+    """The waiting task resumes in the same turn of the event loop in which the work ends."""
     turns: list[str] = []
 
     async def work() -> None:

@@ -1,4 +1,4 @@
-"""Frameworks that session_plugin knows nothing of: behind the plain middleware, and with a small adapter."""
+"""Frameworks without an integration: behind the plain middleware, and with a small adapter."""
 
 import http.client
 import json
@@ -30,7 +30,7 @@ MOVED = {"alice": 70, "bob": 30, EQUITY: -100}
 
 @dataclass
 class Seen:
-    """What was so when something left for the server."""
+    """The state when the app sent something to the server."""
 
     what: Any
     durable: dict[str, int]
@@ -38,11 +38,11 @@ class Seen:
 
 
 class Elsewhere:
-    """An example on a real server; between the two, one who looks at the database whenever something passes."""
+    """An example app on a real server, with a layer between them that records the database's state at each message."""
 
     port: int
     servers_own: bytes
-    """In the server's answer for an app that raises."""
+    """Part of the server's own response for an app that raises."""
 
     def __init__(self, name: str, folder: Path, *, adapter: bool) -> None:
         self.name, self.adapter = name, adapter
@@ -67,7 +67,7 @@ class Elsewhere:
             return dict(connection.execute(balances()).all())
 
     def reopen(self) -> None:
-        """Alice has 100 and Bob nothing, once the last request is over: its client may have gone on before."""
+        """Reset the accounts once the last request has ended, whose client may have continued earlier."""
         assert wait_for(lambda: not self.under_way)
         with self.engine.begin() as connection:
             for model in (Entry, Transfer, Account):
@@ -158,13 +158,13 @@ def app(served: Any) -> Iterator[Any]:
     assert served.seen[-1].held == 0
 
 
-def refusals(caplog: pytest.LogCaptureFixture) -> int:
-    """How often a framework called the error handler that the example has registered."""
+def handler_calls(caplog: pytest.LogCaptureFixture) -> int:
+    """The number of calls of the error handler that the example has registered."""
     return sum(record.name == "example_apps.elsewhere.books" for record in caplog.records)
 
 
 def test_success_is_durable(app: Any) -> None:
-    """No byte of a success leaves before COMMIT, nor while a connection is held."""
+    """The first byte of a success response is sent after COMMIT, when no connection is held."""
     reply = app.transfer()
     assert (reply.status, list(reply.json)) == (201, ["transfer"])
     assert app.seen[0] == Seen(201, MOVED, 0)
@@ -172,47 +172,49 @@ def test_success_is_durable(app: Any) -> None:
 
 
 def test_failed_commit(app: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """It is never a success and nothing is written; the framework's handler answers it with the adapter only."""
+    """A failed commit leads to an error response, from the framework's error handler only if the adapter is used."""
     reply = app.transfer(target="nobody")
     if app.adapter:
         assert (reply.status, reply.json) == (409, {"error": "the database refused it"})
-        assert refusals(caplog) == 1
+        assert handler_calls(caplog) == 1
     else:
         assert (reply.status, app.servers_own in reply.body) == (500, True)
-        assert refusals(caplog) == 0
+        assert handler_calls(caplog) == 0
     assert [seen.what for seen in app.seen if seen.what == 201] == []
     assert app.balances() == OPENED
 
 
 def test_failed_flush(app: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """What fails inside the endpoint reaches the framework's handler either way."""
+    """An error inside the endpoint reaches the framework's error handler, with and without the adapter."""
     reply = app.transfer(amount=0)
     assert (reply.status, reply.json) == (409, {"error": "the database refused it"})
-    assert refusals(caplog) == 1
+    assert handler_calls(caplog) == 1
     assert app.balances() == OPENED
 
 
 def test_returned_error_rolls_back(app: Any) -> None:
+    """A returned error response rolls back."""
     reply = app.transfer(amount=101)
     assert (reply.status, reply.json) == (400, {"error": "insufficient funds"})
     assert app.balances() == OPENED
 
 
 def test_raised_error_rolls_back(app: Any) -> None:
+    """A raised error rolls back."""
     assert app.transfer(target=EQUITY).status == 401
     assert app.balances() == OPENED
 
 
-def test_exception_answered_by_a_success(app: Any) -> None:
-    """The adapter sees it and rolls back; the plain middleware cannot, unless the framework tells it."""
+def test_exception_with_a_success_response(app: Any) -> None:
+    """An exception with a success response rolls back with the adapter; the plain middleware commits."""
     reply = app.transfer(dry_run=True)
     assert (reply.status, list(reply.json)) == (200, ["dry_run"])
-    told = app.adapter or app.name == "bottle"  # it passes exc_info to start_response()
-    assert app.balances() == (OPENED if told else MOVED)
+    rolled_back = app.adapter or app.name == "bottle"  # it passes exc_info to start_response()
+    assert app.balances() == (OPENED if rolled_back else MOVED)
 
 
-def test_stream_is_durable_at_its_end(app: Any) -> None:
-    """The connection is back before the body, and what the body did is committed before its last byte."""
+def test_stream_is_committed_before_its_last_byte(app: Any) -> None:
+    """The connection is released before the body, and the body's work is committed before its last byte."""
     reply = app.ask("POST", "/deposits", {"deposits": [("alice", 1), ("bob", 2)]})
     assert (reply.status, reply.complete, len(reply.body.splitlines())) == (200, True, 2)
     end = {"alice": 101, "bob": 2, EQUITY: -103}
@@ -220,17 +222,18 @@ def test_stream_is_durable_at_its_end(app: Any) -> None:
     assert first_byte.held == 0 and last_byte == Seen("end", end, 0)
 
 
-def test_stream_that_cannot_commit_breaks_off(app: Any) -> None:
+def test_stream_whose_commit_fails_is_cut_off(app: Any) -> None:
+    """A stream whose commit fails is cut off."""
     reply = app.ask("POST", "/deposits", {"deposits": [("alice", 1), ("nobody", 2)]})
     assert (reply.status, reply.complete) == (200, False)
-    if app.name == "bottle":  # it reads the first chunk before it tells the status: that one is the request's own work
+    if app.name == "bottle":  # it reads the first chunk before it sends the status: that chunk belongs to the request
         assert app.balances() == {"alice": 101, "bob": 0, EQUITY: -101}
     else:
         assert app.balances() == OPENED
 
 
 def test_one_request_one_session(app: Any) -> None:
-    """A crowd: a session for each request, never another's."""
+    """Concurrent requests use a separate session each."""
     began: list[Session] = []
 
     def note(session: Session, transaction: Any, connection: Any) -> None:
@@ -247,8 +250,8 @@ def test_one_request_one_session(app: Any) -> None:
 
 
 @pytest.mark.parametrize("served", [("falcon_asgi", True), ("falcon_wsgi", True)], ids=str, indirect=True)
-def test_what_falcon_cannot_render_is_not_committed(app: Any) -> None:
-    """It renders after its middlewares; the adapter has it done before it settles."""
+def test_a_response_that_falcon_cannot_render_rolls_back(app: Any) -> None:
+    """The Falcon adapter renders the response before it settles, because Falcon renders after its middlewares."""
 
     class Unrenderable:
         def on_post(self, req: Any, resp: Any) -> None:
@@ -266,7 +269,7 @@ def test_what_falcon_cannot_render_is_not_committed(app: Any) -> None:
 
 
 def test_the_page_shows_these_adapters() -> None:
-    """What the page tells a reader to copy is what runs here."""
+    """The page contains the source of the adapters that these tests use."""
     page = Path(__file__).parents[1].joinpath("docs/your-own-adapter.md").read_text()
     adapters = {
         "litestar": "SettleInside",
@@ -279,8 +282,8 @@ def test_the_page_shows_these_adapters() -> None:
         assert getsource(getattr(import_module(f"example_apps.elsewhere.{name}_app"), adapter)) in page, name
 
 
-def test_the_examples_start_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As their docstrings say, without arguments; the database is in memory then."""
+def test_the_examples_start_without_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example's create_app() works without arguments, with a database in memory."""
     made: list[Any] = []
     for name in ("database", "async_database"):
         make = getattr(books, name)
@@ -288,5 +291,5 @@ def test_the_examples_start_by_themselves(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ASGI + WSGI:
         assert callable(import_module(f"example_apps.elsewhere.{name}_app").create_app())
     assert len(made) == len(ASGI + WSGI)
-    for db in made[len(ASGI) :]:  # the others have not connected
+    for db in made[len(ASGI) :]:  # the async databases have not connected
         db.dispose()

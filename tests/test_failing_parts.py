@@ -1,6 +1,6 @@
-"""Every call that an ending makes fails in turn: one table, each cell with its fate.
+"""Each call that ends a unit of work fails in turn, in each kind of adapter.
 
-A row says what fails and what becomes of it; the columns are the kinds of adapter on their drivers.
+A row of the table defines what fails and the expected result; a column is a kind of adapter on one of its drivers.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ POOL = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.1}
 
 
 class Broken(Exception):
-    """What fails raises it."""
+    """Raised by the part that fails."""
 
 
 # -- the parts that fail ---------------------------------------------------------------------------
@@ -141,13 +141,13 @@ def breaks(*args: Any) -> Any:
 
 @dataclass
 class Row:
-    """What fails, and its fate.
+    """A part that fails, and the expected result.
 
     Attributes:
-        part: does the work and breaks what is to fail.
-        error: what the unit of work ends in, or None for a success.
-        logged: what session_plugin says of it, and how loudly.
-        server: True if it takes a server to break it.
+        part: does the work and makes the part fail.
+        error: the exception that the unit of work ends with, or None for a success.
+        logged: the level of session_plugin's log record, and a part of its message.
+        server: whether the failure requires a database server.
     """
 
     part: Callable[["World", Session], None]
@@ -185,12 +185,12 @@ Part: TypeAlias = Callable[["World", Session], None]
 
 
 class World:
-    """One kind of adapter on one driver; `ask` makes a request, and notes what its client reads.
+    """One kind of adapter on one driver; `ask` makes a request and records the response.
 
     Attributes:
-        status: what the client reads; 500 if the app failed before anything was sent.
-        complete: the response ended as it should.
-        error: what left the app, or the unit of work.
+        status: the status that the client receives; 500 if the app failed before anything was sent.
+        complete: whether the response ended normally.
+        error: the exception that the app or the unit of work raised.
     """
 
     def __init__(self, store: Store) -> None:
@@ -206,11 +206,11 @@ class World:
             event.listen(self.engine, "connect", check_foreign_keys)
 
     def build(self, url: str) -> None:
-        """Make the app."""
+        """Create the app."""
         raise NotImplementedError
 
     def serve(self) -> None:
-        """One request."""
+        """Serve one request."""
         raise NotImplementedError
 
     def ask(self, part: Part, late_part: Part) -> None:
@@ -239,7 +239,7 @@ class World:
         self.repairs.append(lambda: event.remove(self.engine, name, call))
 
     def exhaust(self) -> None:
-        """Take the only connection of the pool."""
+        """Check out the only connection of the pool."""
         self.repairs.append(self.engine.connect().close)
 
     def repair(self) -> None:
@@ -265,7 +265,7 @@ class World:
 
 
 class ScopeWorld(World):
-    """A block outside any request; it has no late work."""
+    """A session_scope() block outside of any request; it has no late work."""
 
     def build(self, url: str) -> None:
         self.db = Database(url, **POOL)
@@ -416,7 +416,7 @@ COLUMNS: list[tuple[type[World], str]] = [
 
 
 def cells(*, late: bool) -> list[Any]:
-    """A block has no late work, and SQLite no server that could end a connection."""
+    """All combinations of rows and columns; a block has no late work, and SQLite has no server to end a connection."""
     return [
         pytest.param((column, driver), row, id=f"{column.__name__}-{driver}-{row.part.__name__}")
         for column, driver in COLUMNS
@@ -437,7 +437,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 
 @pytest.mark.parametrize(("world", "row"), cells(late=False), indirect=["world"])
 def test_a_part_fails(world: "World", row: Row, caplog: pytest.LogCaptureFixture) -> None:
-    """What the client reads, the database holds and the log says; the pool is whole, and the next request works."""
+    """After a failure, response, database and log are as the row says, and the next request succeeds."""
     world.ask(row.part, idle)
     assert isinstance(world.error, row.error or type(None))
     handled = row.error is IntegrityError and isinstance(world, FlaskWorld | FastAPIWorld)
@@ -449,7 +449,7 @@ def test_a_part_fails(world: "World", row: Row, caplog: pytest.LogCaptureFixture
 
 @pytest.mark.parametrize(("world", "row"), cells(late=True), indirect=["world"])
 def test_a_part_of_late_work_fails(world: "World", row: Row) -> None:
-    """What fails while the body is streamed cuts the response; the work before it stays."""
+    """A failure while the body is streamed cuts off the response; the work before the stream stays committed."""
     world.ask(early, row.part)
     assert (world.status, world.complete) == (201, row.error is None)
     assert world.store.names() == (["early"] if row.error else ["early", "tea"])
@@ -460,11 +460,11 @@ def check_log(row: Row, caplog: pytest.LogCaptureFixture) -> None:
     ours = [
         record for record in caplog.records if record.name == "session_plugin" and record.levelno >= logging.WARNING
     ]
-    told = [(record.levelno, record.getMessage()) for record in ours if "journal mode" not in record.getMessage()]
+    messages = [(record.levelno, record.getMessage()) for record in ours if "journal mode" not in record.getMessage()]
     if row.logged is None:
-        assert told == []
+        assert messages == []
     else:
-        [(level, message)] = told
+        [(level, message)] = messages
         assert level == row.logged[0]
         assert row.logged[1] in message
 

@@ -1,4 +1,4 @@
-"""What FastAPI adds to the promises: dependencies, response models, its own streams and its exit stacks."""
+"""What FastAPI adds to the promises: dependencies, response models, streams and exit stacks."""
 
 import asyncio
 from collections.abc import Callable
@@ -31,19 +31,19 @@ file_store = stores(["sqlite+aiosqlite"])
 
 @on(AsyncFastAPIHarness)
 class TestAsyncContract(Contract):
-    """The promises."""
+    """The promises of the contract."""
 
 
 @on(SyncFastAPIHarness)
 class TestSyncContract(Contract):
-    """The promises."""
+    """The promises of the contract."""
 
 
-# -- 1: one request, one session -------------------------------------------------------------------
+# -- 1: one session for each request ---------------------------------------------------------------
 
 
 def test_one_request_has_one_session(file_store: Store) -> None:
-    """However it is asked for, it is the same session; the next request has another."""
+    """All ways to access the session return the same one within a request, and a different one in the next request."""
     site = Site(file_store)
     app, db = site.app, site.db
     seen: list[Any] = []
@@ -114,7 +114,7 @@ def note_of(note: Callable[[], None]) -> Any:
 
 
 def test_dependency_override_replaces_the_session(file_store: Store) -> None:
-    """dependency_overrides[db.get_session] works as for any dependency, and ours is not made."""
+    """An override of `get_session` replaces the session like any dependency, and no session is created."""
     site = Site(file_store)
     made: list[Any] = []
 
@@ -130,7 +130,7 @@ def test_dependency_override_replaces_the_session(file_store: Store) -> None:
 
 
 def test_head_and_options(file_store: Store) -> None:
-    """HEAD and OPTIONS are requests like others: they commit what they write."""
+    """HEAD and OPTIONS requests commit what they write."""
     site = Site(file_store)
 
     @site.app.api_route("/", methods=["HEAD", "OPTIONS"])
@@ -143,8 +143,8 @@ def test_head_and_options(file_store: Store) -> None:
         assert file_store.names() == ["row 0", "row 1"]
 
 
-def test_middleware_that_answers_itself(file_store: Store) -> None:
-    """An auth middleware's 401 rolls back what it wrote; its 200 commits it."""
+def test_middleware_that_responds_itself(file_store: Store) -> None:
+    """The response of a middleware that does not call the app decides: its 401 rolls back, and its 200 commits."""
     site = Site(file_store)
 
     @site.app.middleware("http")
@@ -157,11 +157,11 @@ def test_middleware_that_answers_itself(file_store: Store) -> None:
         assert file_store.names() == ["/yes"]
 
 
-# -- 3: refusal ------------------------------------------------------------------------------------
+# -- 3: a failed commit is an error response -------------------------------------------------------
 
 
 def refusing_endpoints(site: Site, ran: list[str]) -> None:
-    """One endpoint per way to answer; each has work that only COMMIT refuses."""
+    """Add an endpoint for each kind of response; the COMMIT of each one fails."""
     app, db, file = site.app, site.db, __file__
 
     async def dependency(background: BackgroundTasks) -> AsyncSession:
@@ -196,7 +196,7 @@ def refusing_endpoints(site: Site, ran: list[str]) -> None:
 
 
 class Swallowing:
-    """A user's middleware that answers whatever goes wrong inside it as if all were well."""
+    """A user's middleware that sends a success response for every exception inside it."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -220,10 +220,10 @@ WAYS = ["json", "file", "stream", "group"]
 
 @pytest.mark.parametrize("middlewares", MIDDLEWARES)
 @pytest.mark.parametrize("handled", [IntegrityError, SQLAlchemyError])
-def test_failed_commit_is_answered_by_the_apps_handler(
+def test_failed_commit_calls_the_apps_error_handler(
     async_store: Store, middlewares: str, handled: type[Exception]
 ) -> None:
-    """Whatever stands between, the handler for the error or its base answers, with CORS headers, and nothing runs."""
+    """The error handler for a failed commit or a base class responds, with CORS headers; no hook or task runs."""
     site = Site(async_store)
     ran: list[str] = []
     for middleware, options in MIDDLEWARES[middlewares]:
@@ -246,7 +246,7 @@ def test_failed_commit_is_answered_by_the_apps_handler(
 
 @pytest.mark.parametrize("middlewares", ["none", "BaseHTTPMiddleware", "GZip"])
 def test_failed_commit_without_a_handler_is_a_500(file_store: Store, middlewares: str) -> None:
-    """Unhandled, a failed commit is a 500, which the app's handler for Exception may write, after a query."""
+    """A failed commit without an error handler is a 500, and the app's handler for `Exception` can query."""
     site = Site(file_store)
     ran: list[str] = []
     for middleware, options in MIDDLEWARES[middlewares]:
@@ -272,7 +272,7 @@ class Oops(Exception):
 
 
 def handling_app(site: Site, app: Any) -> Any:
-    """An app whose handlers answer each error as a success of some kind."""
+    """An app whose error handlers respond to each exception with a success."""
 
     @app.get("/{name}")
     async def endpoint(name: str) -> Any:
@@ -319,8 +319,8 @@ def mount_twice(site: Site) -> None:
 
 
 @pytest.mark.parametrize("where", MOUNTS)
-def test_an_error_that_a_handler_answers_as_a_success_rolls_back(file_store: Store, where: str) -> None:
-    """However its handler answers, and whichever app it belongs to, an exception writes nothing; a redirect does."""
+def test_an_exception_handled_as_a_success_rolls_back(file_store: Store, where: str) -> None:
+    """An exception rolls back whatever its error handler returns, also in mounted apps; a redirect commits."""
     site = Site(file_store)
     MOUNTS[where](site)
     check_handled_errors(site, "/in" if " in " in where else "")
@@ -337,7 +337,7 @@ def check_handled_errors(site: Site, prefix: str) -> None:
 
 
 def test_a_redirect_that_a_handler_turns_into_an_error_rolls_back(file_store: Store) -> None:
-    """What counts is the answer that the client gets."""
+    """A raised redirect rolls back if the error handler turns it into an error response."""
     site = Site(file_store)
 
     @site.app.exception_handler(HTTPException)
@@ -359,20 +359,20 @@ def test_a_redirect_that_a_handler_turns_into_an_error_rolls_back(file_store: St
 
 @pytest.mark.parametrize("middlewares", MIDDLEWARES)
 def test_a_stream_queries_beside_any_middleware(async_store: Store, middlewares: str) -> None:
-    """Middleware that runs beside the app does not end the stream's transaction, nor the stream its."""
+    """A stream keeps its own transaction while a middleware runs in another task."""
     site = Site(async_store)
     for middleware, options in MIDDLEWARES[middlewares]:
         site.app.add_middleware(middleware, **options)
 
-    @site.app.get("/{fate}")
-    async def stream(fate: str, session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> Any:
+    @site.app.get("/{case}")
+    async def stream(case: str, session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> Any:
         async def body() -> Any:
             for number in range(3):
-                await session.run_sync(insert(f"{fate} {number}"))
+                await session.run_sync(insert(f"{case} {number}"))
                 yield b"x" * 1000
-            if fate == "cut":
+            if case == "cut":
                 raise Oops
-            if fate == "refused":
+            if case == "refused":
                 await session.run_sync(add_orphan)
 
         async def failing_at_once() -> Any:
@@ -380,17 +380,17 @@ def test_a_stream_queries_beside_any_middleware(async_store: Store, middlewares:
             raise Oops
             yield b""
 
-        return StreamingResponse(failing_at_once() if fate == "at once" else body())
+        return StreamingResponse(failing_at_once() if case == "at once" else body())
 
     with site.running():
-        replies = [site.get(f"/{fate}") for fate in ("kept", "cut", "refused", "at%20once")]
+        replies = [site.get(f"/{case}") for case in ("kept", "cut", "refused", "at%20once")]
         assert [reply.complete and reply.status == 200 for reply in replies] == [True, False, False, False]
         assert async_store.names() == ["kept 0", "kept 1", "kept 2"]
 
 
-@pytest.mark.parametrize("fate", ["kept", "refused"])
-def test_work_of_a_middleware_after_the_response_is_ready(async_store: Store, fate: str) -> None:
-    """What a middleware does after call_next() is settled before the first byte, apart from what the app does."""
+@pytest.mark.parametrize("case", ["kept", "refused"])
+def test_work_of_a_middleware_after_the_response_is_ready(async_store: Store, case: str) -> None:
+    """Work of a middleware after call_next() is settled before the first byte, and separately from the app's work."""
     site = Site(async_store)
     held: list[int] = []
 
@@ -398,8 +398,8 @@ def test_work_of_a_middleware_after_the_response_is_ready(async_store: Store, fa
     async def audit(request: Any, call_next: Any) -> Any:
         response = await call_next(request)
         await site.db.session.run_sync(insert("audit"))
-        await asyncio.sleep(0.05)  # the app sends its body meanwhile
-        await site.db.session.run_sync(insert("audit 2") if fate == "kept" else add_orphan)
+        await asyncio.sleep(0.05)  # meanwhile, the app sends its body
+        await site.db.session.run_sync(insert("audit 2") if case == "kept" else add_orphan)
         return response
 
     @site.app.get("/json")
@@ -415,24 +415,24 @@ def test_work_of_a_middleware_after_the_response_is_ready(async_store: Store, fa
         return StreamingResponse(body())
 
     with site.running():
-        statuses = [site.get("/json").status, 200 if fate == "refused" else site.get("/json").status]
-        assert async_store.names() == (["audit", "audit 2", "early"] if fate == "kept" else ["early"])
+        statuses = [site.get("/json").status, 200 if case == "refused" else site.get("/json").status]
+        assert async_store.names() == (["audit", "audit 2", "early"] if case == "kept" else ["early"])
         async_store.clear()
         statuses.append(site.get("/stream").status)
-    assert statuses[0] == statuses[2] == (200 if fate == "kept" else 500)
-    assert held == ([0] if fate == "kept" else [])
+    assert statuses[0] == statuses[2] == (200 if case == "kept" else 500)
+    assert held == ([0] if case == "kept" else [])
 
 
-def test_a_body_of_declared_length_is_complete_only_when_its_work_is_saved(async_store: Store) -> None:
-    """A client that counts bytes does not get the last of them before the last work is committed."""
+def test_a_body_of_declared_length_ends_after_the_commit(async_store: Store) -> None:
+    """The last byte of a body with a Content-Length is not sent before the stream's work is committed."""
     site = Site(async_store)
 
-    @site.app.get("/{fate}")
-    async def download(fate: str, session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> Any:
+    @site.app.get("/{case}")
+    async def download(case: str, session: Annotated[AsyncSession, Depends(site.db.get_session)]) -> Any:
         async def body() -> Any:
             yield b"chunk"
             yield b"chunk"
-            await session.run_sync(insert("audit") if fate == "kept" else add_orphan)
+            await session.run_sync(insert("audit") if case == "kept" else add_orphan)
 
         return StreamingResponse(body(), headers={"Content-Length": "10"})
 
@@ -444,8 +444,8 @@ def test_a_body_of_declared_length_is_complete_only_when_its_work_is_saved(async
 
 @pytest.mark.parametrize("middlewares", ["none", "BaseHTTPMiddleware", "GZip"])
 @pytest.mark.parametrize("reads_body", [False, True])
-def test_a_client_that_left_before_the_last_chunk(async_store: Store, middlewares: str, reads_body: bool) -> None:
-    """A complete stream that nobody read to its end rolls back, whoever stands between us and the server."""
+def test_a_disconnect_before_the_last_chunk_rolls_back(async_store: Store, middlewares: str, reads_body: bool) -> None:
+    """A stream rolls back if the client disconnects before its end, whatever middleware is around the app."""
     site = Site(async_store)
     gate = Gate()
     for middleware, options in MIDDLEWARES[middlewares]:
@@ -480,8 +480,8 @@ def test_a_client_that_left_before_the_last_chunk(async_store: Store, middleware
         assert async_store.names() == ["late"]
 
 
-def test_asking_ahead_loses_nothing(file_store: Store) -> None:
-    """What was asked for ahead, to see whether the client has left, is there when the app asks."""
+def test_the_check_for_a_disconnect_loses_no_message(file_store: Store) -> None:
+    """A message that session_plugin receives when it checks for a disconnect is passed on to the app."""
     site = Site(file_store)
     read: list[Any] = []
 
@@ -505,7 +505,7 @@ def test_asking_ahead_loses_nothing(file_store: Store) -> None:
 
 
 def test_background_tasks(async_store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    """Background tasks share one late transaction: all of it is saved, or none and an error is logged."""
+    """Background tasks share one late transaction: all of it is committed, or none and the error is logged."""
     site = Site(async_store)
 
     def in_a_thread(name: str) -> None:
@@ -528,7 +528,7 @@ def test_background_tasks(async_store: Store, caplog: pytest.LogCaptureFixture) 
     with site.running():
         assert site.get("/1%20a,2%20b,3%20c").status == 200
         assert wait_for(async_store.names) == ["1 a", "2 b", "3 c"]
-        site.settle_down()  # what is durable may not have given its connection back yet
+        site.settle_down()  # the connection may not be released yet when the rows are visible
         assert site.get("/1%20bad,2%20never").status == 200
         assert wait_for(lambda: any("background" in str(record.exc_info) for record in caplog.records))
         site.settle_down()
@@ -536,7 +536,7 @@ def test_background_tasks(async_store: Store, caplog: pytest.LogCaptureFixture) 
 
 
 def test_work_that_outlives_its_request(async_store: Store) -> None:
-    """A task left behind is refused the ended session, and session_scope() opens a fresh one for it."""
+    """A task that outlives its request cannot use the closed session, and session_scope() opens a new one."""
     site = Site(async_store)
     ended = asyncio.Event()
     outcome: list[Any] = []
@@ -568,11 +568,11 @@ def test_work_that_outlives_its_request(async_store: Store) -> None:
         assert async_store.names() == ["early", "fresh"]
 
 
-# -- 2: nothing for nothing ------------------------------------------------------------------------
+# -- 2: no session, no connection and no transaction unless they are used --------------------------
 
 
-def test_a_session_that_is_not_used_costs_nothing(sync_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not asked for: no session. Asked for: no checkout, and no thread hop of ours."""
+def test_an_unused_session_checks_out_no_connection(sync_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that does not ask for the session creates none; one that does not use it checks out no connection."""
     site = Site(sync_store, sync=True)
     hops: list[Any] = []
     facts: list[Any] = []
@@ -599,7 +599,7 @@ def test_a_session_that_is_not_used_costs_nothing(sync_store: Store, monkeypatch
 
 
 def test_websocket(async_store: Store) -> None:
-    """The handshake's session ends with the handshake; a message has its own scope, and no connection is held."""
+    """The session of a handshake ends with the handshake; each message has its own scope, and no connection is held."""
     site = Site(async_store)
     held: list[int] = []
 
@@ -637,7 +637,7 @@ def test_websocket(async_store: Store) -> None:
 
 
 def test_websocket_handler_can_query(async_store: Store) -> None:
-    """After a failed flush in the handshake, the handler's session works, and its answer is the status."""
+    """After a failed flush in a handshake, the error handler can query, and its response is sent."""
     site = Site(async_store)
 
     @site.app.websocket("/")

@@ -1,4 +1,4 @@
-"""What the newest FastAPI has and the lowest supported one has not; see `pytest --core` in conftest.py."""
+"""Tests for features that the lowest supported FastAPI does not have; see `pytest --core` in conftest.py."""
 
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ file_store = stores(["sqlite+aiosqlite"])
 
 
 def test_a_function_scoped_dependency_has_the_requests_session(file_store: Store) -> None:
-    """`Depends(scope="function")` ends the dependency before the response, but the session is the same."""
+    """A dependency with scope="function" ends before the response, but receives the same session as the request."""
     site = Site(file_store)
     get_session = site.db.get_session
 
@@ -35,7 +35,7 @@ def test_a_function_scoped_dependency_has_the_requests_session(file_store: Store
 
 
 def test_an_app_mounted_in_a_router(file_store: Store) -> None:
-    """Its errors are its own handlers' to answer, and write nothing."""
+    """An exception in an app that is mounted in a router rolls back, whatever its error handlers return."""
     site = Site(file_store)
     router = APIRouter()
     router.mount("/in", handling_app(site, FastAPI()))
@@ -44,8 +44,11 @@ def test_an_app_mounted_in_a_router(file_store: Store) -> None:
 
 
 @pytest.mark.parametrize("middlewares", MIDDLEWARES)
-def test_failed_commit_of_server_sent_events_is_told(async_store: Store, middlewares: str) -> None:
-    """The handler answers although the generator had started, whatever stands between."""
+def test_failed_commit_of_server_sent_events_is_an_error_response(async_store: Store, middlewares: str) -> None:
+    """If the commit before server-sent events fails, the client receives the error handler's response.
+
+    The generator has already started, and any middleware may be in between.
+    """
     site = Site(async_store)
     for middleware, options in MIDDLEWARES[middlewares]:
         site.app.add_middleware(middleware, **options)
@@ -68,8 +71,8 @@ def test_failed_commit_of_server_sent_events_is_told(async_store: Store, middlew
         assert async_store.names() == []
 
 
-def test_the_naive_dependency_fails_where_ours_does_not(file_store: Store) -> None:
-    """Proof that the tests above can fail: the dependency of FastAPI's documentation answers 200."""
+def test_the_documented_dependency_sends_success_after_a_failed_commit(file_store: Store) -> None:
+    """The dependency of FastAPI's documentation returns a 200 response for a failed commit, so these tests can fail."""
     make = sessionmaker(file_store.engine)
     app = FastAPI()
 
@@ -88,7 +91,7 @@ def test_the_naive_dependency_fails_where_ours_does_not(file_store: Store) -> No
 
 @pytest.mark.parametrize("middlewares", ["none", "BaseHTTPMiddleware"])
 def test_yield_dependencies_of_the_users_own(async_store: Store, middlewares: str) -> None:
-    """What one writes after `yield` is in the endpoint's transaction, or late work, as its scope says."""
+    """Code after `yield` in a user's dependency joins the endpoint's transaction or is late work, as its scope says."""
     site = Site(async_store)
     for middleware, options in MIDDLEWARES[middlewares]:
         site.app.add_middleware(middleware, **options)
@@ -122,7 +125,7 @@ def test_yield_dependencies_of_the_users_own(async_store: Store, middlewares: st
 
 
 def test_server_sent_events(async_store: Store) -> None:
-    """FastAPI starts the generator before the response; an event's own scope commits before the event is sent."""
+    """FastAPI starts the generator before the response; a new scope in it commits before its event is sent."""
     site = Site(async_store)
     seen: list[list[str]] = []
 

@@ -1,4 +1,4 @@
-"""Flask, as its users write it."""
+"""The Flask integration, used as in real apps."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ FAILING: dict[str, Callable[[Session], None]] = {"flush": lambda session: twice(
 
 @on(FlaskHarness)
 class TestContract(Contract):
-    """The promises."""
+    """The promises of the contract."""
 
 
 def twice(session: Session) -> None:
@@ -86,7 +86,7 @@ def flask_app(**config: Any) -> Flask:
 
 @pytest.fixture
 def site(store: Store) -> Iterator[Site]:
-    """A Flask app with a plugin on each database; at the end nothing is held."""
+    """A Flask app with a plugin on each database; fails if a connection or a transaction is left open at the end."""
     app = flask_app()
     db = SessionPlugin(store.url, metadata=Base.metadata, **POOL)
     db.init_app(app)
@@ -104,11 +104,11 @@ def db(site: Site) -> Any:
     return site.db
 
 
-# -- why not in a teardown ------------------------------------------------------------------------
+# -- why the commit is not in a teardown function --------------------------------------------------
 
 
-def test_naive_teardown_commit_lies(store: Store) -> None:
-    """What people write by hand tells a 201 and saves nothing; the tests below can fail."""
+def test_teardown_commit_sends_success_for_a_failed_commit(store: Store) -> None:
+    """A commit in a teardown function sends a 201 for a failed commit, so the tests below can fail."""
     app = flask_app()
     database = Database(store.url, **POOL)
 
@@ -143,11 +143,11 @@ def test_naive_teardown_commit_lies(store: Store) -> None:
     database.dispose()
 
 
-# -- one request, one session -----------------------------------------------------------------------
+# -- one session for each request ------------------------------------------------------------------
 
 
-def test_one_session_wherever_it_is_asked_for(site: Site, app: Any, db: Any) -> None:
-    """Request functions, views, nested app contexts, templates, signals and streams share one."""
+def test_all_parts_of_a_request_share_one_session(site: Site, app: Any, db: Any) -> None:
+    """Request functions, views, nested app contexts, templates, signals and streams share one session."""
     seen: dict[str, Any] = {}
     keep = lambda place: seen.update({place: db.session})  # noqa: E731
     blueprint = Blueprint("b", __name__)
@@ -213,7 +213,7 @@ class Put(View):
 
 
 def test_views_of_every_kind(site: Site, app: Any, db: Any) -> None:
-    """Functions, coroutines, classes and method views commit alike, and fail alike."""
+    """Functions, coroutines, classes and method views commit on success and roll back on an error."""
     app.add_url_rule("/class", view_func=Put.as_view("class", db))
     app.add_url_rule("/method", view_func=Names.as_view("method", db))
 
@@ -233,7 +233,7 @@ def test_views_of_every_kind(site: Site, app: Any, db: Any) -> None:
 
 @pytest.mark.parametrize("when", ["before init_app", "after init_app"])
 def test_after_request_writes_are_in_the_transaction(store: Store, when: str) -> None:
-    """Whatever the order of registration: a library that commits in its own after_request loses one of the two."""
+    """What an after_request function writes is part of the transaction, in either order of registration."""
     app, db = flask_app(), SessionPlugin(store.url, **POOL)
 
     def audit(response: Any) -> Any:
@@ -251,19 +251,19 @@ def test_after_request_writes_are_in_the_transaction(store: Store, when: str) ->
     assert store.names() == ["audit 201"]
 
 
-def test_before_request_that_answers_commits(site: Site, app: Any, db: Any) -> None:
-    """A request that never reached a view is a request."""
+def test_response_of_before_request_commits(site: Site, app: Any, db: Any) -> None:
+    """A response from a before_request function commits, although no view is called."""
 
     @app.before_request
-    def answer() -> Any:
+    def handle() -> Any:
         insert("before")(db.session)
         return {}, 201
 
     assert (site.ask("/").status, site.store.names()) == (201, ["before"])
 
 
-def test_objects_of_a_request_stay_readable(site: Site, app: Any, db: Any) -> None:
-    """A test reads what a request loaded, after it ended."""
+def test_objects_of_a_request_are_readable_after_it(site: Site, app: Any, db: Any) -> None:
+    """A test can read the objects that a request loaded after the request has ended."""
     loaded: list[Any] = []
 
     @app.post("/")
@@ -279,8 +279,8 @@ def test_objects_of_a_request_stay_readable(site: Site, app: Any, db: Any) -> No
     assert loaded[0].name == "tea"
 
 
-def test_thread_of_a_request_has_no_share_in_its_session(site: Site, app: Any, db: Any) -> None:
-    """A copied request context brings Flask's request to a thread, and not the session."""
+def test_thread_of_a_request_does_not_share_its_session(site: Site, app: Any, db: Any) -> None:
+    """A copied request context brings Flask's request to a thread, but not the session."""
     seen: list[Any] = []
 
     @app.post("/")
@@ -305,7 +305,7 @@ def test_thread_of_a_request_has_no_share_in_its_session(site: Site, app: Any, d
 
 @pytest.fixture
 def failing(app: Any, db: Any) -> Any:
-    """Routes /flush and /commit that fail there, with a session cookie, g and after_request at work."""
+    """Routes /flush and /commit that fail at that point, with a session cookie, ``g`` and an after_request function."""
 
     @app.before_request
     def load() -> None:
@@ -330,11 +330,11 @@ HANDLED = [IntegrityError, SQLAlchemyError, Exception, 500, InternalServerError]
 @pytest.mark.usefixtures("failing")
 @pytest.mark.parametrize("where", FAILING)
 @pytest.mark.parametrize("handled", HANDLED, ids=str)
-def test_handlers_answer_failed_commits(site: Site, app: Any, db: Any, handled: Any, where: str) -> None:
-    """A failed commit reaches the handler that a failed flush reaches; cookie, g and headers are intact."""
+def test_failed_commit_calls_the_error_handler(site: Site, app: Any, db: Any, handled: Any, where: str) -> None:
+    """A failed commit calls the same error handler as a failed flush; cookie, ``g`` and headers are intact."""
 
     @app.errorhandler(handled)
-    def answer(error: Any) -> Any:
+    def handle(error: Any) -> Any:
         original = getattr(error, "original_exception", error)
         messages = get_flashed_messages()
         return {"error": type(original).__name__, "rows": count(db.session), "user": g.user, "flashed": messages}, 409
@@ -351,24 +351,24 @@ def test_handlers_answer_failed_commits(site: Site, app: Any, db: Any, handled: 
 @pytest.mark.usefixtures("failing")
 @pytest.mark.parametrize("where", FAILING)
 def test_failed_commit_without_a_handler(site: Site, app: Any, where: str) -> None:
-    """It is Flask's own 500, with after_request's headers."""
-    answer = site.ask(f"/{where}")
-    assert (answer.status, answer.headers["X-User"], site.store.names()) == (500, "ada", [])
+    """A failed commit without an error handler is Flask's own 500, with the headers of after_request functions."""
+    reply = site.ask(f"/{where}")
+    assert (reply.status, reply.headers["X-User"], site.store.names()) == (500, "ada", [])
 
 
 @pytest.mark.usefixtures("failing")
 @pytest.mark.parametrize("where", FAILING)
 @pytest.mark.parametrize("key", ["TESTING", "DEBUG", "PROPAGATE_EXCEPTIONS"])
 def test_failed_commit_propagates_where_errors_do(site: Site, app: Any, where: str, key: str) -> None:
-    """A test sees the very exception, and nothing is written."""
+    """A failed commit propagates the original exception if the app propagates exceptions, and nothing is written."""
     app.config[key] = True
     with pytest.raises(IntegrityError):
         app.test_client().post(f"/{where}")
     assert site.store.names() == []
 
 
-def test_blueprint_handlers_answer_for_their_views(site: Site, app: Any, db: Any) -> None:
-    """The handler nearest to the view is the one that answers."""
+def test_blueprint_handlers_take_precedence(site: Site, app: Any, db: Any) -> None:
+    """The error handler of a view's blueprint takes precedence over the app's."""
     blueprint = Blueprint("b", __name__)
 
     @blueprint.post("/inside")
@@ -383,8 +383,8 @@ def test_blueprint_handlers_answer_for_their_views(site: Site, app: Any, db: Any
     assert [site.ask("/inside").body, site.ask("/outside").body] == [b"blueprint", b"app"]
 
 
-def test_async_handlers_answer_too(site: Site, app: Any, db: Any) -> None:
-    """A coroutine function may handle a failed commit."""
+def test_failed_commit_calls_an_async_handler(site: Site, app: Any, db: Any) -> None:
+    """A coroutine function can be the error handler of a failed commit."""
 
     @app.post("/")
     def view() -> Any:
@@ -392,7 +392,7 @@ def test_async_handlers_answer_too(site: Site, app: Any, db: Any) -> None:
         return {}, 201
 
     @app.errorhandler(IntegrityError)
-    async def answer(error: Any) -> Any:
+    async def handle(error: Any) -> Any:
         return {"rows": count(db.session)}, 409
 
     assert (site.ask("/").status, site.store.names()) == (409, [])
@@ -400,7 +400,7 @@ def test_async_handlers_answer_too(site: Site, app: Any, db: Any) -> None:
 
 @pytest.mark.parametrize("orphan", [True, False])
 def test_error_in_the_handler_of_a_failed_commit(site: Site, app: Any, db: Any, orphan: bool) -> None:
-    """A handler that fails is a 500, and nothing of it or of the view is written."""
+    """An error handler that fails leads to a 500, and neither its work nor the view's is saved."""
 
     @app.post("/")
     def view() -> Any:
@@ -408,7 +408,7 @@ def test_error_in_the_handler_of_a_failed_commit(site: Site, app: Any, db: Any, 
         return {}, 201
 
     @app.errorhandler(IntegrityError)
-    def answer(error: Any) -> Any:
+    def handle(error: Any) -> Any:
         insert("handler")(db.session)
         raise RuntimeError("boom")
 
@@ -416,8 +416,8 @@ def test_error_in_the_handler_of_a_failed_commit(site: Site, app: Any, db: Any, 
 
 
 @pytest.mark.parametrize("ends", [add_orphan, twice])
-def test_writes_of_error_handlers_are_discarded(site: Site, app: Any, db: Any, ends: Any) -> None:
-    """The session saves nothing under an error; a unit of work of its own does."""
+def test_writes_of_error_handlers_are_rolled_back(site: Site, app: Any, db: Any, ends: Any) -> None:
+    """What an error handler writes is rolled back, unless it uses a unit of work of its own."""
 
     @app.post("/")
     def view() -> Any:
@@ -425,7 +425,7 @@ def test_writes_of_error_handlers_are_discarded(site: Site, app: Any, db: Any, e
         return {}, 201
 
     @app.errorhandler(IntegrityError)
-    def answer(error: Any) -> Any:
+    def handle(error: Any) -> Any:
         with db.session_scope() as audit:
             insert("audit")(audit)
         insert("lost")(db.session)
@@ -434,8 +434,8 @@ def test_writes_of_error_handlers_are_discarded(site: Site, app: Any, db: Any, e
     assert (site.ask("/").status, site.store.names()) == (200, ["audit"])
 
 
-def test_a_commit_that_ends_in_a_redirect_saves_nothing(site: Site, app: Any, db: Any) -> None:
-    """What a listener raises in a commit refuses it, even if it is a response and no error."""
+def test_redirect_raised_in_a_commit_saves_nothing(site: Site, app: Any, db: Any) -> None:
+    """An exception that a listener raises in a commit makes the commit fail, even if it is a redirect response."""
 
     @app.post("/")
     def view() -> Any:
@@ -451,8 +451,8 @@ def test_a_commit_that_ends_in_a_redirect_saves_nothing(site: Site, app: Any, db
     assert (site.ask("/").status, site.store.names()) == (302, [])
 
 
-def test_mounted_app_that_knows_nothing_of_the_plugin(store: Store) -> None:
-    """Its handlers answer the outer app's failed commit, and what they write is discarded all the same."""
+def test_mounted_app_without_the_plugin(store: Store) -> None:
+    """If a mounted app without the plugin handles a failed commit, what its error handler writes is rolled back."""
     outer, inner = flask_app(), flask_app()
     db = SessionPlugin(Database(store.url, **POOL))
     outer.wsgi_app = DispatcherMiddleware(outer.wsgi_app, {"/inner": inner})  # type: ignore[method-assign]
@@ -464,8 +464,8 @@ def test_mounted_app_that_knows_nothing_of_the_plugin(store: Store) -> None:
         assert (site.ask("/inner/").body, store.names()) == (b"fine", [])
 
 
-def test_refused_response_is_closed_and_its_work_discarded(site: Site, app: Any, db: Any) -> None:
-    """call_on_close is for cleaning up, and runs; what it writes under a refused response is not saved."""
+def test_response_of_a_failed_commit_is_closed(site: Site, app: Any, db: Any) -> None:
+    """After a failed commit, the response's call_on_close functions run, but what they write is rolled back."""
     closed: list[str] = []
 
     @app.post("/")
@@ -518,8 +518,8 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_how_a_view_ends_decides(site: Site, app: Any, db: Any, ending: str) -> None:
-    """Errors roll back, raised or returned; a raised response below 400 commits."""
+def test_the_response_of_a_view_decides(site: Site, app: Any, db: Any, ending: str) -> None:
+    """An error rolls back, whether it is raised or returned; a raised response with a status below 400 commits."""
     end, status, saved = ENDINGS[ending]
 
     @app.post("/")
@@ -533,7 +533,7 @@ def test_how_a_view_ends_decides(site: Site, app: Any, db: Any, ending: str) -> 
 @pytest.mark.parametrize("raised", [RuntimeError("boom"), Forbidden(), Teapot()], ids=repr)
 @pytest.mark.parametrize("handled", [Exception, "its class"], ids=str)
 def test_handled_as_a_success_rolls_back(site: Site, app: Any, db: Any, raised: Any, handled: Any) -> None:
-    """An error that its handler answers by a 200 saved nothing, as the handler's own query sees."""
+    """An exception rolls back before its error handler runs, even if the handler returns a 200 response."""
 
     @app.post("/")
     def view() -> Any:
@@ -541,7 +541,7 @@ def test_handled_as_a_success_rolls_back(site: Site, app: Any, db: Any, raised: 
         raise raised
 
     @app.errorhandler(type(raised) if handled == "its class" else handled)
-    def answer(error: Any) -> Any:
+    def handle(error: Any) -> Any:
         return {"rows": count(db.session)}, 200
 
     reply = site.ask("/")
@@ -550,8 +550,8 @@ def test_handled_as_a_success_rolls_back(site: Site, app: Any, db: Any, raised: 
 
 @pytest.mark.parametrize("handled", [False, True])
 @pytest.mark.parametrize("where", ["before_request", "after_request", "request_finished", "template", "user loader"])
-def test_errors_beside_the_view_roll_back(site: Site, app: Any, db: Any, where: str, handled: bool) -> None:
-    """Wherever the error is raised while the response is made, nothing is saved, whatever status answers it."""
+def test_errors_outside_of_the_view_roll_back(site: Site, app: Any, db: Any, where: str, handled: bool) -> None:
+    """An error outside of the view rolls back, whatever status the response has."""
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         insert(where)(db.session)
@@ -576,8 +576,8 @@ def test_errors_beside_the_view_roll_back(site: Site, app: Any, db: Any, where: 
     assert (site.ask("/").status, site.store.names()) == (200 if handled else 500, [])
 
 
-def test_error_in_a_teardown_function_is_told_as_a_cut_success(site: Site, app: Any, db: Any) -> None:
-    """By then the work is durable, and the client must not read an error; without work it may."""
+def test_error_in_a_teardown_function_cuts_off_the_response(site: Site, app: Any, db: Any) -> None:
+    """If a teardown function fails after a commit, the response is a cut-off success; without a write it is a 500."""
 
     @app.teardown_request
     def fail(error: Any) -> None:
@@ -592,14 +592,14 @@ def test_error_in_a_teardown_function_is_told_as_a_cut_success(site: Site, app: 
     def read() -> Any:
         return {"rows": count(db.session)}
 
-    answer = site.ask("/write")
-    assert (answer.status, answer.complete, site.store.names()) == (201, False, ["tea"])
+    reply = site.ask("/write")
+    assert (reply.status, reply.complete, site.store.names()) == (201, False, ["tea"])
     assert site.ask("/read").status == 500
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_a_unit_of_work_of_a_teardown_function_is_its_own(site: Site, app: Any, db: Any, used: bool) -> None:
-    """The response has its answer by then, with or without a session: what it was decides nothing here."""
+def test_session_scope_in_a_teardown_function_commits(site: Site, app: Any, db: Any, used: bool) -> None:
+    """In a teardown function, session_scope() opens a unit of work that the status of the response does not affect."""
 
     @app.teardown_request
     def note(error: Any) -> None:
@@ -615,8 +615,8 @@ def test_a_unit_of_work_of_a_teardown_function_is_its_own(site: Site, app: Any, 
     assert (site.ask("/").status, site.store.names()) == (400, ["note"])
 
 
-def test_handled_error_of_another_app_is_forgotten(store: Store) -> None:
-    """Two apps in a cascade share a unit of work: the first one's 404 is no error of the second's answer."""
+def test_handled_error_of_another_app_does_not_roll_back(store: Store) -> None:
+    """If two apps share a unit of work in a cascade, the first one's 404 does not roll back the second one's work."""
     shared = Database(store.url, **POOL)
     first, second = flask_app(), flask_app()
     SessionPlugin(shared).init_app(first)
@@ -637,7 +637,7 @@ def test_handled_error_of_another_app_is_forgotten(store: Store) -> None:
 
 
 def test_stream_queries_and_writes(site: Site, app: Any, db: Any) -> None:
-    """A generator works with the request's session, whose work is settled by the last byte."""
+    """A generator uses the request's session, and its work is committed before the last byte."""
 
     @app.post("/")
     def view() -> Any:
@@ -655,7 +655,7 @@ def test_stream_queries_and_writes(site: Site, app: Any, db: Any) -> None:
 
 
 def test_stream_that_fails_before_its_first_byte(site: Site, app: Any, db: Any) -> None:
-    """The view's work is durable, so that the client reads a success that is cut, and no error."""
+    """A stream that fails before its first byte is a cut-off success, because the view's work is committed."""
 
     @app.post("/")
     def view() -> Any:
@@ -667,16 +667,16 @@ def test_stream_that_fails_before_its_first_byte(site: Site, app: Any, db: Any) 
 
         return app.response_class(stream_with_context(stream()), 201)
 
-    answer = site.ask("/")
-    assert (answer.status, answer.complete, site.store.names()) == (201, False, ["early"])
+    reply = site.ask("/")
+    assert (reply.status, reply.complete, site.store.names()) == (201, False, ["early"])
 
 
 def test_stream_abandoned_and_collected_elsewhere(
     site: Site, app: Any, db: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first thread's next requests have sessions of their own that end, and no connection is lost."""
-    told: list[str] = []
-    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
+    """A stream that is abandoned and collected in another thread leaks neither its session nor its connection."""
+    recorded: list[str] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: recorded.append(str(unraisable.exc_value)))
 
     @app.post("/stream")
     def stream() -> Any:
@@ -705,11 +705,11 @@ def test_stream_abandoned_and_collected_elsewhere(
     thread.start()
     thread.join(10)
     assert (site.store.names(), db.engine.pool.checkedout()) == (["one", "two"], 0)
-    assert any("POST /stream was never closed" in message for message in told)
+    assert any("POST /stream was never closed" in message for message in recorded)
 
 
 def test_send_file_commits_first(site: Site, app: Any, db: Any) -> None:
-    """A file that the server may send by itself is a response like any other."""
+    """send_file() commits before the file is sent."""
 
     @app.post("/")
     def view() -> Any:
@@ -723,7 +723,7 @@ def test_send_file_commits_first(site: Site, app: Any, db: Any) -> None:
 
 
 def buffering(app: Any) -> Any:
-    """A middleware that starts the response only once it has all of it."""
+    """A middleware that starts the response when it has read the whole body."""
 
     def middleware(environ: Any, start_response: Any) -> Any:
         started: list[Any] = []
@@ -738,7 +738,7 @@ def buffering(app: Any) -> Any:
 
 
 def validating(app: Any) -> Any:
-    """The standard library's validator, without the one number that Werkzeug's server puts into the environ."""
+    """The standard library's validator, with a string for the one number that Werkzeug's server puts in the environ."""
     valid = validator(app)
 
     def middleware(environ: Any, start_response: Any) -> Any:
@@ -759,7 +759,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("when", ["before init_app", "after init_app"])
 def test_wrappers_around_the_app(store: Store, wrapper: str, when: str) -> None:
-    """A middleware around ``app.wsgi_app`` changes no promise, and the app's handlers answer through it."""
+    """A middleware around ``app.wsgi_app`` does not change the promises, and the app's error handlers still respond."""
     app, db = flask_app(), SessionPlugin(store.url, **POOL)
     if when == "after init_app":
         db.init_app(app)
@@ -780,10 +780,10 @@ def test_wrappers_around_the_app(store: Store, wrapper: str, when: str) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_work_of_a_middleware_inside_is_refused_too(store: Store, late: bool) -> None:
-    """What it does after the view, and sends by write(), cannot put a success before its failed commit.
+def test_failed_commit_of_a_middleware_inside(store: Store, late: bool) -> None:
+    """A failed commit of a middleware's work leads to an error response, even if the middleware uses write().
 
-    The app's own handlers answer while the request is still theirs; after that the error goes on to the server.
+    The app's error handlers respond as long as the request is in progress; later, the server receives the error.
     """
     app, db = flask_app(), SessionPlugin(store.url, **POOL)
     flask_wsgi_app = app.wsgi_app
@@ -825,8 +825,8 @@ def test_work_of_a_middleware_inside_is_refused_too(store: Store, late: bool) ->
     assert store.names() == []
 
 
-def test_a_response_refused_inside_a_middleware_is_closed(store: Store) -> None:
-    """The body that a middleware has made of it, too."""
+def test_body_of_a_middleware_is_closed_after_a_failed_commit(store: Store) -> None:
+    """If a commit fails in a middleware, the body that the middleware has created is closed."""
     app, db, closed = flask_app(), SessionPlugin(store.url, **POOL), []
     flask_wsgi_app = app.wsgi_app
 
@@ -844,13 +844,13 @@ def test_a_response_refused_inside_a_middleware_is_closed(store: Store) -> None:
         assert (site.ask("/").status, closed, store.names()) == (500, ["closed"], [])
 
 
-def test_middleware_inside_is_told_the_truth(store: Store) -> None:
-    """One that was put around the app before `init_app` never reads the status that a failed commit takes back."""
-    app, db, told = flask_app(), SessionPlugin(store.url, **POOL), []
+def test_middleware_inside_receives_the_final_status(store: Store) -> None:
+    """A middleware inside the plugin never receives a success status for a failed commit."""
+    app, db, recorded = flask_app(), SessionPlugin(store.url, **POOL), []
     flask_wsgi_app = app.wsgi_app
 
     def noting(environ: Any, start_response: Any) -> Any:
-        return flask_wsgi_app(environ, lambda status, *args: told.append(status) or start_response(status, *args))
+        return flask_wsgi_app(environ, lambda status, *args: recorded.append(status) or start_response(status, *args))
 
     app.wsgi_app = noting  # type: ignore[method-assign]
     db.init_app(app)
@@ -862,11 +862,11 @@ def test_middleware_inside_is_told_the_truth(store: Store) -> None:
 
     with Site(store, app, db).checked() as site:
         assert site.ask("/").status == 500
-    assert told == ["500 INTERNAL SERVER ERROR"]
+    assert recorded == ["500 INTERNAL SERVER ERROR"]
 
 
-def test_response_finished_elsewhere_ends_no_unit_of_work(store: Store) -> None:
-    """A response that a test finishes by hand leaves the unit of work alone in which it does so."""
+def test_finalize_request_outside_of_a_request(store: Store) -> None:
+    """finalize_request() called outside of a request does not end the surrounding unit of work."""
     app, db = flask_app(), SessionPlugin(store.url, **POOL)
     db.init_app(app)
     with app.test_request_context(), db.session_scope() as session:
@@ -879,7 +879,7 @@ def test_response_finished_elsewhere_ends_no_unit_of_work(store: Store) -> None:
 
 
 def test_middleware_inside_works_with_the_session(store: Store) -> None:
-    """What it writes before any view is in the request's transaction, and its own error response is passed on."""
+    """What a middleware inside the plugin writes joins the request's transaction; its error response is passed on."""
     app, db = flask_app(), SessionPlugin(store.url, **POOL)
     flask_wsgi_app = app.wsgi_app
 
@@ -905,7 +905,7 @@ def test_middleware_inside_works_with_the_session(store: Store) -> None:
 
 @pytest.mark.parametrize("when", ["before init_app", "after init_app"])
 def test_mounted_apps_with_one_database(store: Store, when: str) -> None:
-    """Each app answers for its own requests, with its own handlers and its own policies."""
+    """Mounted apps that share a database use their own error handlers."""
     shared = Database(store.url, **POOL)
     outer, inner = flask_app(), flask_app()
     db, mounted = SessionPlugin(shared), SessionPlugin(shared)
@@ -927,7 +927,7 @@ def test_mounted_apps_with_one_database(store: Store, when: str) -> None:
 
 
 def test_plain_middleware_around_the_app(store: Store) -> None:
-    """It opens the unit of work, Flask ends it: with its handlers, and with the view's policy from the start."""
+    """Under the plain middleware, Flask settles the unit of work, with its error handlers and the view's policy."""
     shared = Database(store.url, **POOL)
     app, db = flask_app(), SessionPlugin(shared)
     db.init_app(app)
@@ -954,7 +954,7 @@ def test_plain_middleware_around_the_app(store: Store) -> None:
 
 
 def test_two_plugins_on_one_app(store: Store, tmp_path: Any) -> None:
-    """Each database has its own session; whichever commit fails, the app's handler answers."""
+    """Two plugins on one app have separate sessions, and a failed commit of either calls the app's error handler."""
     other_store = Store("sqlite+pysqlite", tmp_path / "other.db")
     app = flask_app()
     db, other = SessionPlugin(store.url, **POOL), SessionPlugin(other_store.url, **POOL)
@@ -988,7 +988,7 @@ def test_two_plugins_on_one_app(store: Store, tmp_path: Any) -> None:
 
 
 def test_read_only_refuses(site: Site, app: Any, db: Any) -> None:
-    """Neither the session nor, where it can, the database lets a read-only view write."""
+    """In a view with `read_only`, the session and the database refuse to write."""
 
     @app.before_request
     def load() -> None:
@@ -1016,7 +1016,7 @@ def test_read_only_refuses(site: Site, app: Any, db: Any) -> None:
 
 
 def test_policies_of_classes_and_blueprints(site: Site, app: Any, db: Any) -> None:
-    """The nearest policy holds: the method's, the view's, its class's, its blueprint's."""
+    """The nearest policy applies: that of the method, the view, its class or its blueprint."""
 
     @app.before_request
     def load() -> None:
@@ -1066,8 +1066,8 @@ def test_policies_of_classes_and_blueprints(site: Site, app: Any, db: Any) -> No
         db.policy("manual")
 
 
-def test_policy_knows_the_method(store: Store) -> None:
-    """A policy decides by status, error and method, of errors that the app handles too."""
+def test_policy_can_depend_on_the_method(store: Store) -> None:
+    """A policy can decide by the method of the request, also if the app handles the error."""
     app = flask_app()
     db = SessionPlugin(store.url, policy=lambda outcome: Decision(outcome.method == "PUT", "PUT only"), **POOL)
     db.init_app(app)
@@ -1084,7 +1084,7 @@ def test_policy_knows_the_method(store: Store) -> None:
 
 
 def test_policy_for_the_whole_app(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    """Manual is what an app that commits by hand starts from: only commit() saves, and what it forgot is said."""
+    """With ``policy=manual``, only commit() saves, and uncommitted work is logged as a warning."""
     app, db = flask_app(), SessionPlugin(store.url, policy=manual, **POOL)
     db.init_app(app)
 
@@ -1115,7 +1115,7 @@ def test_policy_for_the_whole_app(store: Store, caplog: pytest.LogCaptureFixture
 
 
 def test_lookups(site: Site, app: Any, db: Any) -> None:
-    """get_or_404 and one_or_404 answer what there is, else a 404 with their description."""
+    """get_or_404() and one_or_404() return the row, or abort with a 404 and the description."""
 
     @app.get("/get/<name>")
     def get(name: str) -> Any:
@@ -1146,8 +1146,8 @@ def messages(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno == level and r.name == "session_plugin"]
 
 
-def test_app_context_commits_nothing_by_itself(site: Site, app: Any, db: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Only commit() saves there; what nobody saved is rolled back with a warning, under an error without."""
+def test_app_context_saves_only_on_commit(site: Site, app: Any, db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """In an app context, only commit() saves; other work is rolled back, with a warning unless an error was raised."""
     caplog.set_level(logging.INFO, "session_plugin")
     with app.app_context():
         add("kept")(db.session)
@@ -1162,8 +1162,8 @@ def test_app_context_commits_nothing_by_itself(site: Site, app: Any, db: Any, ca
     assert messages(caplog, logging.INFO) == ["app context: ROLLBACK, its work is discarded (KeyError)"]
 
 
-def test_app_context_has_one_session_that_ends_with_it(site: Site, app: Any, db: Any) -> None:
-    """Each context has its own, the same at every call; afterwards it refuses, and what it loaded can be read."""
+def test_app_context_has_its_own_session(site: Site, app: Any, db: Any) -> None:
+    """Each app context has one session, which is closed at its end; loaded objects can still be read."""
     with app.app_context():
         add("tea")(db.session)
         db.session.commit()
@@ -1181,7 +1181,7 @@ def test_app_context_has_one_session_that_ends_with_it(site: Site, app: Any, db:
 
 
 def test_session_scope_in_a_thread_beside_an_app_context(site: Site, app: Any, db: Any) -> None:
-    """The thread needs no app context of its own, whatever another has open."""
+    """session_scope() works in a thread without an app context, while another thread has one open."""
 
     def work() -> None:
         with db.session_scope() as scope:
@@ -1196,7 +1196,7 @@ def test_session_scope_in_a_thread_beside_an_app_context(site: Site, app: Any, d
 
 
 def test_session_scope_in_an_app_context_commits(site: Site, app: Any, db: Any) -> None:
-    """It is a unit of work of its own, and does not join what commits nothing."""
+    """In an app context, session_scope() opens a unit of work of its own, which commits."""
     with app.app_context():
         before = db.session
         with db.session_scope() as scope:
@@ -1208,7 +1208,7 @@ def test_session_scope_in_an_app_context_commits(site: Site, app: Any, db: Any) 
 
 
 def test_teardown_functions_use_the_session_of_an_app_context(store: Store) -> None:
-    """Even one that was registered before init_app, and so runs after a library's own, leaks no connection."""
+    """A teardown function uses the app context's session, even if it was registered before init_app()."""
     app, db = flask_app(), SessionPlugin(store.url, **POOL)
     seen: list[Any] = []
     app.teardown_appcontext(lambda error: seen.append((db.session is seen[0], count(db.session))))
@@ -1220,8 +1220,8 @@ def test_teardown_functions_use_the_session_of_an_app_context(store: Store) -> N
     db.dispose()
 
 
-def test_app_context_without_use_takes_nothing(site: Site, app: Any, db: Any) -> None:
-    """No session is made that nobody asked for; one that was only looked at takes no connection."""
+def test_unused_app_context_takes_no_connection(site: Site, app: Any, db: Any) -> None:
+    """An app context creates no session unless it is used, and a session that is not used takes no connection."""
     with app.app_context():
         pass
     with app.app_context():
@@ -1246,9 +1246,9 @@ def renaming(app: Any, db: Any) -> None:
 
 @pytest.mark.usefixtures("renaming")
 def test_request_inside_an_app_context(site: Site, app: Any, db: Any) -> None:
-    """A test's context and its request have two sessions: the request commits, ends, and is seen afterwards.
+    """A test's app context and a request in it have separate sessions; the context sees what the request committed.
 
-    What the context has only read locks nobody out, which on SQLite it would.
+    An app context that has only read does not block the request's write, not even on SQLite.
     """
     with app.app_context():
         add("tea")(db.session)
@@ -1262,8 +1262,8 @@ def test_request_inside_an_app_context(site: Site, app: Any, db: Any) -> None:
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///shop.db"])
-def test_reading_app_context_locks_no_request_out(tmp_path: Any, url: str) -> None:
-    """Nor where SQLite has no WAL: in memory, and in a file as it is made."""
+def test_reading_app_context_does_not_block_a_request(tmp_path: Any, url: str) -> None:
+    """An app context that has only read does not block a request on SQLite without WAL: in memory, or in a new file."""
     app = Flask(__name__, instance_path=str(tmp_path))
     db = SessionPlugin(url, metadata=Base.metadata, connect_args={"timeout": 0.1})
     logging.getLogger("session_plugin").setLevel(logging.ERROR)
@@ -1280,8 +1280,8 @@ def test_reading_app_context_locks_no_request_out(tmp_path: Any, url: str) -> No
         db.dispose()
 
 
-def test_reading_app_context_locks_no_session_scope_out(tmp_path: Any) -> None:
-    """A script that loops over what it read, a unit of work for each, on SQLite in memory: no lock, no query more."""
+def test_reading_app_context_does_not_block_session_scope(tmp_path: Any) -> None:
+    """On SQLite in memory, a script can open a session_scope() for each row that it has read, without more queries."""
     app, statements = flask_app(), []
     db = SessionPlugin("sqlite://", metadata=Base.metadata, connect_args={"timeout": 0.1})
     db.init_app(app)
@@ -1306,9 +1306,9 @@ def test_reading_app_context_locks_no_session_scope_out(tmp_path: Any) -> None:
     db.dispose()
 
 
-@pytest.mark.parametrize("module_store", ["postgresql+psycopg"], indirect=True)  # SQLite has one writer at a time
-def test_session_scope_leaves_open_work_of_the_app_context_alone(store: Store) -> None:
-    """Neither unsaved work, nor a hook, nor a result that is being read is ended by it."""
+@pytest.mark.parametrize("module_store", ["postgresql+psycopg"], indirect=True)  # SQLite allows one writer at a time
+def test_session_scope_does_not_end_work_of_the_app_context(store: Store) -> None:
+    """session_scope() ends neither unsaved work, nor a hook, nor an open result of the app context."""
     app, db, ran = flask_app(), SessionPlugin(store.url, **POOL), []
     db.init_app(app)
 
@@ -1332,8 +1332,8 @@ def test_session_scope_leaves_open_work_of_the_app_context_alone(store: Store) -
     db.dispose()
 
 
-def test_unsaved_work_around_a_request_is_told(site: Site, app: Any, db: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """A request does not see what its test has only added; the log says so, and the work stays."""
+def test_unsaved_work_of_the_context_is_logged(site: Site, app: Any, db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """If a request runs while its app context has unsaved work, a warning is logged, and the work is kept."""
     app.add_url_rule("/", "view", lambda: {"rows": count(db.session)})
     with app.app_context():
         insert("tea")(db.session)
@@ -1345,7 +1345,7 @@ def test_unsaved_work_around_a_request_is_told(site: Site, app: Any, db: Any, ca
 
 
 def test_hooks_of_an_app_context_survive_a_request(site: Site, app: Any, db: Any) -> None:
-    """What waits for the context's commit is not ended by a request inside."""
+    """A request in an app context does not run or drop the hooks that wait for the context's commit."""
     ran: list[str] = []
     app.add_url_rule("/", "view", lambda: {"rows": count(db.session)})
     with app.app_context():
@@ -1357,8 +1357,8 @@ def test_hooks_of_an_app_context_survive_a_request(site: Site, app: Any, db: Any
     assert ran == ["hook"]
 
 
-def test_request_context_of_a_test_is_no_request(site: Site, app: Any, db: Any) -> None:
-    """``test_request_context`` is an app context with a request to look at: nothing commits by itself."""
+def test_test_request_context_saves_only_on_commit(site: Site, app: Any, db: Any) -> None:
+    """``test_request_context()`` behaves like an app context: only commit() saves."""
 
     @app.post("/")
     def view() -> Any:
@@ -1371,7 +1371,7 @@ def test_request_context_of_a_test_is_no_request(site: Site, app: Any, db: Any) 
 
 
 def test_client_that_preserves_the_context(site: Site, app: Any, db: Any) -> None:
-    """``with client:`` keeps ``g`` and the request; db.session there is the context's, and ends with it."""
+    """``with client:`` keeps the app context open; its session is not the request's, and is closed with the context."""
     app.add_url_rule("/", "view", lambda: (insert("tea")(db.session) or {}, 201), methods=["POST"])
     with app.test_client() as client:
         assert client.post("/").status_code == 201
@@ -1384,7 +1384,7 @@ def test_client_that_preserves_the_context(site: Site, app: Any, db: Any) -> Non
 
 
 def test_cli_and_shell(site: Site, app: Any, db: Any) -> None:
-    """A command runs in an app context: session_scope() commits, and so does commit()."""
+    """In a command, which runs in an app context, session_scope() commits, and commit() saves."""
 
     @app.cli.command("work")
     def work() -> None:
@@ -1399,7 +1399,7 @@ def test_cli_and_shell(site: Site, app: Any, db: Any) -> None:
         app.shell_context_processor(lambda: {"db": db})
         with app.app_context():
             assert count(app.make_shell_context()["db"].session) == 2
-            assert site.store.open_transactions() == []  # a shell that waits at its prompt locks no writer out
+            assert site.store.open_transactions() == []  # a shell that waits at its prompt does not block writers
 
 
 # -- configuration ------------------------------------------------------------------------------------------
@@ -1407,7 +1407,7 @@ def test_cli_and_shell(site: Site, app: Any, db: Any) -> None:
 
 @pytest.fixture
 def initialised(tmp_path: Any) -> Any:
-    """Makes an app and initialises a plugin with it; keeps the app, which a plugin does not."""
+    """Create an app and call init_app(); keeps a reference to the app, which a plugin does not."""
     kept: list[Flask] = []
 
     def initialise(plugin: Any, /, *args: Any, config: Any = None, **options: Any) -> Flask:
@@ -1424,8 +1424,8 @@ def path_of(engine: Any) -> Any:
     return engine.url.database
 
 
-def test_configuration_wins(initialised: Any) -> None:
-    """The app's configuration over init_app over the constructor: a test never reaches production."""
+def test_configuration_takes_precedence(initialised: Any) -> None:
+    """The app's configuration takes precedence over init_app(), and init_app() over the constructor."""
     production = "postgresql+psycopg://production/shop"
     for args in ((), ("postgresql+psycopg://staging/shop",)):
         db = SessionPlugin(production, pool_size=3)
@@ -1443,7 +1443,7 @@ def test_configuration_wins(initialised: Any) -> None:
 
 
 def test_configured_engines_replace_those_of_the_code(initialised: Any) -> None:
-    """A named engine that the configuration forgot is missing, and not production's."""
+    """Engines in the app's configuration replace all engines of the constructor, even those with other names."""
     named = {"default": "postgresql+psycopg://production/shop", "reports": "postgresql+psycopg://production/reports"}
     db = SessionPlugin(named)
     initialised(db, config={"SQLALCHEMY_DATABASE_URI": "sqlite:////elsewhere/x.db"})
@@ -1452,8 +1452,8 @@ def test_configured_engines_replace_those_of_the_code(initialised: Any) -> None:
         initialised(SessionPlugin(named, binds={Parent: "reports"}), config={"SQLALCHEMY_DATABASE_URI": "sqlite://"})
 
 
-def test_configuration_keys_beside_one_another(initialised: Any) -> None:
-    """URI over ENGINES over BINDS, in which None is the default; the user's dicts are left alone."""
+def test_precedence_of_configuration_keys(initialised: Any) -> None:
+    """URI takes precedence over ENGINES, and ENGINES over BINDS, whose default key is None; dicts stay unchanged."""
     binds = {None: "sqlite:////elsewhere/binds.db", "reports": "sqlite:////elsewhere/reports.db"}
     engines = {"default": "sqlite:////elsewhere/engines.db", "other": {"url": "sqlite:///other.db", "pool_size": 2}}
     options = {"pool_size": 3}
@@ -1483,7 +1483,7 @@ def test_configuration_keys_beside_one_another(initialised: Any) -> None:
 
 
 def test_relative_sqlite_paths(initialised: Any, tmp_path: Any) -> None:
-    """They lie in instance_path, however they are named; what is not a relative path is left alone."""
+    """A relative path of an SQLite file is relative to ``instance_path``; other paths are not changed."""
     folder = tmp_path / "of the app" / "instance"
     inside = str(folder / "shop.db")
     for source in ("sqlite:///shop.db", make_url("sqlite:///shop.db"), {"default": {"url": "sqlite:///shop.db"}}):
@@ -1503,8 +1503,8 @@ def test_relative_sqlite_paths(initialised: Any, tmp_path: Any) -> None:
         assert "memdb" in str(db.engine.url)
 
 
-def test_misconfiguration_is_told(initialised: Any) -> None:
-    """At init_app, in a sentence that says what to change; a failed init_app may be tried again."""
+def test_misconfiguration_raises_in_init_app(initialised: Any) -> None:
+    """A wrong configuration raises in init_app() and says what to change; init_app() can then be called again."""
     db = SessionPlugin()
     with pytest.raises(ConfigurationError, match="No database is configured"):
         initialised(db)
@@ -1520,8 +1520,8 @@ def test_misconfiguration_is_told(initialised: Any) -> None:
         db.init_app(app)
 
 
-def test_init_app_forgotten() -> None:
-    """The error says so, in a request and outside."""
+def test_missing_init_app_raises() -> None:
+    """Without init_app(), `session` raises an error that names it, in a request and outside."""
     db = SessionPlugin("sqlite://")
     with pytest.raises(NoScopeError, match="init_app"):
         db.session  # noqa: B018
@@ -1532,7 +1532,7 @@ def test_init_app_forgotten() -> None:
 
 
 def test_one_plugin_serves_many_apps(initialised: Any, tmp_path: Any) -> None:
-    """Each app has its own database; outside both, the plugin asks which is meant."""
+    """A plugin has a separate database for each app, and raises outside of an app context, because it cannot choose."""
     db = SessionPlugin(metadata=Base.metadata)
     apps = [initialised(db, f"sqlite:///{tmp_path}/{name}.db") for name in ("one", "two")]
     for number, app in enumerate(apps):
@@ -1553,15 +1553,15 @@ def test_one_plugin_serves_many_apps(initialised: Any, tmp_path: Any) -> None:
 
 
 def test_methods_of_an_app_keep_their_names() -> None:
-    """As a profile or a debugger shows them."""
+    """Wrapped methods of an app keep their names, which profilers and debuggers show."""
     app = flask_app()
     names = ("finalize_request", "handle_user_exception", "handle_exception")
     SessionPlugin("sqlite://").init_app(app)
     assert tuple(getattr(app, name).__name__ for name in names) == names
 
 
-def test_apps_are_not_kept() -> None:
-    """A plugin at module level does not keep the apps of a whole test run alive."""
+def test_apps_are_not_kept_alive() -> None:
+    """A plugin does not keep its apps alive."""
     db = SessionPlugin("sqlite://")
     apps = [flask_app(), flask_app()]
     db.init_app(apps[0])
@@ -1572,8 +1572,8 @@ def test_apps_are_not_kept() -> None:
     assert [app() for app in refs] == [None, None]
 
 
-def test_nothing_leaks_to_the_next_request_of_the_thread(site: Site, app: Any, db: Any) -> None:
-    """However a request ends, the thread stands in no unit of work afterwards, and the next has its own session."""
+def test_requests_of_a_thread_have_separate_sessions(site: Site, app: Any, db: Any) -> None:
+    """After a request has ended in any way, its thread has no unit of work, and the next request has a new session."""
     sessions: list[Any] = []
 
     @app.post("/<ending>")

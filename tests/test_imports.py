@@ -1,4 +1,4 @@
-"""Who imports whom, asked of a fresh interpreter."""
+"""Which modules an import loads, checked in a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ def test_the_core_imports_no_framework(module: str) -> None:
 
 @pytest.mark.parametrize("module", [*CORE, "session_plugin.flask"])
 def test_a_sync_import_loads_nothing_async(module: str) -> None:
-    """A sync install has no greenlet; what SQLAlchemy itself loads does not count."""
+    """A sync install has no greenlet, so a sync import loads neither it nor ``sqlalchemy.ext.asyncio``.
+
+    Modules that SQLAlchemy itself loads do not count.
+    """
     ours = loaded_by(module) - loaded_by("sqlalchemy.orm")
     assert ours.isdisjoint({"greenlet", "sqlalchemy.ext.asyncio"})
 
 
 @pytest.mark.parametrize("module", CORE)
-def test_an_import_loads_no_driver_and_no_pool_of_threads(module: str) -> None:
-    """Only apps on SQLite need the one, and sync sessions under an event loop the other."""
+def test_an_import_loads_neither_sqlite3_nor_the_thread_pool(module: str) -> None:
+    """Only apps on SQLite need ``sqlite3``, and only sync sessions under an event loop need the thread pool."""
     ours = loaded_by(module) - loaded_by("sqlalchemy.orm")
     assert ours.isdisjoint({"sqlite3", "concurrent.futures.thread"})
 

@@ -1,4 +1,4 @@
-"""What `db.isolated()` promises, on each driver; the row that would have stayed is looked for from outside."""
+"""The promises of `db.isolated()` on each driver; a separate connection checks that no row is left behind."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from .harness import SQLALCHEMY_2_0, Base, Child, Parent, add, add_orphan, inser
 from .units import Units, on
 
 SOME = ("sqlite+pysqlite", "sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg", "mariadb+pymysql")
-"""One of each kind, where the driver itself makes no difference."""
+"""One driver of each kind, for tests in which the driver itself makes no difference."""
 
 
 class Isolated:
-    """An isolated database, and the test's session; ``see`` works with that one."""
+    """An isolated database and the test's session; ``see`` runs work in that session."""
 
     def __init__(self, units: Units) -> None:
         self._units = units
@@ -69,7 +69,7 @@ class Isolated:
 
 
 def nested(units: Units, work: Callable[[Session], Any]) -> Any:
-    """A unit of work of its own inside another one."""
+    """Run ``work`` in a separate unit of work inside another one."""
     return await_only(units.arun(work, new=True)) if units.is_async else units.run(work, new=True)
 
 
@@ -81,7 +81,7 @@ def insert_and_commit(name: str) -> Callable[[Session], None]:
     return work
 
 
-def test_what_the_app_commits_is_seen_and_then_gone(units: Units) -> None:
+def test_committed_work_is_visible_inside_the_block_and_undone_after_it(units: Units) -> None:
     with Isolated(units) as isolated:
         isolated.see(insert_and_commit("arranged"))
         units.run(add("tea"))
@@ -93,8 +93,11 @@ def test_what_the_app_commits_is_seen_and_then_gone(units: Units) -> None:
     assert units.store.names() == ["afterwards"]
 
 
-def test_what_the_app_rolls_back_is_gone_at_once(units: Units) -> None:
-    """A failed statement too, which aborts a transaction of PostgreSQL; and an error that leaves the block."""
+def test_rolled_back_work_is_undone_at_once(units: Units) -> None:
+    """A failed unit of work is undone and no other, even where a failed statement aborts the transaction (PostgreSQL).
+
+    An error that leaves the block undoes everything.
+    """
 
     def fail(session: Session) -> None:
         insert("half")(session)
@@ -123,7 +126,7 @@ def test_savepoints_of_the_app_still_work(units: Units) -> None:
 
 @on(*POSTGRESQL, *SQLITE)
 def test_a_commit_that_would_have_failed_fails(units: Units) -> None:
-    """A deferred constraint is checked where the COMMIT would have been; the next unit of work knows nothing of it."""
+    """A deferred constraint is checked where the COMMIT would have been, and does not affect the next unit of work."""
     with Isolated(units) as isolated:
         with pytest.raises(IntegrityError):
             units.run(add_orphan)
@@ -136,7 +139,7 @@ def test_a_commit_that_would_have_failed_fails(units: Units) -> None:
 
 
 @on("sqlite+pysqlite")
-def test_sqlite_tells_old_violations_from_new_ones(units: Units) -> None:
+def test_sqlite_ignores_violations_that_existed_before(units: Units) -> None:
     with units.store.engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
         connection.exec_driver_sql("INSERT INTO child VALUES ('old', 'nobody')")
@@ -148,7 +151,7 @@ def test_sqlite_tells_old_violations_from_new_ones(units: Units) -> None:
 
 
 @on(*POSTGRESQL, "sqlite+pysqlite")
-def test_constraints_stay_as_deferred_as_they_were(units: Units) -> None:
+def test_deferred_constraints_stay_deferred(units: Units) -> None:
     with Isolated(units):
         units.run(add("first"))
 
@@ -200,8 +203,8 @@ def test_hooks_run_after_the_commit(units: Units) -> None:
 
 
 @on(*SOME)
-def test_the_tests_session_is_no_session_of_the_app(units: Units) -> None:
-    """Its objects are its own, and it reads anew what the app has changed."""
+def test_the_tests_session_is_separate_from_the_apps_sessions(units: Units) -> None:
+    """The test's session shares no objects with the app's sessions, and reads again what the app has changed."""
     with Isolated(units) as isolated:
         isolated.see(insert_and_commit("tea"))
         mine = isolated.see(lambda session: session.get(Parent, "tea"))
@@ -216,8 +219,8 @@ def test_the_tests_session_is_no_session_of_the_app(units: Units) -> None:
 
 
 @on("sqlite+pysqlite", "postgresql+asyncpg")
-def test_the_tests_session_reads_anew_what_it_holds(units: Units) -> None:
-    """By a query and by a key, where a commit expires nothing too."""
+def test_the_tests_session_refreshes_objects_that_it_holds(units: Units) -> None:
+    """A query and `get()` refresh the objects of the test's session, even where a commit expires nothing."""
 
     def arrange(session: Session) -> Child:
         session.add_all([Parent(name="old"), Parent(name="new")])
@@ -239,7 +242,7 @@ def test_the_tests_session_reads_anew_what_it_holds(units: Units) -> None:
 
 
 @on("sqlite+pysqlite", "postgresql+asyncpg")
-def test_the_tests_session_keeps_what_it_has_not_saved(units: Units) -> None:
+def test_the_tests_session_keeps_unflushed_changes(units: Units) -> None:
     def change(session: Session) -> None:
         session.get(Child, "child").parent = "new"  # type: ignore[union-attr]
         assert session.get(Child, "child").parent == "new"  # type: ignore[union-attr]
@@ -254,7 +257,7 @@ def test_the_tests_session_keeps_what_it_has_not_saved(units: Units) -> None:
 
 
 @on(*SOME)
-def test_what_the_test_has_not_committed_is_told(units: Units) -> None:
+def test_uncommitted_work_of_the_test_raises_isolation_error(units: Units) -> None:
     with Isolated(units) as isolated:
         isolated.see(insert("tea"))
         with pytest.raises(IsolationError, match="uncommitted work"):
@@ -265,8 +268,8 @@ def test_what_the_test_has_not_committed_is_told(units: Units) -> None:
 
 
 @on(*SOME)
-def test_work_committed_inside_work_that_only_read_stays(units: Units) -> None:
-    """The audit row of a request that fails."""
+def test_work_committed_inside_a_reader_that_fails_is_kept(units: Units) -> None:
+    """An audit row that is committed inside a request that only reads is kept when the request fails."""
 
     def refused(session: Session) -> None:
         session.scalars(select(Parent)).all()
@@ -280,7 +283,7 @@ def test_work_committed_inside_work_that_only_read_stays(units: Units) -> None:
 
 
 @on(*SOME)
-def test_work_committed_inside_work_that_is_undone_is_told(units: Units) -> None:
+def test_undoing_work_that_was_committed_inside_warns(units: Units) -> None:
     def refused(session: Session) -> None:
         insert("tea")(session)
         nested(units, add("audit"))
@@ -293,7 +296,9 @@ def test_work_committed_inside_work_that_is_undone_is_told(units: Units) -> None
 
 
 @on("postgresql+psycopg", "postgresql+asyncpg")
-def test_a_reader_that_failed_cannot_keep_what_was_committed_inside(units: Units) -> None:
+def test_a_reader_whose_statement_failed_cannot_keep_work_committed_inside(units: Units) -> None:
+    """A failed statement aborts PostgreSQL's transaction; undoing it also undoes inner committed work, and warns."""
+
     def refused(session: Session) -> None:
         session.scalars(select(Parent)).all()
         nested(units, add("audit"))
@@ -305,8 +310,8 @@ def test_a_reader_that_failed_cannot_keep_what_was_committed_inside(units: Units
 
 
 @on(*SOME)
-def test_inner_work_sees_and_outlives_the_outer(units: Units) -> None:
-    """Both commit; and the outer one, which goes on, reads what the inner one has written."""
+def test_nested_units_of_work_see_each_others_rows(units: Units) -> None:
+    """An outer unit of work continues after inner ones, reads the rows that they wrote, and all of them commit."""
 
     def outer(session: Session) -> None:
         insert("outer")(session)
@@ -319,7 +324,7 @@ def test_inner_work_sees_and_outlives_the_outer(units: Units) -> None:
 
 
 @on("sqlite+pysqlite", "postgresql+asyncpg")
-def test_writing_outside_while_work_inside_is_open_is_told(units: Units) -> None:
+def test_the_outer_session_cannot_write_while_an_inner_one_is_open(units: Units) -> None:
     def outer(session: Session) -> None:
         session.scalars(select(Parent)).all()
 
@@ -361,7 +366,7 @@ def test_threads_take_turns(units: Units) -> None:
 
 @on("sqlite+aiosqlite", "postgresql+asyncpg", "mariadb+asyncmy")
 def test_tasks_take_turns(units: Units) -> None:
-    """Branches of a unit of work too, each in one of its own."""
+    """Concurrent tasks run one after another, including those that a unit of work starts with ``new=True``."""
 
     async def branches() -> None:
         async with units.db.session_scope() as session:
@@ -378,7 +383,7 @@ def test_tasks_take_turns(units: Units) -> None:
 
 @on("sqlite+aiosqlite")
 def test_work_waits_for_the_tasks_inside_it(units: Units) -> None:
-    """Its end, and its next statement, come after the transaction of a task that it has started."""
+    """A unit of work continues, and ends, only after the transaction of a task that it started has ended."""
 
     async def main() -> None:
         goes_on = asyncio.Event()
@@ -417,7 +422,10 @@ SLEEP = {
 
 @on(*SLEEP)
 def test_a_task_that_is_cancelled_in_a_statement_is_undone_alone(units: Units) -> None:
-    """As by a client that goes away; MariaDB's drivers close the connection, and the test is told."""
+    """Cancelling a task in a statement, as a client disconnect does, undoes the work of that task only.
+
+    MariaDB's drivers close the connection instead, so the test's session raises IsolationError.
+    """
 
     async def work(begun: asyncio.Event) -> None:
         async with units.db.session_scope() as session:
@@ -450,12 +458,12 @@ SLOW = {
     "postgresql+asyncpg": "(SELECT 'slow' FROM pg_sleep(5))",
 }
 if SQLALCHEMY_2_0:
-    del SLOW["sqlite+aiosqlite"]  # it leaves the cancelled cursor open, and SQLite releases no savepoint meanwhile
+    del SLOW["sqlite+aiosqlite"]  # it leaves the cancelled cursor open, so SQLite cannot release a savepoint
 
 
 @on(*SLOW)
 def test_a_flush_that_anyio_cancels_is_undone_alone(units: Units) -> None:
-    """Its scope cancels the ROLLBACK too, which is made up for before the work around it goes on or commits."""
+    """anyio's scope cancels the ROLLBACK too; it is repeated before the outer unit of work continues or commits."""
 
     async def cancelled() -> None:
         with anyio.CancelScope() as scope:
@@ -485,24 +493,24 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @on("sqlite+pysqlite")
-def test_who_waits_too_long_is_told_for_whom(units: Units, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+def test_a_wait_that_times_out_names_the_open_transaction(units: Units, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
 
     def other() -> None:
         with pytest.raises(IsolationError) as raised:
             units.run(insert("coffee"))
-        told.append(str(raised.value))
+        messages.append(str(raised.value))
 
     with Isolated(units), short_waits(monkeypatch), units.db.session_scope() as session:
         insert("tea")(session)
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-    assert f"while the transaction of session_scope() at {__file__}" in told[0]
+    assert f"while the transaction of session_scope() at {__file__}" in messages[0]
 
 
 @on("sqlite+pysqlite")
-def test_sessions_that_cross_are_told(units: Units) -> None:
+def test_a_session_cannot_commit_while_a_later_one_is_open(units: Units) -> None:
     with Isolated(units), units.db.sessionmaker() as first, units.db.sessionmaker() as second:
         first.scalars(select(Parent)).all()
         second.scalars(select(Parent)).all()
@@ -512,7 +520,7 @@ def test_sessions_that_cross_are_told(units: Units) -> None:
 
 
 @on("sqlite+pysqlite")
-def test_the_tests_session_stands_aside_for_whoever_is_around_it(units: Units) -> None:
+def test_the_tests_session_can_read_inside_an_open_unit_of_work(units: Units) -> None:
     with Isolated(units) as isolated:
         with units.db.session_scope() as session:
             insert("tea")(session)
@@ -534,7 +542,7 @@ def test_asking_for_the_bind_takes_no_turn(units: Units) -> None:
 
 @on(*SOME)
 def test_the_engine_itself_is_refused(units: Units) -> None:
-    """What takes a connection behind the plugin's back would see nothing, and stay."""
+    """A connection taken from the engine itself would not see the test's rows, and its writes would be kept."""
 
     async def connect() -> None:
         async with units.db.engine.connect():
@@ -575,7 +583,7 @@ def test_a_commit_in_sql_is_refused(units: Units) -> None:
 
 @on(*SOME)
 def test_read_only_work_writes_nothing(units: Units) -> None:
-    """Neither by the ORM nor by SQL; whoever comes next may write."""
+    """Under read_only neither the ORM nor SQL can write; the next unit of work can."""
 
     def write(session: Session) -> None:
         units.db.use(read_only)
@@ -608,7 +616,7 @@ def test_manual_work_commits_by_hand(units: Units) -> None:
 
 
 @on("sqlite+pysqlite", "postgresql+asyncpg")
-def test_a_session_that_is_invalidated_ends_alone(units: Units) -> None:
+def test_invalidating_a_session_undoes_its_own_work_only(units: Units) -> None:
     with Isolated(units) as isolated:
         units.run(add("tea"))
         units.run(lambda session: [insert("coffee")(session), session.invalidate()])
@@ -616,7 +624,7 @@ def test_a_session_that_is_invalidated_ends_alone(units: Units) -> None:
 
 
 @on("postgresql+psycopg")
-def test_a_lost_connection_is_told(units: Units) -> None:
+def test_a_lost_connection_raises_isolation_error(units: Units) -> None:
     with Isolated(units) as isolated:
         units.run(add("tea"))
         with pytest.raises(DBAPIError):
@@ -626,8 +634,8 @@ def test_a_lost_connection_is_told(units: Units) -> None:
 
 
 @on("sqlite+pysqlite", "sqlite+aiosqlite", "postgresql+asyncpg")
-def test_an_app_that_shuts_down_inside_leaves_nothing_open(units: Units) -> None:
-    """As its lifespan does: the connection of the test goes on, and is closed at the end."""
+def test_an_app_may_dispose_of_its_engine_inside_the_block(units: Units) -> None:
+    """If the app disposes of its engine, as a lifespan does, the test's connection stays open until the block ends."""
     closed = []
     with Isolated(units) as isolated:
         units.run(add("tea"))
@@ -641,7 +649,7 @@ def test_an_app_that_shuts_down_inside_leaves_nothing_open(units: Units) -> None
 
 
 @on("sqlite+pysqlite", "sqlite+aiosqlite")
-def test_one_at_a_time(units: Units) -> None:
+def test_a_database_cannot_be_isolated_twice(units: Units) -> None:
     with Isolated(units) as isolated:
         with pytest.raises(IsolationError, match="isolated already"), Isolated(units):
             raise AssertionError
@@ -664,8 +672,8 @@ def test_autocommit_is_refused() -> None:
         session.execute(text("SELECT 1"))
 
 
-def test_a_connection_that_cannot_begin_is_given_back(tmp_path: Any) -> None:
-    """The first, and another one while the first is in use."""
+def test_a_connection_that_cannot_begin_returns_to_the_pool(tmp_path: Any) -> None:
+    """If BEGIN fails on the first engine, or on another one while the first is in use, the connection is returned."""
     names = {name: f"sqlite:///{tmp_path}/{name}.db" for name in ("default", "other")}
     db = Database(names, binds={Child: "other"}, metadata=Base.metadata)
     db.create_all()
@@ -685,7 +693,7 @@ def test_a_connection_that_cannot_begin_is_given_back(tmp_path: Any) -> None:
 
 
 @on("sqlite+pysqlite")
-def test_a_session_on_the_connection_of_another_one(units: Units) -> None:
+def test_a_session_can_use_the_connection_of_another_one(units: Units) -> None:
     with Isolated(units) as isolated, units.db.sessionmaker(bind=isolated.session.connection()) as other:
         insert("tea")(other)
         other.commit()
@@ -693,7 +701,7 @@ def test_a_session_on_the_connection_of_another_one(units: Units) -> None:
 
 
 def test_several_engines_at_once(tmp_path: Any) -> None:
-    """With two-phase commit asked for, which savepoints need not."""
+    """Several engines are isolated together, even with ``twophase=True``, which savepoints do not need."""
     names = {name: f"sqlite:///{tmp_path}/{name}.db" for name in ("default", "other")}
     db = Database(names, binds={Child: "other"}, metadata=Base.metadata, twophase=True)
     with db.isolated() as session:
@@ -724,8 +732,8 @@ def test_a_database_in_memory_keeps_its_tables() -> None:
     asyncio.run(main())
 
 
-def test_nothing_else_changes(tmp_path: Any) -> None:
-    """The database after the block is the one before it."""
+def test_the_block_restores_the_database(tmp_path: Any) -> None:
+    """After the block the Database object and the stored data are as they were before it."""
     db = Database(f"sqlite:///{tmp_path}/test.db", metadata=Base.metadata)
     db.create_all()
     before = db.sessionmaker.class_, vars(db).keys()
@@ -739,7 +747,7 @@ def test_nothing_else_changes(tmp_path: Any) -> None:
 
 @on("postgresql+psycopg", "sqlite+pysqlite")
 def test_a_forked_process_is_refused(units: Units) -> None:
-    """Also when it leaves the block in good order; and its parent goes on with the connection."""
+    """A forked process gets an IsolationError and can leave the block cleanly; the parent keeps the connection."""
     with Isolated(units) as isolated:
         isolated.see(lambda session: [insert("before")(session), session.commit()])
         child = os.fork()
@@ -760,8 +768,8 @@ def test_a_forked_process_is_refused(units: Units) -> None:
 
 
 @on("sqlite+pysqlite")
-def test_what_a_forked_process_leaves_to_its_parent(units: Units) -> None:
-    """The connection, with the test's transaction: not a word is said on it."""
+def test_a_forked_process_leaves_the_connection_to_its_parent(units: Units) -> None:
+    """A forked process sends nothing on the test's connection, and leaves the transaction open for the parent."""
     block = units.db.isolated()
     session = block.__enter__()
     session.execute(text("SELECT 1"))
@@ -776,8 +784,8 @@ def test_what_a_forked_process_leaves_to_its_parent(units: Units) -> None:
         connection.close()
 
 
-def test_one_of_those_who_wait_lets_the_tests_session_step_aside() -> None:
-    """Another one comes while it does."""
+def test_only_one_waiter_makes_the_tests_session_step_aside() -> None:
+    """A second waiter that arrives while the test's session steps aside does not ask it again."""
     turns, asked = Turns(is_async=False), []
 
     class OfTheTest:

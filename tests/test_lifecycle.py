@@ -1,4 +1,4 @@
-"""The end of a unit of work when a part of it fails."""
+"""How a unit of work ends when one of its steps fails."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class BoomError(Exception):
 
 
 def fail_once(target: Any, name: str) -> list[str]:
-    """The next call of this event raises."""
+    """Make the next call of this event raise."""
     failed: list[str] = []
 
     def listen(*args: Any) -> None:
@@ -71,7 +71,7 @@ def fail_once(target: Any, name: str) -> list[str]:
 
 
 def test_a_rollback_that_fails_discards_the_connection(units: Units, caplog: pytest.LogCaptureFixture) -> None:
-    """The error that was on its way stays the one that is told; the pool is whole."""
+    """If ROLLBACK fails, the original error is still the one raised, and the pool stays usable."""
     failed = fail_once(units.sync_engine, "rollback")
 
     def work(session: Session) -> None:
@@ -87,8 +87,8 @@ def test_a_rollback_that_fails_discards_the_connection(units: Units, caplog: pyt
     assert len(units.store.names()) == 6
 
 
-def test_a_savepoint_that_cannot_be_rolled_back_takes_its_connection_with_it(units: Units) -> None:
-    """SQLAlchemy leaves the transaction around it open."""
+def test_a_savepoint_that_cannot_be_rolled_back_discards_the_connection(units: Units) -> None:
+    """SQLAlchemy leaves the outer transaction open if ROLLBACK TO SAVEPOINT fails, so the connection is discarded."""
     discarded: list[Any] = []
     event.listen(units.sync_engine, "invalidate", lambda *more: discarded.append(more))
     fail_once(units.sync_engine, "rollback_savepoint")
@@ -105,7 +105,7 @@ def test_a_savepoint_that_cannot_be_rolled_back_takes_its_connection_with_it(uni
 
 
 def test_a_commit_that_fails_rolls_back(units: Units) -> None:
-    """Also one that fails before it is sent, which leaves the transaction open."""
+    """A commit that fails rolls back, even if it fails before COMMIT is sent and the transaction is still open."""
     fail_once(units.sync_engine, "commit")
     with pytest.raises(BoomError):
         units.run(insert("lost"))
@@ -116,7 +116,7 @@ def test_a_commit_that_fails_rolls_back(units: Units) -> None:
 
 @on(*POSTGRESQL)
 def test_a_connection_that_the_server_ends_is_discarded(units: Units) -> None:
-    """Whatever the step at which it ends: the error is told, nothing is written, the pool recovers."""
+    """If the server ends the connection at any step, the error is raised, nothing is written, and the pool recovers."""
 
     def kill(session: Session) -> None:
         insert("lost")(session)
@@ -140,7 +140,7 @@ def test_a_connection_that_the_server_ends_is_discarded(units: Units) -> None:
 
 @on(*POSTGRESQL)
 def test_a_failing_close_does_not_skip_the_next(units: Units) -> None:
-    """Two databases, one unit of work inside the other: both give their connections back."""
+    """Units of work of two databases, one inside the other, both return their connections if one ROLLBACK fails."""
     other = Units(units.driver, units.store)
 
     def inside(session: Session) -> None:
@@ -185,7 +185,7 @@ def test_a_scope_that_was_not_settled_rolls_back_at_its_close(units: Units) -> N
 
 
 def test_a_rollback_that_fails_at_the_close_raises_nothing(units: Units) -> None:
-    """Who closes can do nothing about it; the pool is whole."""
+    """A failed rollback at the close raises nothing, because the caller could not act on it; the pool stays usable."""
     fail_once(units.sync_engine, "rollback")
     scope = open_unit_of_work(core_of(units.db), origin="test")
 
@@ -204,7 +204,7 @@ def test_a_rollback_that_fails_at_the_close_raises_nothing(units: Units) -> None
 
 
 def test_settling_twice_settles_what_came_in_between(units: Units) -> None:
-    """Late work is a transaction of its own, and so are its hooks."""
+    """Work after the first settling is a separate transaction, with its own hooks, and is settled the next time."""
     log: list[str] = []
 
     def late(scope: Any, name: str) -> Any:
@@ -237,7 +237,7 @@ def test_settling_twice_settles_what_came_in_between(units: Units) -> None:
 
 
 def test_a_hook_that_stops_the_process_is_not_swallowed() -> None:
-    """Only exceptions are logged; a KeyboardInterrupt goes on, and the connection is back."""
+    """Only an Exception in a hook is logged; a KeyboardInterrupt propagates after the connection was returned."""
     db = Database("sqlite://", metadata=Base.metadata)
     db.create_all()
 
@@ -254,8 +254,8 @@ def test_a_hook_that_stops_the_process_is_not_swallowed() -> None:
 
 
 @on(*SYNC)
-def test_a_sync_scope_under_an_event_loop_hops_only_to_talk(units: Units) -> None:
-    """The ending runs in one thread of its own, and in none if there is nothing to say."""
+def test_a_sync_scope_under_an_event_loop_uses_a_thread_only_for_io(units: Units) -> None:
+    """Settling runs in a separate thread, but stays on the event loop's thread if nothing is sent to the database."""
     threads: list[Any] = []
     event.listen(units.sync_engine, "commit", lambda connection: threads.append(threading.current_thread()))
 
@@ -280,8 +280,11 @@ def test_a_sync_scope_under_an_event_loop_hops_only_to_talk(units: Units) -> Non
 
 
 @on(*POSTGRESQL)
-def test_a_close_that_failed_is_no_end(units: Units) -> None:
-    """SQLAlchemy tells nobody of that end: the next one runs the hooks, and frees the connection's place."""
+def test_a_failed_close_does_not_skip_the_hooks(units: Units) -> None:
+    """SQLAlchemy fires no event when `session.close()` fails.
+
+    Settling the unit of work then runs the hooks and frees the connection's place in the pool.
+    """
     undone: list[str] = []
 
     def work(session: Session) -> None:
@@ -297,8 +300,8 @@ def test_a_close_that_failed_is_no_end(units: Units) -> None:
     assert undone == ["tea"]
 
 
-def test_an_ending_makes_the_calls_in_its_order() -> None:
-    """The page of the lifecycle, read off the generator itself."""
+def test_settling_after_a_404_only_rolls_back() -> None:
+    """After a 404 the generator of `settle()` yields exactly one call, the rollback."""
     db = Database("sqlite://", metadata=Base.metadata, **POOL)
     db.create_all()
     scope = open_unit_of_work(core_of(db), origin="test")
@@ -312,7 +315,7 @@ def test_an_ending_makes_the_calls_in_its_order() -> None:
 
 @on("sqlite+aiosqlite")
 def test_a_stream_that_is_still_open_is_closed(units: Units) -> None:
-    """A result of AsyncSession.stream() does not outlive the settling."""
+    """Settling closes a result of `AsyncSession.stream()` that is still open."""
     from sqlalchemy import select
 
     async def main() -> None:
@@ -330,7 +333,10 @@ def test_a_stream_that_is_still_open_is_closed(units: Units) -> None:
 def test_a_stream_is_closed_before_its_transaction_ends(
     units: Units, end: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After it a server knows no cursor, and MariaDB would first have to send all that was not read."""
+    """A stream is closed before COMMIT or ROLLBACK.
+
+    Afterwards the server has no such cursor any more, and MariaDB would first send all unread rows.
+    """
     streams: list[Any] = []
 
     def work(session: Session) -> None:
@@ -349,8 +355,11 @@ def test_a_stream_is_closed_before_its_transaction_ends(
 
 @pytest.mark.filterwarnings("ignore:.*ServerCursor.*deleted while still open:ResourceWarning")
 @on(*POSTGRESQL)
-def test_closing_a_stream_that_a_savepoint_took_along_loses_nothing_in_silence(units: Units) -> None:
-    """Some drivers tell the server to close what it has closed already, which aborts the transaction."""
+def test_closing_a_stream_of_a_rolled_back_savepoint_commits_or_raises(units: Units) -> None:
+    """If closing a stream aborts the transaction, that raises an error; otherwise the work is committed.
+
+    Some drivers ask the server to close a cursor that the savepoint's rollback has closed already.
+    """
 
     def work(session: Session) -> None:
         insert("tea")(session)
@@ -365,11 +374,11 @@ def test_closing_a_stream_that_a_savepoint_took_along_loses_nothing_in_silence(u
         assert units.store.names() == []
     else:
         assert units.store.names() == ["tea"]
-    gc.collect()  # psycopg warns of a cursor that it could not close
+    gc.collect()  # psycopg warns about a cursor that it could not close
 
 
-def test_a_two_phase_session_is_refused_by_an_aborted_transaction(postgresql: Any) -> None:
-    """PREPARE TRANSACTION of an aborted transaction "succeeds" on PostgreSQL as well."""
+def test_a_two_phase_session_does_not_commit_an_aborted_transaction(postgresql: Any) -> None:
+    """An aborted transaction raises an error with ``twophase=True`` too, although PREPARE TRANSACTION "succeeds"."""
     db = Database(
         {"default": postgresql.url("psycopg"), "other": postgresql.url("psycopg")},
         twophase=True,
@@ -396,7 +405,10 @@ def test_an_async_database_needs_a_running_loop() -> None:
 
 
 def test_an_unread_core_result_is_closed_with_its_transaction() -> None:
-    """On SQLite, whose cursors are lazy, it would read what the next unit of work writes on that connection."""
+    """An unread result is closed when the unit of work is settled.
+
+    SQLite's cursors are lazy, so it would read rows that the next unit of work writes on that connection.
+    """
     db = Database("sqlite://", metadata=Base.metadata)
     db.create_all()
     with db.session_scope() as session:
@@ -417,15 +429,15 @@ def test_an_unread_core_result_is_closed_with_its_transaction() -> None:
 
 @on("sqlite+aiosqlite", "postgresql+psycopg")
 def test_a_result_whose_rows_are_there_stays_readable(units: Units) -> None:
-    """It reads from no connection, and nothing has to close it."""
+    """A result whose rows are in memory can be read after the unit of work, because it needs no connection."""
     results: list[Any] = []
     units.run(lambda session: results.append(session.execute(text("SELECT 42"))))
     assert results[0].scalar() == 42
 
 
 @on("postgresql+psycopg", "postgresql+asyncpg")
-def test_a_connection_that_failed_leaves_the_policy_open(units: Units) -> None:
-    """What could not be tried has begun nothing, and use() decides how the transaction begins after all."""
+def test_after_a_failed_connect_the_policy_can_still_be_changed(units: Units) -> None:
+    """A failed attempt to connect begins no transaction, so `use()` can still decide how it begins."""
     failed = fail_once(units.sync_engine, "do_connect")
 
     def work(session: Session) -> Any:
@@ -439,7 +451,7 @@ def test_a_connection_that_failed_leaves_the_policy_open(units: Units) -> None:
 
 
 class OwnSession(Session):
-    """Like SQLModel's, a method of its own beside ``execute()``; and methods that call SQLAlchemy's by their class."""
+    """Like SQLModel's session, it adds a method beside ``execute()``, and calls SQLAlchemy's methods on their class."""
 
     def exec(self, statement: Any) -> Any:
         return super().execute(statement)
@@ -449,7 +461,7 @@ class OwnSession(Session):
 
 
 class CountingSession(OwnSession):
-    """A listener that makes a statement of its own after each."""
+    """A session with a listener that executes another statement after each one."""
 
 
 @event.listens_for(CountingSession, "do_orm_execute")
@@ -475,7 +487,7 @@ STREAMS: dict[str, Callable[[Any], Any]] = {
 def test_a_stream_is_closed_whichever_way_it_was_opened(
     class_: type[Session], way: str, url: str, request: pytest.FixtureRequest
 ) -> None:
-    """With its transaction; a session class of the user's may hand the statement to SQLAlchemy itself."""
+    """A stream is closed with its transaction, even if the user's session class calls SQLAlchemy's methods directly."""
     source = "sqlite://" if url == "sqlite" else request.getfixturevalue("postgresql").url("psycopg")
     db = Database(source, class_=class_, metadata=Base.metadata)
     db.create_all()
@@ -492,7 +504,7 @@ def test_a_stream_is_closed_whichever_way_it_was_opened(
 
 
 def test_a_stream_of_an_engine_that_streams_everything_is_closed(postgresql: PostgreSQL) -> None:
-    """Unless the statement says that it is none."""
+    """With the engine's ``stream_results`` every result is closed, unless the statement turns streaming off."""
     db = Database(postgresql.url("psycopg"), execution_options={"stream_results": True})
     numbers = text("SELECT * FROM generate_series(1, 3000)")
     scope = open_unit_of_work(core_of(db), origin="test")
@@ -507,8 +519,11 @@ def test_a_stream_of_an_engine_that_streams_everything_is_closed(postgresql: Pos
     db.dispose()
 
 
-def test_what_a_listener_makes_of_an_unread_result_is_closed() -> None:
-    """On SQLite, whose cursors are lazy: the view of its rows that the session hands out, and what stands behind it."""
+def test_an_unread_result_that_a_listener_wraps_is_closed() -> None:
+    """If a listener replaces an unread result by a view of it, settling closes the view and the result behind it.
+
+    SQLite's cursors are lazy, so the rows have not been fetched yet.
+    """
 
     class MappingSession(Session):
         pass
@@ -526,7 +541,7 @@ def test_what_a_listener_makes_of_an_unread_result_is_closed() -> None:
 
 
 def test_results_that_were_read_are_not_kept() -> None:
-    """However many statements a unit of work makes."""
+    """A unit of work keeps no references to results that were read, however many statements it executes."""
     db = Database("sqlite://", metadata=Base.metadata)
     db.create_all()
     with db.session_scope() as session:
@@ -537,8 +552,8 @@ def test_results_that_were_read_are_not_kept() -> None:
     db.dispose()
 
 
-def test_a_lost_sqlite_transaction_takes_nothing_more() -> None:
-    """After INSERT OR ROLLBACK each further statement would commit by itself."""
+def test_after_a_lost_sqlite_transaction_no_statement_is_executed() -> None:
+    """After a failed INSERT OR ROLLBACK further statements raise, because each would commit on its own."""
     db = Database("sqlite://", metadata=Base.metadata)
     db.create_all()
 
@@ -565,8 +580,8 @@ def test_a_lost_sqlite_transaction_takes_nothing_more() -> None:
     db.dispose()
 
 
-def test_autocommit_loses_no_transaction() -> None:
-    """What fails under AUTOCOMMIT has aborted nothing."""
+def test_an_error_under_autocommit_aborts_nothing() -> None:
+    """A failed statement under AUTOCOMMIT does not raise TransactionAbortedError at the end of the unit of work."""
     autocommit = replace(commit_on_success, isolation_level="AUTOCOMMIT")
     db = Database("sqlite://", metadata=Base.metadata, policy=autocommit)
     db.create_all()
@@ -581,7 +596,7 @@ def test_autocommit_loses_no_transaction() -> None:
 
 @pytest.mark.parametrize("named_by", ["binds", "get_bind"])
 def test_an_engine_that_only_binds_or_get_bind_names_keeps_the_promises(postgresql: Any, named_by: str) -> None:
-    """No phantom commit on it either."""
+    """An engine that only `binds` or `get_bind()` names is guarded against phantom commits too."""
     other = create_engine(postgresql.url("psycopg"))
     Base.metadata.create_all(other)
 
@@ -602,7 +617,7 @@ def test_an_engine_that_only_binds_or_get_bind_names_keeps_the_promises(postgres
 
 
 def test_an_engine_that_get_bind_names_is_not_kept() -> None:
-    """There may be one for each tenant."""
+    """No reference is kept to an engine that `get_bind()` returns, because an app may have one for each tenant."""
     engines = [create_engine("sqlite://")]
 
     class Routing(Session):
@@ -621,7 +636,7 @@ def test_an_engine_that_get_bind_names_is_not_kept() -> None:
 
 
 def test_a_doomed_scope_does_not_commit_over_an_open_savepoint(units: Units) -> None:
-    """Nor through the connection itself."""
+    """A doomed unit of work refuses a commit over an open savepoint, and one through the connection itself."""
 
     def over_a_savepoint(session: Session) -> None:
         with session.begin():
@@ -641,10 +656,10 @@ def test_a_doomed_scope_does_not_commit_over_an_open_savepoint(units: Units) -> 
 
 
 @pytest.mark.parametrize("name", ["after_commit", "after_transaction_end"])
-def test_a_listener_that_fails_after_the_commit_takes_nothing_back(
+def test_a_listener_that_fails_after_the_commit_raises_nothing(
     units: Units, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No error is told of what is durable; it is logged, and the connection is back."""
+    """If a listener fails after COMMIT, the data is durable, so the error is only logged and the hooks still run."""
     ran: list[str] = []
 
     def fail(session: Session, *ended: SessionTransaction) -> None:
@@ -664,8 +679,11 @@ def test_a_listener_that_fails_after_the_commit_takes_nothing_back(
 
 
 @on(*POSTGRESQL)
-def test_a_listener_that_replaces_the_error_hides_no_aborted_transaction(units: Units) -> None:
-    """SQLAlchemy asks no other listener then."""
+def test_a_listener_that_replaces_the_error_does_not_hide_an_aborted_transaction(units: Units) -> None:
+    """An aborted transaction is detected even if a ``handle_error`` listener raises another error.
+
+    SQLAlchemy calls no further listener in that case.
+    """
 
     @event.listens_for(units.sync_engine.__class__, "handle_error")
     def replace_error(context: Any) -> None:
@@ -686,8 +704,8 @@ def test_a_listener_that_replaces_the_error_hides_no_aborted_transaction(units: 
 
 
 @pytest.mark.parametrize("end", ["invalidate", "close"])
-def test_an_error_on_a_connection_that_has_ended_stays_itself(end: str) -> None:
-    """To look at such a connection would be an error of its own."""
+def test_an_error_on_a_closed_connection_is_not_replaced(end: str) -> None:
+    """An error on a closed or invalidated connection is raised unchanged; inspecting the connection would fail too."""
     db = Database("sqlite://", poolclass=NullPool)
     with db.engine.connect() as connection:
         result = connection.execute(text("SELECT 1"))
@@ -697,16 +715,16 @@ def test_an_error_on_a_connection_that_has_ended_stays_itself(end: str) -> None:
     db.dispose()
 
 
-def test_an_error_of_connecting_stays_itself(tmp_path: Path) -> None:
-    """There is no connection yet to look at."""
+def test_a_connect_error_is_not_replaced(tmp_path: Path) -> None:
+    """A failed connect raises its own error, although there is no connection to inspect."""
     db = Database(f"sqlite:///{tmp_path / 'nowhere' / 'shop.db'}")
     with pytest.raises(OperationalError, match="unable to open"), db.session_scope() as session:
         session.connection()
     db.dispose()
 
 
-def test_an_error_swallowed_within_the_flush_is_no_phantom(postgresql: Any) -> None:
-    """The last look is right before COMMIT, behind every listener of the session."""
+def test_an_error_swallowed_during_the_flush_is_detected(postgresql: Any) -> None:
+    """The transaction is checked right before COMMIT, after every listener of the session has run."""
     db = Database(postgresql.url("psycopg"), metadata=Base.metadata)
     db.create_all()
     with pytest.raises(TransactionAbortedError), db.session_scope() as session:
@@ -725,7 +743,10 @@ def test_an_error_swallowed_within_the_flush_is_no_phantom(postgresql: Any) -> N
 @pytest.mark.parametrize("driver", ["psycopg_async", "asyncpg"])
 @pytest.mark.parametrize("cut", ["rollback", "close"])
 def test_a_rollback_waits_for_the_statement_of_a_sibling(postgresql: Any, driver: str, cut: str) -> None:
-    """Whose socket, closed under it, would take the next connection with it: the number is used again."""
+    """A rollback waits until a concurrent statement of the same session has finished.
+
+    Closing the socket under that statement would break the next connection, which reuses the file descriptor.
+    """
 
     async def main() -> None:
         db = AsyncDatabase(postgresql.url(driver), pool_size=1, max_overflow=0, pool_timeout=5)
@@ -753,7 +774,7 @@ def test_a_rollback_waits_for_the_statement_of_a_sibling(postgresql: Any, driver
 def test_a_rollback_beside_a_statement_without_end_breaks_no_pool(
     postgresql: Any, driver: str, cut: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The connection is discarded, and the sibling is told."""
+    """If a concurrent statement does not finish, a rollback discards the connection and that statement raises."""
     monkeypatch.setattr("session_plugin.engines.guard.LONGEST_WAIT", 0.05)
 
     async def main() -> None:
@@ -766,7 +787,7 @@ def test_a_rollback_beside_a_statement_without_end_breaks_no_pool(
                 while not db._unit_of_work().transaction.busy:
                     await asyncio.sleep(0.01)
                 await getattr(session, cut)()
-                with pytest.raises(Exception):  # noqa: B017  each driver has its own word for it
+                with pytest.raises(Exception):  # noqa: B017  each driver raises its own error
                     await sleeping
                 await session.rollback()
 
@@ -783,7 +804,7 @@ def test_a_rollback_beside_a_statement_without_end_breaks_no_pool(
 def test_the_end_beside_a_statement_without_end_keeps_no_connection(
     postgresql: Any, driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is committed, and the connection is discarded."""
+    """If a concurrent statement does not finish, the end commits nothing and discards the connection."""
     monkeypatch.setattr("session_plugin.engines.guard.LONGEST_WAIT", 0.05)
 
     async def main() -> None:
@@ -796,7 +817,7 @@ def test_the_end_beside_a_statement_without_end_keeps_no_connection(
                 sleeping = asyncio.create_task(session.execute(text("SELECT pg_sleep(5)")))
                 while not db._unit_of_work().transaction.busy:
                     await asyncio.sleep(0.01)
-        with pytest.raises(Exception):  # noqa: B017  each driver has its own word for it
+        with pytest.raises(Exception):  # noqa: B017  each driver raises its own error
             await sleeping
         assert discarded
         async with db.session_scope() as session:
@@ -808,7 +829,7 @@ def test_the_end_beside_a_statement_without_end_keeps_no_connection(
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_fork_in_an_open_scope_leaves_it_to_the_parent(postgresql: Any, begun: bool) -> None:
-    """The child opens its own, on its own connection; its end sends nothing on the parent's."""
+    """A forked child opens its own unit of work on its own connection, and sends nothing on the parent's."""
     db = Database(postgresql.url("psycopg"), metadata=Base.metadata, pool_size=2)
     db.create_all()
     with db.session_scope() as session:
@@ -836,10 +857,10 @@ def test_a_fork_in_an_open_scope_leaves_it_to_the_parent(postgresql: Any, begun:
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
 @pytest.mark.parametrize("saves", [True, False])
-def test_a_forked_child_does_nothing_with_the_session_of_its_parent(
+def test_a_forked_child_sends_nothing_through_the_session_of_its_parent(
     postgresql: PostgreSQL, driver: str, saves: bool
 ) -> None:
-    """Neither a COMMIT nor a ROLLBACK of the child goes out on the parent's connection, nor does its end."""
+    """No COMMIT or ROLLBACK of the child reaches the parent's connection, and neither does its exit."""
     db = Database(postgresql.url(driver), metadata=Base.metadata)
     db.create_all()
     with db.session_scope() as session:
@@ -871,7 +892,7 @@ def test_a_forked_child_does_nothing_with_the_session_of_its_parent(
 
 
 def test_a_unit_of_work_that_is_detached_after_a_fork_sends_nothing() -> None:
-    """What a forked child does with the scopes of its parent."""
+    """A unit of work that a forked child has detached refuses statements and sends nothing."""
     db = Database("sqlite://", metadata=Base.metadata)
     db.create_all()
     with db.session_scope() as session:
@@ -891,7 +912,7 @@ def test_a_unit_of_work_that_is_detached_after_a_fork_sends_nothing() -> None:
 
 
 def test_a_fork_beside_a_connection_that_was_closed_by_hand() -> None:
-    """It is nobody's any more, and keeps the child from forgetting none of the others."""
+    """A connection that was closed by hand does not keep a forked child from detaching the open units of work."""
     db = Database("sqlite://")
     with db.session_scope(new=True) as session:
         session.connection().close()
@@ -902,7 +923,7 @@ def test_a_fork_beside_a_connection_that_was_closed_by_hand() -> None:
 
 
 def test_a_generator_that_is_not_read_to_its_end_dooms_nothing(units: Units) -> None:
-    """And what it leaves behind as the current scope is passed over while one further out is open."""
+    """A generator that is closed early does not doom the outer unit of work, which stays the current one."""
     if units.is_async:
 
         async def arows() -> Any:
@@ -950,7 +971,7 @@ def test_generators_closed_in_the_order_of_their_opening_leave_the_outer_scope_c
 
 @on(*ASYNC)
 def test_a_hook_that_raises_cancelled_error_changes_nothing(units: Units) -> None:
-    """It awaited a task that somebody cancelled; the data is durable, and the other hooks run."""
+    """A CancelledError in a hook, which may come from a task that it awaited, is contained; the other hooks run."""
     log: list[str] = []
 
     async def cancelled() -> None:
@@ -981,8 +1002,11 @@ def test_what_counts_as_writing(statement: str, writes: bool) -> None:
     assert (WRITING.match(statement) is not None) is writes
 
 
-def test_a_partial_commit_says_where_it_committed(postgresql: Any) -> None:
-    """Several engines commit one after the other, in no order; only two phases make it one."""
+def test_a_partial_commit_is_noted_on_the_error(postgresql: Any) -> None:
+    """If one of several engines fails to commit after another has committed, a note on the error says so.
+
+    Without two-phase commit the engines commit one after the other, in no fixed order.
+    """
     db = Database(
         {"default": postgresql.url("psycopg"), "other": postgresql.url("psycopg")},
         binds={Child: "other"},

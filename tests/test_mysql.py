@@ -1,4 +1,4 @@
-"""MariaDB, where a lost transaction is followed by another one without a word."""
+"""MariaDB, where the statement after a lost transaction silently begins another one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rename(name: str, to: str) -> Callable[[Session], Any]:
 
 
 def deadlock(units: Units) -> Callable[[Session], None]:
-    """A statement that InnoDB chooses as the victim: the other transaction has written more."""
+    """Work that deadlocks; InnoDB chooses it as the victim because the other transaction has written more."""
 
     def work(session: Session) -> None:
         rename("tea", "tea 1")(session)
@@ -50,7 +50,7 @@ def deadlock(units: Units) -> Callable[[Session], None]:
 
 
 def lock_wait_timeout(units: Units) -> Callable[[Session], None]:
-    """On a server with ``innodb_rollback_on_timeout``."""
+    """Work that times out on a lock; with ``innodb_rollback_on_timeout`` the server rolls it back."""
 
     def work(session: Session) -> None:
         with units.store.sessions() as other:
@@ -61,7 +61,7 @@ def lock_wait_timeout(units: Units) -> Callable[[Session], None]:
 
 
 def changed_since_the_snapshot(units: Units) -> Callable[[Session], None]:
-    """With ``innodb_snapshot_isolation``, newer servers' default."""
+    """Work whose row has changed since its snapshot; ``innodb_snapshot_isolation`` is the default of newer servers."""
 
     def work(session: Session) -> None:
         session.execute(text("SET SESSION innodb_snapshot_isolation = ON"))
@@ -81,7 +81,7 @@ def lose(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def go_on_after(lose: Callable[[Session], None], session: Session) -> None:
+def continue_after(lose: Callable[[Session], None], session: Session) -> None:
     insert("first half")(session)
     with pytest.raises(OperationalError):
         lose(session)
@@ -89,11 +89,11 @@ def go_on_after(lose: Callable[[Session], None], session: Session) -> None:
 
 @on("mariadb+pymysql")
 def test_plain_sqlalchemy_commits_the_second_half(units: Units, lose: Any) -> None:
-    """What the tests after this one guard against."""
+    """Without the plugin, MariaDB commits only what follows the lost transaction; the next tests guard against it."""
     units.run(insert("tea"))
     units.run(insert("milk"))
     with units.db.sessionmaker() as session:
-        go_on_after(lose(units), session)
+        continue_after(lose(units), session)
         insert("second half")(session)
         session.commit()
     assert "second half" in units.store.names()
@@ -102,11 +102,12 @@ def test_plain_sqlalchemy_commits_the_second_half(units: Units, lose: Any) -> No
 
 @on(*MARIADB)
 def test_after_a_lost_transaction_nothing_is_executed(units: Units, lose: Any) -> None:
+    """After a lost transaction no further statement writes, and the unit of work raises the cause."""
     units.run(insert("tea"))
     units.run(insert("milk"))
 
     def work(session: Session) -> None:
-        go_on_after(lose(units), session)
+        continue_after(lose(units), session)
         for _ in range(2):
             insert("second half")(session)
 
@@ -118,17 +119,20 @@ def test_after_a_lost_transaction_nothing_is_executed(units: Units, lose: Any) -
 
 @on(*MARIADB)
 def test_a_lost_transaction_is_not_committed(units: Units) -> None:
-    """The error was the last thing that happened."""
+    """A unit of work whose last statement lost the transaction raises TransactionAbortedError at its end."""
     units.run(insert("tea"))
     units.run(insert("milk"))
     with pytest.raises(TransactionAbortedError):
-        units.run(lambda session: go_on_after(deadlock(units), session))
+        units.run(lambda session: continue_after(deadlock(units), session))
     units.run(insert("next"))
     assert units.store.names() == ["milk", "next", "tea"]
 
 
 def test_a_full_lock_table_loses_the_transaction_too() -> None:
-    """Its size is not to be had here, but the error's number is known."""
+    """MariaDB's error 1206 (lock table full) counts as a lost transaction; a duplicate key does not.
+
+    The test uses the error's number, because a lock table cannot be filled here.
+    """
     pooled: Any = None
     dialect: Any = None
     assert MySQL().is_aborted(pooled, OperationalError("", {}, Exception(1206, "lock table full")), dialect)
@@ -137,12 +141,12 @@ def test_a_full_lock_table_loses_the_transaction_too() -> None:
 
 @on(*MARIADB)
 def test_rollback_recovers_from_a_deadlock(units: Units) -> None:
-    """What a loop of retries does."""
+    """After `session.rollback()` a unit of work that deadlocked can write and commit again, as retry loops do."""
     units.run(insert("tea"))
     units.run(insert("milk"))
 
     def work(session: Session) -> None:
-        go_on_after(deadlock(units), session)
+        continue_after(deadlock(units), session)
         session.rollback()
         insert("again")(session)
 
@@ -152,6 +156,7 @@ def test_rollback_recovers_from_a_deadlock(units: Units) -> None:
 
 @on(*MARIADB)
 def test_a_savepoint_does_not_survive_a_deadlock(units: Units) -> None:
+    """A deadlock inside a savepoint loses the whole transaction, so nothing is committed."""
     units.run(insert("tea"))
     units.run(insert("milk"))
 
@@ -167,7 +172,7 @@ def test_a_savepoint_does_not_survive_a_deadlock(units: Units) -> None:
 
 @on("mariadb+pymysql")
 def test_read_only_lets_ddl_through(units: Units) -> None:
-    """MariaDB commits before DDL, and the transaction that refuses to write is over."""
+    """MariaDB commits before DDL, which ends the READ ONLY transaction; the DDL itself is not refused."""
 
     def create(session: Session) -> None:
         units.db.use(read_only)
@@ -178,7 +183,7 @@ def test_read_only_lets_ddl_through(units: Units) -> None:
 
 
 def test_the_mysql_dialect_is_the_same(mariadb: Any) -> None:
-    """MariaDB under a mysql:// URL."""
+    """Under a ``mysql://`` URL the read_only policy begins a READ ONLY transaction too."""
     url = mariadb.url("pymysql", mariadb.shared_database).replace("mariadb+", "mysql+")
     db = Database(url, **POOL)
     with pytest.raises(OperationalError, match="READ ONLY"), db.session_scope() as session:

@@ -36,7 +36,7 @@ ORDERS = ["instrument first", "init_app first"]
 
 
 class Spans:
-    """What was traced, and in which span the database was told to COMMIT."""
+    """The spans that were recorded, and for each COMMIT the id of the span that it ran in."""
 
     def __init__(self) -> None:
         self.exporter = InMemorySpanExporter()
@@ -52,7 +52,7 @@ class Spans:
         self.commits.append(trace.get_current_span().get_span_context().span_id)
 
     def of_requests(self, number: int) -> list[Any]:
-        """The spans of requests, which end after the client has its answer."""
+        """The spans of the requests; they may end after the client has received its response."""
         wait_for(lambda: len(self._of_requests()) >= number)
         return self._of_requests()
 
@@ -60,7 +60,7 @@ class Spans:
         return [span for span in self.exporter.get_finished_spans() if span.kind is trace.SpanKind.SERVER]
 
     def inside(self, span: Any) -> list[str]:
-        """The first words of the statements in ``span``."""
+        """The first word of each statement in ``span``."""
         return [
             child.name.split()[0]
             for child in self.exporter.get_finished_spans()
@@ -117,7 +117,7 @@ def sync_view(db: Any) -> Any:
 
 
 def test_settling_is_part_of_the_request(site: Any, spans: Spans) -> None:
-    """The last flush and the COMMIT are in the span of their own request, also when a thread makes them."""
+    """The last flush and the COMMIT belong to the span of their own request, even when they run in a thread."""
     with ThreadPoolExecutor(5) as pool, site.connect() as connection:
         assert site.exchange(connection, "/first").status == 200
         assert site.exchange(connection, "/second").status == 200
@@ -129,7 +129,10 @@ def test_settling_is_part_of_the_request(site: Any, spans: Spans) -> None:
 
 
 def test_failed_commit_is_an_error_of_the_request(site: Any, spans: Spans) -> None:
-    """The span says what the client was told, and instrumentation that came first also says why."""
+    """A failed commit makes the request's span an error with status 500.
+
+    Instrumentation that was added before `init_app` also records the exception.
+    """
     assert site.get("/orphan").status == 500
     (span,) = spans.of_requests(1)
     assert (span.status.status_code, span.attributes["http.status_code"]) == (trace.StatusCode.ERROR, 500)
@@ -137,8 +140,8 @@ def test_failed_commit_is_an_error_of_the_request(site: Any, spans: Spans) -> No
         assert [event.attributes["exception.type"] for event in span.events] == ["sqlalchemy.exc.IntegrityError"]
 
 
-def test_answered_commit_is_the_answer_of_the_request(store: Store, spans: Spans) -> None:
-    """A failed commit that the app answers by a 409 is a 409 in the span."""
+def test_a_handled_commit_error_sets_the_status_of_the_span(store: Store, spans: Spans) -> None:
+    """If the app's error handler returns 409 for a failed commit, the span has status 409 and is not an error."""
     app = FastAPI(exception_handlers={IntegrityError: lambda request, error: JSONResponse({}, 409)})
     site = asgi_site.Site(store, app, sync=not store.driver.endswith("asyncpg"))
     FastAPIInstrumentor.instrument_app(app, tracer_provider=spans.provider, exclude_spans=["send", "receive"])
@@ -150,32 +153,32 @@ def test_answered_commit_is_the_answer_of_the_request(store: Store, spans: Spans
     FastAPIInstrumentor.uninstrument_app(app)
 
 
-@pytest.mark.parametrize("answered", [False, True])
-def test_flask(answered: bool, module_store: Store, spans: Spans) -> None:
-    """The same in Flask, instrumented before `init_app`."""
+@pytest.mark.parametrize("handled", [False, True])
+def test_flask(handled: bool, module_store: Store, spans: Spans) -> None:
+    """In Flask, instrumented before `init_app`, each request's span has its statements, COMMIT and status."""
     app, db = Flask(__name__), session_plugin.flask.SessionPlugin(module_store.url, **POOL)
     app.logger.disabled = True
     module_store.clear()
     FlaskInstrumentor().instrument_app(app, tracer_provider=spans.provider)
     db.init_app(app)
     app.get("/<name>")(lambda name: sync_view(db)(name) or {})
-    if answered:
+    if handled:
         app.register_error_handler(IntegrityError, lambda error: ("conflict", 409))
     with wsgi_site.Site(module_store, app, db).checked() as site:
         spans.trace_database(db.engine)
-        told = [site.ask(path, "GET").status for path in ("/tea", "/orphan", "/coffee")]
-    assert told == [200, 409 if answered else 500, 200]
+        statuses = [site.ask(path, "GET").status for path in ("/tea", "/orphan", "/coffee")]
+    assert statuses == [200, 409 if handled else 500, 200]
     requests = spans.of_requests(3)
-    assert [span.attributes["http.status_code"] for span in requests] == told
-    assert [span.status.status_code is trace.StatusCode.ERROR for span in requests] == [False, not answered, False]
+    assert [span.attributes["http.status_code"] for span in requests] == statuses
+    assert [span.status.status_code is trace.StatusCode.ERROR for span in requests] == [False, not handled, False]
     assert len({span.context.trace_id for span in requests}) == 3
     assert [spans.inside(span).count("INSERT") for span in requests] == [1, 1, 1]
     assert spans.commits == [span.context.span_id for span in requests]
     FlaskInstrumentor.uninstrument_app(app)
 
 
-def test_engines_made_later_are_traced(spans: Spans) -> None:
-    """`instrument()` without an engine finds those of databases that are made after it."""
+def test_engines_created_later_are_traced(spans: Spans) -> None:
+    """`instrument()` without an engine also traces the engine of a database that is created after the call."""
     SQLAlchemyInstrumentor().instrument(tracer_provider=spans.provider, skip_dep_check=True)
     db = Database("sqlite://")
     with db.session_scope() as session:

@@ -1,4 +1,4 @@
-"""Behind PgBouncer in transaction mode, where each transaction may run on another server connection."""
+"""PgBouncer in transaction mode, where each transaction may run on a different server connection."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONNECT_ARGS: dict[str, dict[str, Any]] = {
 
 
 class BouncedStore(Store):
-    """A database that the app reaches through PgBouncer, and the test directly."""
+    """A database that the app connects to through PgBouncer, and the test directly."""
 
     def __init__(self, driver: str, postgresql: PostgreSQL, pgbouncer: PgBouncer) -> None:
         super().__init__(driver, postgresql)
@@ -45,7 +45,7 @@ class BouncedStore(Store):
         self.clear()
 
     def server_connections(self) -> tuple[int, int]:
-        """How many serve a client, and how many wait for one, as PgBouncer sees it."""
+        """How many server connections are in use, and how many clients wait for one, according to PgBouncer."""
         console = self.pgbouncer.url("psycopg", "pgbouncer").replace("+psycopg", "")
         with psycopg.connect(console, autocommit=True, row_factory=dict_row) as connection:
             pools = {pool["database"]: pool for pool in connection.execute("SHOW POOLS")}
@@ -100,7 +100,7 @@ UNTOUCHED = ("off", "off", "read committed", "read committed", 0)
 
 
 def states(units: Units) -> dict[int, tuple[Any, ...]]:
-    """What a unit of work under the default policy finds on each of PgBouncer's server connections."""
+    """The settings that a unit of work under the default policy finds on each of PgBouncer's server connections."""
     found: dict[int, tuple[Any, ...]] = {}
 
     def look(session: Session) -> None:
@@ -123,8 +123,8 @@ def states(units: Units) -> dict[int, tuple[Any, ...]]:
 
 
 @on_each
-def test_what_a_policy_begins_with_ends_with_its_transaction(units: Units) -> None:
-    """READ ONLY and an isolation level hold for one transaction; the next on that server connection has neither."""
+def test_the_settings_of_a_policy_end_with_its_transaction(units: Units) -> None:
+    """READ ONLY and an isolation level apply to one transaction; the next on that server connection has neither."""
     serializable = replace(commit_on_success, isolation_level="SERIALIZABLE")
 
     def read(session: Session) -> Any:
@@ -147,7 +147,7 @@ def test_what_a_policy_begins_with_ends_with_its_transaction(units: Units) -> No
 
 @on_each
 def test_read_only_is_enforced(units: Units) -> None:
-    """The server refuses what the session cannot see."""
+    """Under read_only the session refuses ORM writes, and the server refuses SQL that the session does not see."""
 
     def sneak(session: Session) -> None:
         units.db.use(read_only)
@@ -162,7 +162,7 @@ def test_read_only_is_enforced(units: Units) -> None:
 
 @on_each
 def test_many_statements_on_changing_server_connections(units: Units) -> None:
-    """No statement meets one that was prepared for another client."""
+    """Statements that run on changing server connections never collide with statements prepared for other clients."""
     statements = [f"SELECT :number + {'+'.join(['0'] * (1 + number % 5))}" for number in range(40)]
 
     def work(session: Session) -> list[Any]:
@@ -183,7 +183,7 @@ def test_many_statements_on_changing_server_connections(units: Units) -> None:
 
 @pytest.mark.parametrize("driver", ["postgresql+psycopg_async", "postgresql+asyncpg"])
 def test_slow_readers_hold_no_server_connection(driver: str, postgresql: PostgreSQL, pgbouncer: PgBouncer) -> None:
-    """More readers than connections are in the middle of their streams, and others are served."""
+    """With more unfinished streams than connections, none holds a server connection and other requests are served."""
     store = BouncedStore(driver, postgresql, pgbouncer)
     site = Site(store, pool_size=2)
     gate, reading = threading.Event(), []

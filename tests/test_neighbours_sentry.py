@@ -1,4 +1,4 @@
-"""Sentry beside ours, in a process of its own: see `sentry_cases`."""
+"""Runs the Sentry tests in `sentry_cases` in a separate process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .servers import PostgreSQL
 
 
 def test_sentry(postgresql: PostgreSQL) -> None:
-    """A failed commit is reported once, with its own exception, and nothing of ours is."""
+    """Sentry reports a failed commit once, with its original exception, and no event of the plugin's own."""
     environ = {**os.environ, "SESSION_PLUGIN_TEST_POSTGRESQL": postgresql.url("psycopg", "postgres")}
     command = [sys.executable, "-m", "pytest", "-q", "tests/sentry_cases.py"]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environ, capture_output=True, text=True)

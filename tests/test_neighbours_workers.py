@@ -1,4 +1,4 @@
-"""Celery and RQ with real worker processes, and the web app that sends them their tasks."""
+"""Celery and RQ with real worker processes, and the web app that sends tasks to them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent.parent
 
 
 class Shop:
-    """The example app, its modules imported with a database of its own."""
+    """The example app; its modules are imported again for each test, with a separate database."""
 
     def __init__(self, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in environ.items():
@@ -43,11 +43,11 @@ class Shop:
         )  # fmt: skip
 
     def client(self, enqueue: Callable[[int], object]) -> Any:
-        """Of the web app."""
+        """A test client of the web app."""
         return self.module("shop_web").create_app(enqueue).test_client()
 
     def orders(self) -> dict[str, Any]:
-        """Who has packed each order, or None."""
+        """The server process that packed each order, or None."""
         with self.db.session_scope(new=True) as session:
             orders = session.scalars(select(self.database.Order)).all()
             assert {order.packed for order in orders} <= {0, 1}
@@ -75,8 +75,8 @@ def shop(postgresql: PostgreSQL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     postgresql.drop(name)
 
 
-def ended(worker: subprocess.Popen[str]) -> str:
-    """Ask the worker to end; answers what it printed."""
+def stop(worker: subprocess.Popen[str]) -> str:
+    """Terminate the worker and return what it printed."""
     worker.terminate()
     try:
         output, _ = worker.communicate(timeout=30)
@@ -87,14 +87,14 @@ def ended(worker: subprocess.Popen[str]) -> str:
 
 
 def parent_of(output: str) -> int:
-    """The server process on whose connection the worker worked before it forked."""
+    """The server process of the connection that the worker used before it forked."""
     found = re.search(r"^parent (\d+)$", output, re.MULTILINE)
     assert found, output
     return int(found[1])
 
 
 def test_celery(shop: Shop) -> None:
-    """Forked workers have connections of their own; a task that is retried has written nothing before."""
+    """Forked Celery workers open their own connections, and a failed attempt is rolled back before the retry."""
     tasks = shop.module("shop_celery")
     client = shop.client(tasks.pack.delay)
     assert [client.post(f"/orders/{item}").status_code for item in ("tea", "fragile", "tea")] == [201, 201, 500]
@@ -103,14 +103,14 @@ def test_celery(shop: Shop) -> None:
     try:
         packed = shop.wait_until_packed(worker)
     finally:
-        output = ended(worker)
+        output = stop(worker)
     assert {*packed} == {"tea", "fragile"}
     assert parent_of(output) not in packed.values()
     assert shop.attempts() == [1, 2, 2, 2]
 
 
 def test_rq(shop: Shop, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same where each job is a process."""
+    """RQ forks for each job; each job opens its own connection, and a failed attempt is rolled back."""
     monkeypatch.setenv("SHOP_REDIS", redis.url)
     rq = shop.module("shop_rq")
     from rq import Retry
@@ -128,7 +128,7 @@ def test_rq(shop: Shop, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failed_commit_sends_no_task(shop: Shop) -> None:
-    """What was never ordered is never packed; what is sent is there to be found."""
+    """A task is sent only after its order was committed; a request whose commit fails sends none."""
     found: list[Any] = []
     client = shop.client(lambda ident: found.append((ident, shop.orders())))
     client.post("/orders/tea")
@@ -137,7 +137,7 @@ def test_a_failed_commit_sends_no_task(shop: Shop) -> None:
 
 
 def test_workers_import_no_web_framework(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They share the database with the web app and nothing else."""
+    """Workers share only the database module with the web app, and import no web framework."""
     monkeypatch.setenv("SHOP_REDIS", "redis://127.0.0.1:1/0")
     script = f"import sys; from {PACKAGE} import shop_celery, shop_rq; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=FOLDER, capture_output=True, text=True, check=True)

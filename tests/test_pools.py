@@ -1,4 +1,4 @@
-"""Whoever asks first is served first, and nothing that can happen to a connection costs the pool one."""
+"""The fair pools: requests are served in the order in which they asked, and no permit is ever lost."""
 
 import asyncio
 import contextvars
@@ -40,7 +40,7 @@ store = stores(["sqlite+aiosqlite", "postgresql+asyncpg", "postgresql+psycopg"])
 
 @pytest.fixture
 def db(tmp_path: Path) -> Iterator[Database]:
-    """A pool of one connection; as many are free at the end."""
+    """A database with a pool of one connection; at the end of the test one permit is free."""
     database = Database(f"sqlite:///{tmp_path}/shop.db", **{**ONE, "pool_timeout": 2})
     yield database
     assert permits(database)._free == 1
@@ -56,7 +56,7 @@ def waits(database: Any, number: int) -> Any:
 
 
 def apart(call: Awaitable[Any]) -> asyncio.Task[Any]:
-    """A task in a context of its own, as a request has one."""
+    """A task in a separate context, like that of a request."""
     return contextvars.Context().run(asyncio.ensure_future, call)  # type: ignore[arg-type]
 
 
@@ -66,7 +66,7 @@ async def turns(number: int = 20) -> None:
 
 
 def run(database: AsyncDatabase[Any], scenario: Callable[[AsyncDatabase[Any]], Awaitable[None]]) -> None:
-    """Then all is free."""
+    """Run ``scenario``, then check that the permit is free and that nobody waits."""
 
     async def main() -> None:
         async with asyncio.timeout(20):
@@ -82,7 +82,7 @@ def run(database: AsyncDatabase[Any], scenario: Callable[[AsyncDatabase[Any]], A
 
 
 def test_threads_are_served_in_turn(db: Database) -> None:
-    """Who gives the only connection back and asks for it again comes after those who wait."""
+    """A thread that returns the only connection and asks for it again is served after the threads that wait."""
     served: list[int] = []
 
     def work(number: int) -> None:
@@ -105,6 +105,8 @@ def test_threads_are_served_in_turn(db: Database) -> None:
 
 
 def test_tasks_are_served_in_turn(store: Store) -> None:
+    """A task that returns the only connection and asks for it again is served after the tasks that wait."""
+
     async def scenario(db: AsyncDatabase[Any]) -> None:
         served: list[int] = []
 
@@ -113,7 +115,7 @@ def test_tasks_are_served_in_turn(store: Store) -> None:
                 await session.execute(SELECT)
                 served.append(number)
 
-        def commit_and_go_on(session: Session) -> None:
+        def commit_and_continue(session: Session) -> None:
             session.commit()
             session.execute(SELECT)
             served.append(5)
@@ -125,7 +127,7 @@ def test_tasks_are_served_in_turn(store: Store) -> None:
                 waiting.append(apart(work(number)))
                 while len(permits(db)._queue) <= number:
                     await asyncio.sleep(0.01)
-            await session.run_sync(commit_and_go_on)
+            await session.run_sync(commit_and_continue)
         await asyncio.gather(*waiting)
         assert served == [0, 1, 2, 3, 4, 5]
 
@@ -133,7 +135,7 @@ def test_tasks_are_served_in_turn(store: Store) -> None:
 
 
 def test_overflow_counts() -> None:
-    """As many at once as the pool has connections, and not one more."""
+    """With overflow, ``pool_size + max_overflow`` connections can be in use at once, and not one more."""
     db = Database("sqlite:////dev/null", pool_size=1, max_overflow=2, pool_timeout=0.05)
     pool: Any = db.engine.pool
     held = [pool.connect() for _ in range(3)]
@@ -146,7 +148,7 @@ def test_overflow_counts() -> None:
 
 
 @pytest.mark.parametrize("options", [{"pool_size": 0}, {"max_overflow": -1}], ids=str)
-def test_nothing_counts_where_nothing_limits(options: dict[str, int]) -> None:
+def test_a_pool_without_a_limit_does_not_count(options: dict[str, int]) -> None:
     db = Database("sqlite:////dev/null", **{**ONE, "pool_timeout": 0.05, **options})
     held = [db.engine.pool.connect() for _ in range(20)]
     for connection in held:
@@ -158,7 +160,7 @@ def test_nothing_counts_where_nothing_limits(options: dict[str, int]) -> None:
 
 
 def test_a_thread_that_waits_too_long(db: Database) -> None:
-    """It is told, by SQLAlchemy's own exception, and keeps no place in the queue."""
+    """A thread that waits longer than ``pool_timeout`` gets SQLAlchemy's TimeoutError and leaves the queue."""
     permits(db)._timeout = 0.05
     with db.engine.connect(), pytest.raises(PoolTimeoutError, match=r"pool_timeout of 0\.05 seconds"):
         db.engine.connect()
@@ -174,8 +176,8 @@ def test_a_task_that_waits_too_long(store: Store) -> None:
     run(AsyncDatabase(store.url, **{**ONE, "pool_timeout": 0.05}), scenario)
 
 
-def test_without_a_time_out(db: Database) -> None:
-    """``pool_timeout=None`` waits as long as it takes."""
+def test_without_a_timeout(db: Database) -> None:
+    """With ``pool_timeout=None`` a request waits until a connection is free."""
     permits(db)._timeout = None
     with ThreadPoolExecutor(1) as clients, db.engine.connect():
         waiting = clients.submit(lambda: db.engine.connect().close())
@@ -184,7 +186,7 @@ def test_without_a_time_out(db: Database) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0, -1])
-def test_a_time_out_that_is_over_at_once(timeout: int) -> None:
+def test_a_timeout_of_zero_or_less_raises_at_once(timeout: int) -> None:
     one = FairSemaphore(1, timeout)
     assert one.take()
     with pytest.raises(PoolTimeoutError):
@@ -194,7 +196,7 @@ def test_a_time_out_that_is_over_at_once(timeout: int) -> None:
 
 
 def test_ctrl_c_while_waiting(db: Database) -> None:
-    """Whoever is next gets the connection."""
+    """A thread that is interrupted while it waits leaves the queue, and the next request gets the connection."""
 
     def interrupt() -> None:
         if waits(db, 1):
@@ -211,7 +213,7 @@ def test_ctrl_c_while_waiting(db: Database) -> None:
 
 @pytest.mark.parametrize("is_in_time", [True, False], ids=["waiting", "handed over"])
 def test_a_task_that_is_cancelled_while_waiting(store: Store, is_in_time: bool) -> None:
-    """Its connection goes to the next, also if it had been handed over already."""
+    """A cancelled task leaves its permit to the next one, even if it had already received it."""
 
     async def scenario(db: AsyncDatabase[Any]) -> None:
         async def work() -> None:
@@ -233,13 +235,13 @@ def test_a_task_that_is_cancelled_while_waiting(store: Store, is_in_time: bool) 
     run(AsyncDatabase(store.url, **ONE), scenario)
 
 
-@pytest.mark.filterwarnings(  # aiosqlite leaves a connection open whose maker was cancelled
+@pytest.mark.filterwarnings(  # aiosqlite leaves a connection open if the task that opens it is cancelled
     "ignore:.*unclosed database:ResourceWarning",
     "ignore:.*unclosed database:pytest.PytestUnraisableExceptionWarning",
 )
 @pytest.mark.parametrize("connects", [True, False], ids=["connects", "waits"])
 def test_a_task_that_is_cancelled_at_any_await(store: Store, connects: bool) -> None:
-    """While it connects, or waits, executes, and gives the connection back."""
+    """A task can be cancelled at any await, from connecting to returning the connection, without losing a permit."""
 
     async def scenario(db: AsyncDatabase[Any]) -> None:
         async def work() -> None:
@@ -273,7 +275,7 @@ def test_a_task_that_is_cancelled_at_any_await(store: Store, connects: bool) -> 
 
 
 def test_waiting_outside_a_task(store: Store) -> None:
-    """An async pool cannot wait there; it says so as SQLAlchemy's own, and keeps no place in the queue."""
+    """An async pool cannot wait outside a task; it raises the same error as SQLAlchemy's and leaves the queue."""
 
     async def scenario(db: AsyncDatabase[Any]) -> None:
         async with db.engine.connect():
@@ -290,7 +292,7 @@ def refused() -> None:
     raise OSError("no route to the server")
 
 
-def test_who_cannot_connect_gives_the_permit_back() -> None:
+def test_a_failed_connect_returns_the_permit() -> None:
     db = Database("sqlite:////dev/null", **{**ONE, "pool_timeout": 1}, creator=refused)
     for _ in range(3):
         with pytest.raises(OSError, match="no route"):
@@ -298,8 +300,11 @@ def test_who_cannot_connect_gives_the_permit_back() -> None:
     assert permits(db)._free == 1
 
 
-def test_who_cannot_connect_lets_the_next_one_try() -> None:
-    """In SQLAlchemy's pool that one goes on waiting for a connection that nobody makes."""
+def test_after_a_failed_connect_the_next_request_tries() -> None:
+    """A failed connect lets the next request try to connect.
+
+    In SQLAlchemy's pool that request keeps waiting for a connection that nothing opens.
+    """
     entered, leave = threading.Event(), threading.Event()
 
     def fail() -> None:
@@ -323,7 +328,7 @@ def test_who_cannot_connect_lets_the_next_one_try() -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_a_connection_that_is_discarded_leaves_its_place(db: Database) -> None:
+def test_a_discarded_connection_returns_its_permit(db: Database) -> None:
     for discard in ("invalidate", "detach"):
         connection = db.engine.connect()
         getattr(connection, discard)()
@@ -331,8 +336,8 @@ def test_a_connection_that_is_discarded_leaves_its_place(db: Database) -> None:
         assert permits(db)._free == 1
 
 
-def test_a_connection_that_cannot_be_closed_leaves_its_place() -> None:
-    """One beyond ``pool_size`` is closed when it comes back."""
+def test_a_connection_that_fails_to_close_returns_its_permit() -> None:
+    """A connection beyond ``pool_size`` is closed when it is returned; if the close fails, its permit is free."""
 
     class Connection(sqlite3.Connection):
         def close(self) -> None:
@@ -349,8 +354,8 @@ def test_a_connection_that_cannot_be_closed_leaves_its_place() -> None:
         sqlite3.Connection.close(connection)
 
 
-def test_a_connection_is_back_before_the_next_one_is_told(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that it never waits inside."""
+def test_a_connection_is_returned_before_its_permit(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection is back in the pool before its permit is released, so the next request never waits in the pool."""
     pool: Any = db.engine.pool
     inside: list[int] = []
     release = pool._semaphore.release
@@ -365,7 +370,7 @@ def test_a_connection_is_back_before_the_next_one_is_told(db: Database, monkeypa
 
 
 @pytest.mark.filterwarnings("ignore:The garbage collector is trying to clean up")
-def test_a_connection_that_is_collected_leaves_its_place(db: Database) -> None:
+def test_a_garbage_collected_connection_returns_its_permit(db: Database) -> None:
     connection = db.engine.raw_connection()
     assert connection is not None
     del connection
@@ -376,7 +381,10 @@ def test_a_connection_that_is_collected_leaves_its_place(db: Database) -> None:
 def test_a_connection_that_is_collected_while_another_is_asked_for(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the very thread that asks, between its look at the pool and its waiting, or while it waits."""
+    """A request gets the permit of a connection that its own thread garbage-collects.
+
+    That can happen between the check for a free permit and the wait, or during the wait.
+    """
     make, wait = semaphore.WaitingThread, semaphore.WaitingThread.wait
     held = [db.engine.connect()]
 
@@ -398,7 +406,7 @@ def test_a_connection_that_is_collected_while_another_is_asked_for(
 
 
 def test_an_engine_that_is_disposed_of_while_others_wait(db: Database) -> None:
-    """They wait for the connection of the old pool, and get it; whoever comes now has the new one."""
+    """Requests that wait when an engine is disposed of get the old pool's connection; later ones use the new pool."""
     pool = db.engine.pool
     old = permits(db)
     with ThreadPoolExecutor(1) as clients, db.engine.connect():
@@ -412,8 +420,8 @@ def test_an_engine_that_is_disposed_of_while_others_wait(db: Database) -> None:
     pool.dispose()
 
 
-def test_a_crowd_of_threads_that_does_all_of_that(tmp_path: Path) -> None:
-    """Bounded: 8 threads with 100 connections each, on a pool of three."""
+def test_many_threads_close_and_discard_connections(tmp_path: Path) -> None:
+    """8 threads that use 100 connections each, on a pool of three, never hold more than three and lose no permit."""
     db = Database(f"sqlite:///{tmp_path}/shop.db", pool_size=2, max_overflow=1, pool_timeout=30)
     pool = db.engine.pool
     at_once: list[int] = []
@@ -442,8 +450,8 @@ def test_a_crowd_of_threads_that_does_all_of_that(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_forked_child_has_a_pool_of_its_own(db: Database) -> None:
-    """Whatever the parent holds."""
+def test_a_forked_child_has_a_separate_pool(db: Database) -> None:
+    """A forked child can connect even while the parent holds the only connection of its own pool."""
     with db.engine.connect():
         child = os.fork()
         if child == 0:
@@ -457,8 +465,8 @@ def test_a_forked_child_has_a_pool_of_its_own(db: Database) -> None:
 # -- which pools ----------------------------------------------------------------------------------
 
 
-def test_every_engine_made_here_has_such_a_pool(tmp_path: Path) -> None:
-    """Each counts for itself: the named ones, the readers', the next one after a ``dispose()``."""
+def test_every_engine_that_a_database_creates_has_a_fair_pool(tmp_path: Path) -> None:
+    """Each engine has a fair pool with its own count: named engines, the readers', and those after ``dispose()``."""
     url = f"sqlite:///{tmp_path}/shop.db"
     db = Database({"default": {"url": url, "pool_size": 1}, "reports": {"url": url, "pool_size": 2}}, max_overflow=0)
     with db.session_scope() as session:
@@ -472,7 +480,7 @@ def test_every_engine_made_here_has_such_a_pool(tmp_path: Path) -> None:
     assert db.engine.pool is not pools[0]
 
 
-def test_every_async_engine_made_here_has_such_a_pool(store: Store) -> None:
+def test_every_async_engine_that_a_database_creates_has_a_fair_pool(store: Store) -> None:
     async def scenario(db: AsyncDatabase[AsyncSession]) -> None:
         assert type(db.engine.pool) is FairAsyncQueuePool
         await db.engine.dispose()
@@ -493,13 +501,13 @@ def test_a_pool_that_the_user_names_is_kept(tmp_path: Path) -> None:
     assert type(AsyncDatabase(aurl, poolclass=AsyncAdaptedQueuePool).engine.pool) is AsyncAdaptedQueuePool
 
 
-def test_a_dialect_that_has_a_pool_of_its_own_keeps_it() -> None:
-    """Such as SQLite's for a database in memory."""
+def test_a_dialect_with_its_own_pool_class_keeps_it() -> None:
+    """A dialect that needs its own pool class keeps it, such as SQLite's for a database in memory."""
     assert fair_pool_class(make_url("sqlite://"), is_async=False) is None
     assert fair_pool_class(make_url("sqlite+aiosqlite://"), is_async=True) is None
 
 
-def test_options_of_a_pool_are_understood(tmp_path: Path) -> None:
+def test_options_of_a_pool_are_applied(tmp_path: Path) -> None:
     options = {"pool_recycle": 7, "pool_pre_ping": True, "pool_use_lifo": True, "pool_logging_name": "shop"}
     pool: Any = Database(f"sqlite:///{tmp_path}/shop.db", **options).engine.pool
     for each in (pool, pool.recreate()):
@@ -507,10 +515,10 @@ def test_options_of_a_pool_are_understood(tmp_path: Path) -> None:
         assert (each.size(), each.timeout(), each._semaphore._capacity) == (5, 30, 15)
 
 
-def test_what_a_pool_logs_is_found_where_sqlalchemy_logs_it(
+def test_a_pool_logs_under_the_name_of_sqlalchemys_class(
     tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Under the name of its own class, so that a level set for that is obeyed, and ours is not in the way."""
+    """A fair pool logs under the name of the SQLAlchemy class it replaces, so levels set for that logger apply."""
 
     async def scenario(db: AsyncDatabase[Any]) -> None:
         async with db.engine.connect():
@@ -526,7 +534,7 @@ def test_what_a_pool_logs_is_found_where_sqlalchemy_logs_it(
 
 
 def test_a_url_whose_dialect_a_plugin_of_sqlalchemy_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is asked for nothing, and gets no pool either."""
+    """If an engine plugin chooses the dialect, no ``poolclass`` is passed and SQLAlchemy's own pool is used."""
 
     class Renames(CreateEnginePlugin):
         def update_url(self, url: URL) -> URL:
@@ -547,7 +555,7 @@ def test_a_url_whose_dialect_a_plugin_of_sqlalchemy_chooses(monkeypatch: pytest.
 
 
 def test_a_connection_may_be_collected_under_the_lock() -> None:
-    """Whatever the thread does in that moment."""
+    """A connection may be garbage-collected, and its permit released, while its thread holds the semaphore's lock."""
     one = FairSemaphore(1, None)
     assert one.take()
     with one._lock:
@@ -556,7 +564,7 @@ def test_a_connection_may_be_collected_under_the_lock() -> None:
 
 
 def test_a_closed_event_loop_keeps_no_permit(store: Store) -> None:
-    """Its tasks were neither cancelled nor awaited, and wait for ever."""
+    """A permit is not given to a task of a closed event loop, which was neither cancelled nor awaited."""
     one = FairSemaphore(1, 5)
     assert one.take()
     loop = asyncio.new_event_loop()
@@ -569,8 +577,8 @@ def test_a_closed_event_loop_keeps_no_permit(store: Store) -> None:
     abandoned.get_coro().close()  # type: ignore[union-attr]
 
 
-def test_who_was_served_leaves_no_timer() -> None:
-    """It would hold the request until the time-out."""
+def test_a_request_that_was_served_leaves_no_timer() -> None:
+    """A task that got its permit cancels its timer, which would otherwise keep the request alive until the timeout."""
     one = FairSemaphore(1, 30)
 
     async def scenario() -> None:
@@ -586,8 +594,8 @@ def test_who_was_served_leaves_no_timer() -> None:
 
 
 @pytest.mark.parametrize("timeout", [None, 30])
-def test_a_time_out_of_somebody_elses(timeout: float | None) -> None:
-    """Such as a signal's handler raises: it is neither the pool's, nor lost."""
+def test_a_timeout_error_from_elsewhere_propagates(timeout: float | None) -> None:
+    """A TimeoutError that a signal handler raises during the wait propagates, and is not taken for the pool's own."""
     one = FairSemaphore(1, timeout)
     assert one.take()
 
@@ -604,8 +612,8 @@ def test_a_time_out_of_somebody_elses(timeout: float | None) -> None:
     assert not one._queue
 
 
-def test_what_the_time_out_says() -> None:
-    """SQLAlchemy's own class and code, and how many wait beside."""
+def test_the_message_of_the_timeout() -> None:
+    """The timeout error has SQLAlchemy's class and code, and its message says how many other requests wait."""
     one = FairSemaphore(1, 0.05)
     assert one.take()
     with pytest.raises(PoolTimeoutError, match="connections, 1, are at work, and 0 more wait") as raised:

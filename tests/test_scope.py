@@ -1,4 +1,4 @@
-"""Units of work: what begins, joins, ends and refuses; on every driver."""
+"""Units of work on every driver: how they begin, join and end, and what they refuse."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from sqlalchemy.util import await_only
 from starlette.exceptions import HTTPException
 
-import session_plugin.starlette  # noqa: F401  which knows what a raised redirect is
+import session_plugin.starlette  # noqa: F401  it recognizes a raised redirect
 from session_plugin import (
     AsyncDatabase,
     ConcurrentUseError,
@@ -96,7 +96,7 @@ def test_a_failed_commit_leaves_the_block(units: Units) -> None:
 
 @pytest.mark.parametrize("does", ["write", "read", "nothing"])
 def test_a_unit_of_work_leaves_nothing_to_the_garbage_collector(units: Units, does: str) -> None:
-    """Its session is freed where it ends: a cycle would keep all its rows until the next pass."""
+    """A session is freed when its unit of work ends; a cycle would keep its rows until the next garbage collection."""
     made: list[ref[Session]] = []
 
     def noted(session: Session) -> None:
@@ -106,7 +106,7 @@ def test_a_unit_of_work_leaves_nothing_to_the_garbage_collector(units: Units, do
         elif does == "write":
             session.add(Parent(name=f"tea {len(made)}"))
 
-    units.run(noted)  # drivers and SQLAlchemy have some to leave at first
+    units.run(noted)  # on first use drivers and SQLAlchemy leave some garbage of their own
     gc.collect()
     gc.disable()
     try:
@@ -117,8 +117,11 @@ def test_a_unit_of_work_leaves_nothing_to_the_garbage_collector(units: Units, do
 
 
 @on("sqlite+pysqlite")
-def test_plain_sqlalchemy_lends_a_failed_commit_on(units: Units) -> None:
-    """What the test before this one guards against: close() alone returns the connection as it is."""
+def test_plain_sqlalchemy_returns_a_connection_in_a_transaction(units: Units) -> None:
+    """With plain SQLAlchemy on SQLite a connection returns to the pool in a transaction after a failed COMMIT.
+
+    The tests for a failed commit guard against this.
+    """
     with Session(units.store.engine) as session:
         add_orphan(session)
         connection: Any = session.connection().connection.driver_connection
@@ -129,8 +132,8 @@ def test_plain_sqlalchemy_lends_a_failed_commit_on(units: Units) -> None:
 
 
 @on(*SQLITE)
-def test_a_failed_explicit_commit_and_a_close_lend_nothing_on(units: Units) -> None:
-    """Nor do sessions of the sessionmaker, which belong to no scope."""
+def test_a_failed_explicit_commit_and_a_close_leave_no_transaction(units: Units) -> None:
+    """After a failed commit and a close by the user, the connection returns to the pool without an open transaction."""
 
     def work(session: Session) -> None:
         add_orphan(session)
@@ -145,7 +148,7 @@ def test_a_failed_explicit_commit_and_a_close_lend_nothing_on(units: Units) -> N
 
 
 def test_an_inner_block_joins(units: Units) -> None:
-    """Inside an open unit of work session_scope() is part of it."""
+    """Inside an open unit of work `session_scope()` joins it, and only the outer block commits."""
 
     async def both() -> None:
         async with units.db.session_scope() as outer:
@@ -187,7 +190,7 @@ def test_a_swallowed_error_of_an_inner_block_dooms_the_outer(units: Units, caplo
 
 @on(*POSTGRESQL)
 def test_a_new_block_is_independent(units: Units) -> None:
-    """session_scope(new=True) commits by itself; its error dooms nobody else."""
+    """`session_scope(new=True)` commits on its own, and its error does not doom the outer unit of work."""
 
     async def audit() -> None:
         async with units.db.session_scope() as outer:
@@ -212,7 +215,7 @@ def test_a_new_block_is_independent(units: Units) -> None:
 
 
 def test_outside_any_scope_there_is_no_session(units: Units) -> None:
-    """It says what to do, and hasattr() answers False."""
+    """Outside any unit of work the accessors raise NoScopeError with advice, and `hasattr(db, "session")` is False."""
     for ask in (lambda: units.db.session, lambda: units.db.doom(), lambda: units.db.on_commit(print)):
         with pytest.raises(NoScopeError, match=r"session_scope\(\)"):
             ask()
@@ -220,7 +223,7 @@ def test_outside_any_scope_there_is_no_session(units: Units) -> None:
 
 
 def test_an_inherited_scope_is_not_joined_after_its_end() -> None:
-    """A task that outlives its unit of work gets a fresh one, and is told so by the accessor."""
+    """In a task that outlives its unit of work `db.session` raises, and `session_scope()` opens a new unit of work."""
 
     async def main() -> None:
         db = AsyncDatabase("sqlite+aiosqlite://")
@@ -242,8 +245,8 @@ def test_an_inherited_scope_is_not_joined_after_its_end() -> None:
     asyncio.run(main())
 
 
-def test_a_closed_scope_is_around_nobody_who_opens_the_next() -> None:
-    """A task that has inherited it works in what is open further out, and keeps nothing of the closed one."""
+def test_a_closed_scope_is_not_the_outer_scope_of_a_new_one() -> None:
+    """A task that inherited a closed unit of work opens a new one inside the next outer one that is still open."""
     db = Database("sqlite://")
     outer = open_unit_of_work(core_of(db), origin="outer")
     with Entered(outer):
@@ -254,9 +257,12 @@ def test_a_closed_scope_is_around_nobody_who_opens_the_next() -> None:
     db.dispose()
 
 
-@on(*SYNC)  # SQLAlchemy itself cannot give back the connection of an async session that is collected
+@on(*SYNC)  # SQLAlchemy itself cannot return the connection of an async session that is garbage-collected
 def test_a_swallowed_error_does_not_keep_a_scope_that_is_never_closed(units: Units) -> None:
-    """Its connection comes back, and it warns: the traceback of the error does not hold on to the session."""
+    """After a swallowed error the traceback does not keep an unclosed session alive.
+
+    Its connection is returned, and a ResourceWarning is issued.
+    """
     scope = open_unit_of_work(core_of(units.db), origin="left open")
     insert("tea")(scope.session)
     scope.session.expunge_all()
@@ -269,7 +275,7 @@ def test_a_swallowed_error_does_not_keep_a_scope_that_is_never_closed(units: Uni
 
 
 def test_a_scope_that_is_never_closed_warns() -> None:
-    """With where it was opened."""
+    """The ResourceWarning about a unit of work that was never closed says where it was opened."""
     db = Database("sqlite://")
     scope = open_unit_of_work(core_of(db), origin="POST /orders")
     scope.session.execute(text("SELECT 1"))
@@ -280,7 +286,7 @@ def test_a_scope_that_is_never_closed_warns() -> None:
     db.dispose()
 
 
-# -- 2: nothing for nothing ------------------------------------------------------------------------
+# -- 2: no connection and no transaction unless they are used --------------------------------------
 
 
 def test_an_unused_session_takes_no_connection(units: Units) -> None:
@@ -306,7 +312,7 @@ def insert_and_swallow(session: Session) -> None:
 
 
 def test_an_aborted_transaction_does_not_commit(units: Units) -> None:
-    if units.store.backend in ("sqlite", "mariadb"):  # whose transactions survive a failed statement
+    if units.store.backend in ("sqlite", "mariadb"):  # their transactions survive a failed statement
         units.run(insert_and_swallow)
         assert units.store.names() == ["tea"]
         return
@@ -317,13 +323,13 @@ def test_an_aborted_transaction_does_not_commit(units: Units) -> None:
 
 
 @on(*POSTGRESQL)
-def test_an_error_among_the_rows_of_a_stream_is_no_phantom(units: Units) -> None:
-    """It is raised long after its statement was executed."""
+def test_an_error_while_reading_a_stream_is_detected(units: Units) -> None:
+    """An error while rows are read, long after the statement was executed, also prevents the commit."""
 
     def work(session: Session) -> None:
         insert("lost")(session)
         rows = session.execute(text("SELECT 1 / (99 - n) FROM generate_series(1, 99) n").execution_options(yield_per=5))
-        with pytest.raises(Exception, match="division by zero"):  # asyncpg's is its own
+        with pytest.raises(Exception, match="division by zero"):  # asyncpg raises its own error class
             rows.all()
 
     with pytest.raises(TransactionAbortedError):
@@ -332,8 +338,8 @@ def test_an_error_among_the_rows_of_a_stream_is_no_phantom(units: Units) -> None
 
 
 @on("postgresql+psycopg")
-def test_plain_sqlalchemy_commits_a_phantom(units: Units) -> None:
-    """What the test before this one guards against: commit() returns, and nothing is saved."""
+def test_plain_sqlalchemy_makes_a_phantom_commit(units: Units) -> None:
+    """With plain SQLAlchemy `commit()` returns although nothing is saved; the tests before guard against that."""
     with units.db.sessionmaker() as session:
         insert_and_swallow(session)
         session.commit()
@@ -355,7 +361,7 @@ def test_an_explicit_commit_of_an_aborted_transaction_raises_and_can_be_recovere
 
 @on(*POSTGRESQL)
 def test_the_database_itself_refuses_what_follows_a_caught_error(units: Units) -> None:
-    """Only a COMMIT is ours to refuse; until then its own errors are told."""
+    """The plugin refuses only the COMMIT of an aborted transaction; before that PostgreSQL's own errors are raised."""
 
     def work(session: Session) -> None:
         insert_and_swallow(session)
@@ -368,8 +374,8 @@ def test_the_database_itself_refuses_what_follows_a_caught_error(units: Units) -
 
 
 @on(*SQLITE)
-def test_a_transaction_that_sqlite_ended_does_not_pass_as_committed(units: Units) -> None:
-    """INSERT OR ROLLBACK ends the whole transaction in the middle of a block."""
+def test_a_transaction_that_sqlite_ended_does_not_count_as_committed(units: Units) -> None:
+    """If INSERT OR ROLLBACK ends the whole transaction inside a block, the block raises TransactionAbortedError."""
 
     def work(session: Session) -> None:
         insert("tea")(session)
@@ -405,7 +411,7 @@ def test_manual_keeps_only_what_was_committed(units: Units) -> None:
     assert units.store.names() == ["kept"]
 
 
-def test_a_policy_of_ones_own(units: Units) -> None:
+def test_a_custom_policy(units: Units) -> None:
     seen: list[Outcome] = []
 
     def only_errors(outcome: Outcome) -> Decision:
@@ -446,7 +452,7 @@ def test_a_response_is_a_failure_from_400_on(status: int | None, failed: str | N
 
 
 def test_an_outcome_shows_the_class_of_its_error_only() -> None:
-    """Its text may hold the parameters of a statement."""
+    """The repr of an outcome names only the class of its error, because its text may contain statement parameters."""
     shown = repr(Outcome(status=500, error=BoomError("secret"), method="POST"))
     assert "error=BoomError" in shown
     assert "secret" not in shown
@@ -462,7 +468,7 @@ def test_what_crosses_a_boundary_is_frozen(fact: Any) -> None:
             setattr(fact, field.name, None)
 
 
-def test_use_refuses_what_is_no_policy(units: Units) -> None:
+def test_use_refuses_an_object_that_is_not_a_policy(units: Units) -> None:
     def work(session: Session) -> None:
         with pytest.raises(PolicyError, match="commit_on_success"):
             units.db.use("read_only")
@@ -474,7 +480,7 @@ def test_use_after_the_transaction_began_is_too_late(units: Units) -> None:
     def work(session: Session) -> None:
         units.db.use(commit_on_success)
         insert("tea")(session)
-        units.db.use(manual)  # begins alike, so it is not too late
+        units.db.use(manual)  # begins in the same way, so it is not too late
         with pytest.raises(PolicyError, match="too late"):
             units.db.use(read_only)
 
@@ -501,7 +507,7 @@ def test_read_only_refuses_to_flush(units: Units) -> None:
     ],
 )
 def test_read_only_refuses_statements_that_write(units: Units, statement: Any) -> None:
-    """And says so itself, before it asks the database."""
+    """Under read_only a writing statement raises ReadOnlyError before it is sent to the database."""
 
     def work(session: Session) -> None:
         units.db.use(read_only)
@@ -512,8 +518,8 @@ def test_read_only_refuses_statements_that_write(units: Units, statement: Any) -
     units.run(work)
 
 
-def test_what_is_no_statement_is_sqlalchemys_to_refuse() -> None:
-    """Whether it would write is not known, and its error says what to do."""
+def test_a_plain_string_raises_sqlalchemys_error() -> None:
+    """Under read_only a plain string raises SQLAlchemy's ArgumentError, which says what to do."""
     db = Database("sqlite://", policy=read_only)
     with db.session_scope() as session, pytest.raises(ArgumentError, match=r"text\("):
         session.execute("SELECT 1")  # type: ignore[call-overload]
@@ -530,7 +536,7 @@ def test_read_only_refuses_ddl(units: Units) -> None:
 
 
 def refused_by_the_database(units: Units, statement: str) -> None:
-    """And nothing of it stays behind on the pooled connection."""
+    """Insist that the database refuses ``statement``, and that the pooled connections can write afterwards."""
 
     def work(session: Session) -> None:
         units.db.use(read_only)
@@ -559,7 +565,10 @@ def test_what_was_only_read_stays_readable(policy: Policy, units: Units) -> None
 
 @pytest.mark.parametrize("autobegin", [True, False])
 def test_a_rollback_that_discards_nothing_keeps_what_is_loaded(autobegin: bool, tmp_path: Path) -> None:
-    """As it is, in the session, and with no transaction begun; one that discards work expires it all."""
+    """A rollback that discards no work leaves loaded rows in the session, and begins no transaction.
+
+    A rollback that discards work expires them.
+    """
     db = Database(f"sqlite:///{tmp_path}/test.db", metadata=Base.metadata, policy=manual, autobegin=autobegin)
     db.create_all()
     with db.session_scope() as session:
@@ -582,8 +591,8 @@ def test_a_rollback_that_discards_nothing_keeps_what_is_loaded(autobegin: bool, 
     db.dispose()
 
 
-def test_what_a_unit_of_work_loaded_can_go_into_the_next(units: Units) -> None:
-    """It belongs to no session any more, even where something still holds that one."""
+def test_a_row_can_be_added_to_the_next_unit_of_work(units: Units) -> None:
+    """A loaded row is detached when its unit of work ends, even if something still references the session."""
     units.run(insert("tea"))
     loaded: list[Any] = []
     units.run(lambda session: loaded.extend([session.scalar(select(Parent)), session]))
@@ -597,7 +606,7 @@ def test_what_a_unit_of_work_loaded_can_go_into_the_next(units: Units) -> None:
 
 
 def test_only_a_settling_expires_nothing(tmp_path: Path) -> None:
-    """An explicit commit after it does what the session was configured to do."""
+    """Settling expires no rows, but an explicit commit afterwards follows the session's ``expire_on_commit``."""
     db = Database(f"sqlite:///{tmp_path / 'shop.db'}", metadata=Base.metadata)
     db.create_all()
     with db.session_scope() as session:
@@ -612,7 +621,7 @@ def test_only_a_settling_expires_nothing(tmp_path: Path) -> None:
 
 @on(*POSTGRESQL)
 def test_isolation_level_of_a_policy(units: Units) -> None:
-    """It holds for the transaction, and leaves nothing behind on the connection."""
+    """The isolation level of a policy applies to one transaction and is not left on the connection."""
     from dataclasses import replace
 
     serializable = replace(commit_on_success, isolation_level="SERIALIZABLE")
@@ -630,8 +639,8 @@ def test_isolation_level_of_a_policy(units: Units) -> None:
     assert levels == ["serializable", "read committed"]
 
 
-def test_transactions_that_begin_alike_share_their_twin_of_the_engine() -> None:
-    """Which is made for the first of them."""
+def test_transactions_that_begin_alike_share_a_variant_of_the_engine() -> None:
+    """The engine variant for a kind of transaction is created once, for the first that needs it."""
     db, made = Database("sqlite://"), []
     event.listen(db.engine, "set_engine_execution_options", lambda engine, options: made.append(options))
     for policy in (commit_on_success, manual, read_only, read_only):
@@ -644,7 +653,7 @@ def test_transactions_that_begin_alike_share_their_twin_of_the_engine() -> None:
 
 @pytest.mark.parametrize("connected", [True, False])
 def test_a_doomed_scope_refuses_an_explicit_commit(units: Units, connected: bool) -> None:
-    """It rolls back, whatever happens, and whenever it takes its connection."""
+    """A doomed unit of work refuses `commit()` and rolls back, whether it was doomed before or after it connected."""
 
     def work(session: Session) -> None:
         if connected:
@@ -658,8 +667,12 @@ def test_a_doomed_scope_refuses_an_explicit_commit(units: Units, connected: bool
     assert units.store.names() == []
 
 
-def test_the_log_tells_the_decision_and_its_reason(units: Units, caplog: pytest.LogCaptureFixture) -> None:
-    """COMMIT, and ROLLBACK of nothing, at DEBUG; work discarded under an error at INFO, under a success at WARNING."""
+def test_the_log_shows_the_decision_and_its_reason(units: Units, caplog: pytest.LogCaptureFixture) -> None:
+    """Each end is logged with its reason.
+
+    COMMIT, and ROLLBACK without work, are logged at DEBUG.  Discarded work is logged at INFO after an error, and at
+    WARNING after a success.
+    """
     caplog.set_level(logging.DEBUG, "session_plugin")
 
     def fail(session: Session) -> None:
@@ -679,8 +692,8 @@ def test_the_log_tells_the_decision_and_its_reason(units: Units, caplog: pytest.
         units.run(fail)
     units.run(dooms)
     units.run(only_reads)
-    told = [(record.levelname, record.getMessage().split(": ", 1)[1]) for record in caplog.records]
-    assert [level_and_message for level_and_message in told if "journal" not in level_and_message[1]] == [
+    logged = [(record.levelname, record.getMessage().split(": ", 1)[1]) for record in caplog.records]
+    assert [level_and_message for level_and_message in logged if "journal" not in level_and_message[1]] == [
         ("DEBUG", "COMMIT (success)"),
         ("INFO", "ROLLBACK, its work is discarded (BoomError)"),
         ("WARNING", "ROLLBACK, its work is discarded (doomed: dry run)"),
@@ -692,7 +705,7 @@ def test_the_log_tells_the_decision_and_its_reason(units: Units, caplog: pytest.
 
 
 def test_hooks_belong_to_the_commit_that_follows(units: Units) -> None:
-    """An explicit one too; in order, once."""
+    """Commit hooks run once, in order, after the next commit, explicit or not."""
     log: list[Any] = []
 
     def work(session: Session) -> None:
@@ -708,7 +721,10 @@ def test_hooks_belong_to_the_commit_that_follows(units: Units) -> None:
 
 
 def test_hooks_of_a_savepoint_that_rolls_back_are_dropped(units: Units) -> None:
-    """At any depth; those of a released one wait for the end; what undoes a file runs at the end."""
+    """A savepoint that rolls back drops its commit hooks, at any depth; its rollback hooks run at the end.
+
+    Hooks of a released savepoint wait for the commit.
+    """
     log: list[Any] = []
 
     def work(session: Session) -> None:
@@ -728,8 +744,11 @@ def test_hooks_of_a_savepoint_that_rolls_back_are_dropped(units: Units) -> None:
     assert log == ["outer", "released", "undone"]
 
 
-def test_hooks_of_a_savepoint_inside_a_flush_belong_to_the_one_around_it(units: Units) -> None:
-    """SQLAlchemy puts a transaction of the flush between the two."""
+def test_hooks_of_a_savepoint_inside_a_flush_belong_to_the_outer_savepoint(units: Units) -> None:
+    """Hooks of a savepoint inside a flush are dropped with the savepoint around the flush.
+
+    SQLAlchemy puts the flush's own transaction between the two.
+    """
     log: list[Any] = []
 
     def work(session: Session) -> None:
@@ -746,8 +765,8 @@ def test_hooks_of_a_savepoint_inside_a_flush_belong_to_the_one_around_it(units: 
     assert log == []
 
 
-def test_a_rollback_hook_is_due_by_the_rollback_of_its_own_savepoint(units: Units) -> None:
-    """One of a savepoint that was released waits for the end, and is dropped if that is a commit."""
+def test_a_rollback_hook_runs_if_its_own_savepoint_rolls_back(units: Units) -> None:
+    """A rollback hook runs if its savepoint rolls back; that of a released savepoint is dropped on commit."""
     log: list[Any] = []
 
     def work(session: Session) -> None:
@@ -789,7 +808,7 @@ def test_hooks_without_a_transaction_run_at_the_end(units: Units) -> None:
 
 
 def test_a_hook_may_be_registered_before_the_session_is_asked_for() -> None:
-    """Nothing has made a session yet, and the hook runs all the same."""
+    """A hook that is registered before a session exists runs after the settling."""
     db, ran = Database("sqlite://"), []
     scope = open_unit_of_work(core_of(db), origin="POST /orders")
     with Entered(scope):
@@ -800,8 +819,8 @@ def test_a_hook_may_be_registered_before_the_session_is_asked_for() -> None:
     db.dispose()
 
 
-def test_a_hook_has_a_unit_of_work_of_its_own(units: Units) -> None:
-    """What it does with the session is committed; a failing one takes nothing with it."""
+def test_a_hook_has_a_separate_unit_of_work(units: Units) -> None:
+    """Each hook's work with the session is committed separately; a hook that fails does not affect the others."""
 
     def hook(name: str, *, fail: bool = False) -> Any:
         def sync_hook() -> None:
@@ -825,7 +844,7 @@ def test_a_hook_has_a_unit_of_work_of_its_own(units: Units) -> None:
 
 
 def test_hooks_run_after_with_begin(units: Units) -> None:
-    """Also those of a ``with session.begin()`` block, and in no unit of work that goes on."""
+    """Hooks registered in a ``with session.begin()`` block run after it, outside the unit of work that continues."""
     seen: list[Any] = []
 
     def hook() -> None:
@@ -851,7 +870,10 @@ def test_a_hook_must_be_callable(units: Units) -> None:
 
 @on(*SYNC)
 def test_a_sync_database_refuses_coroutine_hooks(units: Units, caplog: pytest.LogCaptureFixture) -> None:
-    """At registration where it can be seen; else it is logged, and nothing is left un-awaited."""
+    """A sync database refuses a coroutine function at registration.
+
+    A callable that returns a coroutine is logged, and the coroutine is closed.
+    """
 
     async def hook() -> None:
         raise AssertionError("never awaited")
@@ -883,7 +905,7 @@ def test_the_connection_is_back_before_the_hooks(units: Units) -> None:
 
 
 def test_a_closed_session_refuses_everything_that_would_reopen_it(units: Units) -> None:
-    """Whatever `close_resets_only` says."""
+    """A closed session refuses everything that would reopen it, whatever its ``close_resets_only`` option."""
     kept: list[Session] = []
 
     def work(session: Session) -> None:
@@ -916,7 +938,7 @@ def test_close_by_the_user_resets_as_sqlalchemy_does(units: Units) -> None:
 
 
 def test_two_tasks_at_once_are_refused() -> None:
-    """The error names the way out, and nothing leaks."""
+    """Two tasks in one session at once are refused with advice to use `new=True`, and no connection is lost."""
 
     async def main() -> None:
         db = AsyncDatabase("sqlite+aiosqlite://")
@@ -939,7 +961,7 @@ def test_two_tasks_at_once_are_refused() -> None:
 
 @pytest.mark.parametrize("driver", ["psycopg_async", "asyncpg"])
 def test_two_tasks_at_once_on_postgresql(postgresql: Any, driver: str) -> None:
-    """Also when the scope ends while the sibling's query is still under way."""
+    """The end of a unit of work waits for another task's query that is still running."""
 
     async def main() -> None:
         db = AsyncDatabase(postgresql.url(driver), pool_size=2, max_overflow=0)
@@ -988,21 +1010,21 @@ def test_two_threads_at_once_are_refused(postgresql: Any, policy: Policy) -> Non
 
 def test_the_end_waits_for_the_statement_of_a_thread(postgresql: Any) -> None:
     db = Database(postgresql.url("psycopg"), pool_size=1, max_overflow=0)
-    answers = []
+    results = []
     with pytest.raises(ConcurrentUseError), db.session_scope() as session:
         pid = session.scalar(text("SELECT pg_backend_pid()"))
         statement = text("SELECT pg_backend_pid() FROM pg_sleep(0.3)")
-        thread = threading.Thread(target=lambda: answers.append(session.scalar(statement)))
+        thread = threading.Thread(target=lambda: results.append(session.scalar(statement)))
         thread.start()
         while not db._unit_of_work().transaction.busy:
             assert thread.is_alive()
     thread.join()
     with db.session_scope() as session:
-        assert [session.scalar(text("SELECT pg_backend_pid()"))] == answers == [pid]
+        assert [session.scalar(text("SELECT pg_backend_pid()"))] == results == [pid]
     db.dispose()
 
 
-def test_one_session_however_many_ask(units: Units) -> None:
+def test_all_accessors_return_the_same_session(units: Units) -> None:
     def work(session: Session) -> None:
         scoped = units.db.scoped_session
         own = scoped.registry()
@@ -1015,8 +1037,8 @@ def test_one_session_however_many_ask(units: Units) -> None:
 
 
 @on(*SYNC)
-def test_late_reads_see_what_was_loaded(units: Units) -> None:
-    """expire_on_commit is SQLAlchemy's own within the block; the settling itself expires nothing."""
+def test_settling_keeps_loaded_attributes(units: Units) -> None:
+    """Inside the block ``expire_on_commit`` works as in SQLAlchemy; the settling itself expires nothing."""
     rows: list[Parent] = []
 
     def work(session: Session) -> None:
@@ -1032,7 +1054,7 @@ def test_late_reads_see_what_was_loaded(units: Units) -> None:
 
 
 def test_one_async_database_serves_one_event_loop_after_the_other() -> None:
-    """As in tests that run each on a loop of its own; two at once are told."""
+    """An async database works on one event loop after another, as in tests; on two at once it raises an error."""
     db = AsyncDatabase("sqlite+aiosqlite://", metadata=Base.metadata)
 
     async def live(name: str) -> None:
@@ -1056,8 +1078,8 @@ def test_one_async_database_serves_one_event_loop_after_the_other() -> None:
     asyncio.run(elsewhere())
 
 
-def test_an_async_database_starts_anew_on_a_loop_after_one_that_is_closed() -> None:
-    """Also where nobody disposed of it."""
+def test_an_async_database_gets_a_new_pool_after_its_loop_was_closed() -> None:
+    """On a new event loop an async database gets a new pool, even if it was not disposed of on the closed loop."""
     db = AsyncDatabase("sqlite+aiosqlite://", poolclass=NullPool)
 
     async def pool() -> Any:
@@ -1069,7 +1091,7 @@ def test_an_async_database_starts_anew_on_a_loop_after_one_that_is_closed() -> N
 
 
 def test_the_connections_of_a_closed_loop_are_left_alone() -> None:
-    """None can be closed without it."""
+    """Connections of a closed event loop are not closed, because that would need the loop."""
     db = AsyncDatabase("sqlite+aiosqlite://", poolclass=AsyncAdaptedQueuePool)
     closed: list[Any] = []
     event.listen(db.engine.sync_engine, "close", lambda *more: closed.append(more))
@@ -1077,7 +1099,7 @@ def test_the_connections_of_a_closed_loop_are_left_alone() -> None:
     async def work() -> None:
         async with db.session_scope() as session:
             connection: Any = (await (await session.connection()).get_raw_connection()).driver_connection
-        await connection.close()  # behind the back of its pool, which still has it
+        await connection.close()  # closed directly, while its pool still has it
 
     asyncio.run(work())
     asyncio.run(work())
@@ -1085,7 +1107,7 @@ def test_the_connections_of_a_closed_loop_are_left_alone() -> None:
 
 
 def test_a_raised_redirect_that_leaves_a_joined_block_dooms_nothing(units: Units) -> None:
-    """It is a response, and no error."""
+    """A raised redirect is a response, not an error, so leaving a joined block with it does not doom the outer one."""
     if units.is_async:
 
         async def main() -> None:
@@ -1104,7 +1126,7 @@ def test_a_raised_redirect_that_leaves_a_joined_block_dooms_nothing(units: Units
     assert units.store.names() == ["tea"]
 
 
-def test_a_scope_that_ended_without_a_session_makes_none(units: Units) -> None:
+def test_a_scope_that_ended_without_a_session_creates_none(units: Units) -> None:
     async def aend(scope: Any) -> None:
         await ending.aclose(scope)
 
@@ -1153,7 +1175,7 @@ def test_a_read_only_scope_may_flush_what_has_not_changed(units: Units) -> None:
 def test_work_after_the_response_that_is_not_saved_is_an_error_in_the_log(
     units: Units, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody else will tell."""
+    """Work after the response that is not saved is logged as an error, because no response can report it."""
 
     def orphan(session: Session) -> None:
         add_orphan(session)
@@ -1186,8 +1208,8 @@ def test_work_after_the_response_that_is_not_saved_is_an_error_in_the_log(
     assert units.store.names() == []
 
 
-def test_a_watch_lets_go_of_its_own_mark_only(units: Units) -> None:
-    """Two sessions on one connection: the first to end leaves the other one watched."""
+def test_a_guard_removes_only_itself_from_its_connection(units: Units) -> None:
+    """If two guards share a connection, releasing the first leaves the second in place."""
     with units.store.engine.connect() as connection:
         first, second = ConnectionGuard(connection), ConnectionGuard(connection)
         first.release()
@@ -1197,8 +1219,8 @@ def test_a_watch_lets_go_of_its_own_mark_only(units: Units) -> None:
 
 
 @pytest.mark.parametrize("how", ["plain", "many", "no parameters"])
-def test_a_statement_is_watched_however_it_is_sent(units: Units, how: str) -> None:
-    """An INSERT counts as work that would be lost."""
+def test_a_statement_is_guarded_however_it_is_sent(units: Units, how: str) -> None:
+    """An INSERT counts as work that would be lost, whichever driver method sends it."""
 
     def send(session: Session) -> None:
         plain = text("INSERT INTO parent (name) VALUES ('tea')")
@@ -1218,8 +1240,8 @@ def test_a_statement_is_watched_however_it_is_sent(units: Units, how: str) -> No
     assert units.store.names() == []
 
 
-def test_a_statement_that_reads_takes_no_writing_back() -> None:
-    """Whichever way it begins."""
+def test_a_later_read_does_not_reset_wrote() -> None:
+    """A statement that only reads does not reset `scope.wrote`, even if it begins with WITH."""
     db = Database("sqlite://", metadata=Base.metadata)
     db.create_all()
     with db.session_scope() as session:
@@ -1229,7 +1251,7 @@ def test_a_statement_that_reads_takes_no_writing_back() -> None:
     db.dispose()
 
 
-def test_engines_of_one_dialect_are_watched_once(tmp_path: Path) -> None:
+def test_engines_of_one_dialect_are_guarded_once(tmp_path: Path) -> None:
     engine = create_engine(f"sqlite:///{tmp_path / 'test.db'}")
     Database(engine)
     commit = engine.dialect.do_commit
@@ -1237,19 +1259,19 @@ def test_engines_of_one_dialect_are_watched_once(tmp_path: Path) -> None:
     assert engine.dialect.do_commit is commit
 
 
-def test_a_connection_that_is_back_is_watched_no_more(units: Units) -> None:
-    """Even where something still holds the watch, such as the traceback of an error."""
-    watches: list[Any] = []
-    units.run(lambda session: watches.append(guard_of(session.connection())))
+def test_a_returned_connection_has_no_guard(units: Units) -> None:
+    """A returned connection has no guard, even if something such as a traceback still references the guard."""
+    guards: list[Any] = []
+    units.run(lambda session: guards.append(guard_of(session.connection())))
     connections: list[Any] = []
     event.listen(units.sync_engine, "checkout", lambda driver, record, proxy: connections.append(dict(record.info)))
     units.run(lambda session: session.connection())
-    assert watches[0] is not None
-    assert watches[0] not in [held() for info in connections for held in info.values() if callable(held)]
+    assert guards[0] is not None
+    assert guards[0] not in [held() for info in connections for held in info.values() if callable(held)]
 
 
-def test_nothing_joins_a_scope_that_had_nothing_to_settle() -> None:
-    """What comes after its settling is late work, whatever came before."""
+def test_a_settled_scope_cannot_be_joined() -> None:
+    """A settled unit of work cannot be joined, even if it had nothing to settle; later work is late work."""
     db = Database("sqlite://")
     scope = open_unit_of_work(core_of(db), origin="test")
     ending.settle(scope, Outcome())
@@ -1259,8 +1281,8 @@ def test_nothing_joins_a_scope_that_had_nothing_to_settle() -> None:
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
-def test_what_was_ended_by_hand_is_nothing_to_settle(end: str) -> None:
-    """Until the next statement."""
+def test_a_transaction_ended_by_hand_needs_no_settling(end: str) -> None:
+    """After an explicit commit or rollback there is nothing to settle until the next statement."""
     db = Database("sqlite://")
     scope = open_unit_of_work(core_of(db), origin="test")
     for _ in range(2):
@@ -1277,7 +1299,7 @@ def test_what_was_ended_by_hand_is_nothing_to_settle(end: str) -> None:
     [("SELECT 1", 200, False), ("DELETE FROM parent", 200, True), ("DELETE FROM parent", 404, False)],
 )
 def test_a_scope_has_saved_what_a_settling_committed(statement: str, status: int, saved: bool) -> None:
-    """Then no answer may say that nothing was; to read is to save nothing."""
+    """`scope.saved` is True once a settling has committed writes, so no response may claim that nothing was saved."""
     db = Database("sqlite://", metadata=Base.metadata)
     db.create_all()
     scope = open_unit_of_work(core_of(db), origin="test")
@@ -1290,7 +1312,10 @@ def test_a_scope_has_saved_what_a_settling_committed(statement: str, status: int
 
 @pytest.mark.parametrize("change", ["new", "dirty", "deleted"])
 def test_a_flush_beside_a_task_that_takes_the_connection_is_refused_before_it_begins(change: str) -> None:
-    """Its failure would end the transaction that the other task is in; a flush of nothing needs no connection."""
+    """A flush while another task takes the connection is refused before it begins.
+
+    If it failed later, it would end the other task's transaction.  An empty flush needs no connection.
+    """
 
     async def main() -> None:
         db = AsyncDatabase("sqlite+aiosqlite://", metadata=Base.metadata)
@@ -1324,13 +1349,13 @@ def test_a_flush_beside_a_task_that_takes_the_connection_is_refused_before_it_be
 
 
 def test_two_threads_at_once_are_refused_on_two_engines_too() -> None:
-    """One connection waits, and the other thread asks the other one."""
+    """While one thread waits on a connection, another thread may not use the session on another engine either."""
     db = Database({"default": "sqlite://", "other": "sqlite://"})
-    asked, answer = threading.Event(), threading.Event()
+    asked, gate = threading.Event(), threading.Event()
 
     def wait() -> bool:
         asked.set()
-        return answer.wait(10)
+        return gate.wait(10)
 
     with db.session_scope() as session, ThreadPoolExecutor(1) as elsewhere:
         session.connection().connection.driver_connection.create_function("wait", 0, wait)  # type: ignore[union-attr]
@@ -1340,13 +1365,13 @@ def test_two_threads_at_once_are_refused_on_two_engines_too() -> None:
             with pytest.raises(ConcurrentUseError):
                 session.execute(text("SELECT 1"), bind_arguments={"bind": db.engines["other"]})
         finally:
-            answer.set()
+            gate.set()
         assert waiting.result()
     db.dispose()
 
 
-def test_nobody_is_a_sibling_of_itself() -> None:
-    """What a statement calls in its own thread, such as a function of SQLite, has nobody to wait for."""
+def test_a_statement_is_not_concurrent_with_itself() -> None:
+    """A call that a statement makes in its own thread, such as a SQLite function, is not concurrent use."""
     db = Database("sqlite://")
     with db.session_scope() as session:
         connection: Any = session.connection().connection.driver_connection
@@ -1357,21 +1382,21 @@ def test_nobody_is_a_sibling_of_itself() -> None:
 
 @pytest.mark.parametrize("statuses", [(HTTPStatus.CREATED, 201), (202, HTTPStatus.ACCEPTED)])
 def test_an_outcome_has_the_status_that_was_given(statuses: tuple[int, int]) -> None:
-    """Not an equal one, which another request was answered by."""
+    """An outcome keeps the status object that it was given, not an equal one of another request."""
     for status in statuses:
         assert Outcome.of_response(status, None, "GET").status is status
         assert commit_on_success.decide(Outcome(status)).reason == f"status {status}"
 
 
 def test_requests_that_end_alike_share_their_outcome_and_its_decision() -> None:
-    """Both are frozen, and to make them takes longer than all else that a decision needs."""
+    """Equal outcomes and decisions are shared: they are frozen, and creating them is the slowest part of a decision."""
     first, second = (Outcome.of_response(200, None, "GET") for _ in range(2))
     assert first is second
     assert commit_on_success.decide(first) is commit_on_success.decide(second)
 
 
-def test_who_was_refused_to_flush_is_refused_again() -> None:
-    """For as long as the other one flushes."""
+def test_a_refused_flush_is_refused_again() -> None:
+    """A thread is refused to flush for as long as another one is flushing."""
     work = TransactionState()
     work.begin_flush()
 
@@ -1385,8 +1410,8 @@ def test_who_was_refused_to_flush_is_refused_again() -> None:
 
 
 @on("sqlite+aiosqlite")
-def test_nothing_joins_what_is_being_settled(units: Units) -> None:
-    """From the moment on at which the ending is asked for."""
+def test_a_scope_cannot_be_joined_while_it_is_being_settled(units: Units) -> None:
+    """A unit of work cannot be joined from the moment on at which its settling is requested."""
 
     async def main() -> None:
         scope = open_unit_of_work(core_of(units.db), origin="test")
@@ -1400,8 +1425,8 @@ def test_nothing_joins_what_is_being_settled(units: Units) -> None:
     units.runner.run(main())
 
 
-def test_permits_are_one_per_scope_and_all_come_back() -> None:
-    """Asked for twice at once, again, or waited for until after the end of the scope."""
+def test_each_scope_takes_one_permit_and_returns_it() -> None:
+    """A permit that is requested twice, or granted only after the end of its unit of work, is returned."""
     db = Database("sqlite://", pool_size=2, max_overflow=0)
 
     async def main() -> None:
@@ -1425,7 +1450,7 @@ def test_permits_are_one_per_scope_and_all_come_back() -> None:
 
 
 def test_a_scope_may_be_left_in_another_context(units: Units) -> None:
-    """As in a fixture whose halves run in two tasks: the copy of the variable ends with its context."""
+    """A unit of work may be entered and left in different contexts, as in a fixture whose halves run in two tasks."""
     scope: Any = open_unit_of_work(core_of(units.db), origin="test")
     block = Entered(scope)
     contextvars.copy_context().run(block.__enter__)
@@ -1435,8 +1460,8 @@ def test_a_scope_may_be_left_in_another_context(units: Units) -> None:
 
 
 @on(*SYNC)
-def test_nobody_begins_while_an_unused_session_is_let_go(units: Units) -> None:
-    """What another thread begins in that moment would be open for good."""
+def test_no_transaction_begins_while_an_unused_session_is_discarded(units: Units) -> None:
+    """A session that is being discarded refuses a new transaction, which would never be closed."""
     scope: Any = open_unit_of_work(core_of(units.db), origin="test")
     session = scope.session
     refused: list[BaseException] = []
@@ -1451,8 +1476,8 @@ def test_nobody_begins_while_an_unused_session_is_let_go(units: Units) -> None:
     assert len(refused) == 1
 
 
-def test_a_permit_is_back_when_its_scope_is_closed_unsettled() -> None:
-    """After the connection, and with it the session is let go."""
+def test_closing_an_unsettled_scope_returns_its_permit() -> None:
+    """Closing an unsettled unit of work returns the connection, then the permit, and discards the session."""
     db = Database("sqlite://")
     scope: Any = open_unit_of_work(core_of(db), origin="test")
     scope.session.connection()
@@ -1465,8 +1490,8 @@ def test_a_permit_is_back_when_its_scope_is_closed_unsettled() -> None:
     db.dispose()
 
 
-def test_a_transaction_counts_though_a_listener_before_ours_hid_its_beginning() -> None:
-    """What it does on a connection is committed, and the connection comes back."""
+def test_a_transaction_is_tracked_though_an_earlier_listener_hid_its_begin() -> None:
+    """If an earlier listener fails at the begin, the work is still committed and the connection is returned."""
     failures = [BoomError()]
 
     def fail_once(session: Session, transaction: Any) -> None:
@@ -1488,8 +1513,11 @@ def test_a_transaction_counts_though_a_listener_before_ours_hid_its_beginning() 
     db.dispose()
 
 
-def test_listeners_from_before_the_import_hide_no_transaction() -> None:
-    """One that fails at the beginning leaves a transaction, whose work is committed though no statement ran yet."""
+def test_listeners_from_before_the_import_do_not_hide_a_transaction() -> None:
+    """If a listener from before the import fails at the begin, the work of the transaction is committed anyway.
+
+    This holds even if no statement has been executed yet.
+    """
     program = """
 from sqlalchemy import event
 from sqlalchemy.orm import Session
@@ -1519,8 +1547,8 @@ with db.session_scope() as session:
 
 
 @pytest.mark.parametrize("name", ["after_commit", "after_transaction_end"])
-def test_listeners_from_before_the_import_hide_no_commit(name: str) -> None:
-    """What one raises once all is durable is no error of the block, whose hooks run."""
+def test_listeners_from_before_the_import_do_not_hide_a_commit(name: str) -> None:
+    """An error of a listener from before the import does not leave the block after COMMIT, and the hooks run."""
     program = f"""
 from sqlalchemy import event, text
 from sqlalchemy.orm import Session

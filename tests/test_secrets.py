@@ -1,6 +1,6 @@
-"""What a client, a log and a repr are told of a request that fails: no SQL, no value, no credential.
+"""A failed request shows no SQL, no value and no credential to the client, in the log or in a repr.
 
-And what is kept of one request, alive or not, reaches nothing of another.
+Objects that are kept from one request, in use or not, cannot reach anything of another request.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .harness import Base, Child, Parent, Store, check_foreign_keys
 
 SECRET = "hunter2"
 WORDS = (SECRET, "INSERT", "parent.name", "child")
-"""The value, and the SQL that it goes into."""
+"""The value, and words of the SQL statement that contains it."""
 
 
 def fail_to_flush(session: Session) -> None:
@@ -91,7 +91,7 @@ def get_wsgi(url: str, work: Callable[[Session], None]) -> tuple[Any, Any]:
 
     with pytest.raises(IntegrityError):
         Client(wsgi.SessionScopeMiddleware(app, db)).get("/")
-    return db, (500, "", "")  # the server's own
+    return db, (500, "", "")  # the server's own response
 
 
 def ask(app: Any) -> tuple[int, str, str]:
@@ -144,19 +144,19 @@ def get_asgi(url: str, work: Callable[[Session], None]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("work", [fail_to_flush, fail_to_commit])
 @pytest.mark.parametrize("get", [get_flask, get_wsgi, get_fastapi, get_starlette, get_asgi])
-def test_a_failed_request_tells_nothing(
+def test_a_failed_request_reveals_nothing(
     get: Any, work: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture, checked_keys: None
 ) -> None:
-    """Neither the client, nor our log, nor the repr of what took part."""
+    """Neither the response nor the plugin's log nor the repr of the database shows SQL or a value."""
     store = Store("sqlite+pysqlite", tmp_path / "test.db")
     caplog.set_level(logging.INFO, logger="session_plugin")
-    db, (status, *answer) = get(f"sqlite:///{tmp_path / 'test.db'}", work)
+    db, (status, *response_parts) = get(f"sqlite:///{tmp_path / 'test.db'}", work)
     assert status == 500
     ours = [record for record in caplog.records if record.name == "session_plugin"]
     assert ours
     formatted = [logging.Formatter().format(record) for record in ours]
-    for told in [*answer, *(record.getMessage() for record in ours), repr(db), str(db)]:
-        assert not [word for word in WORDS if word in told], told
+    for shown in [*response_parts, *(record.getMessage() for record in ours), repr(db), str(db)]:
+        assert not [word for word in WORDS if word in shown], shown
     assert not [line for line in formatted if SECRET in line]
     assert store.names() == []
     store.engine.dispose()
@@ -201,7 +201,7 @@ def test_a_rollback_that_fails_is_logged_without_its_text(caplog: pytest.LogCapt
     db.dispose()
 
 
-def test_a_path_forges_no_line_of_the_log() -> None:
+def test_a_path_cannot_forge_a_line_in_the_log() -> None:
     scope = open_unit_of_work(core_of(Database("sqlite://")), origin="GET /x\nERROR all is lost")
     assert "\n" not in str(scope)
     assert "\n" not in scope.closed_message
@@ -225,7 +225,7 @@ def saved(db: Database[Session]) -> list[str]:
 
 
 class Requests:
-    """A WSGI app that keeps all that a request has, and does what a test says."""
+    """A WSGI app that runs the function that a test gives it, once per request."""
 
     def __init__(self, db: Database[Session]) -> None:
         self.db = db
@@ -243,8 +243,8 @@ class Requests:
         self.client.post("/").close()
 
 
-def test_nothing_kept_of_a_request_reaches_another(db: Database[Session]) -> None:
-    """Its session, scope, context, generator and exception refuse, and the other request's work is untouched."""
+def test_objects_kept_from_a_request_cannot_reach_another(db: Database[Session]) -> None:
+    """A kept session, scope, context or generator raises ScopeClosedError and leaves the other request's work alone."""
     requests, kept = Requests(db), {}
 
     def generator() -> Any:
@@ -291,30 +291,30 @@ def test_nothing_kept_of_a_request_reaches_another(db: Database[Session]) -> Non
 
 def test_threads_and_tasks_with_a_leftover_context_are_refused(db: Database[Session]) -> None:
     requests = Requests(db)
-    answers: list[Any] = []
+    results: list[Any] = []
     with ThreadPoolExecutor(1) as pool:
 
         def first() -> None:
             _ = db.session
             context = contextvars.copy_context()
             pool.submit(context.run, lambda: None).result()
-            answers.append(context)
+            results.append(context)
 
         requests.do(first)
 
         def second() -> None:
             db.session.add(Parent(name="mine"))
-            answers.append(pool.submit(answers[0].run, lambda: db.session).exception())
-            answers.append(pool.submit(lambda: db.session).exception())
+            results.append(pool.submit(results[0].run, lambda: db.session).exception())
+            results.append(pool.submit(lambda: db.session).exception())
 
         requests.do(second)
-    assert isinstance(answers[1], ScopeClosedError)
-    assert "inherits none" in str(answers[2])
+    assert isinstance(results[1], ScopeClosedError)
+    assert "inherits none" in str(results[2])
     assert saved(db) == ["mine"]
 
 
 def test_a_recycled_id_is_another_session(db: Database[Session]) -> None:
-    """Nothing is found by an id: each session starts empty, wherever it lies in memory."""
+    """No state is looked up by an object's id: each session starts empty, even at a recycled memory address."""
     seen: set[int] = set()
     for number in range(200):
         with db.session_scope() as session:
@@ -327,7 +327,7 @@ def test_a_recycled_id_is_another_session(db: Database[Session]) -> None:
     assert len(seen) < 200  # ids were recycled
 
 
-def test_a_url_that_fails_says_no_password(tmp_path: Any) -> None:
-    """Nor do notes on an error name the query of a URL."""
+def test_a_url_in_a_note_on_an_error_shows_no_password(tmp_path: Any) -> None:
+    """A URL that is shown in a note on an error contains neither its password nor its query."""
     engine = create_engine(f"sqlite:///file:{tmp_path}/x.db?uri=true&password={SECRET}")
     assert SECRET not in session_plugin.exceptions.shown(engine.url)

@@ -1,4 +1,4 @@
-"""The promises on real servers: over a socket, through a shutdown under load, and across forks."""
+"""The promises on real servers: over a socket, during a shutdown under load, and across forks."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from .servers import free_port
 ROOT = Path(__file__).parent.parent
 CLIENTS = 6
 US = "tests"
-"""By this name the connections of the tests themselves are told from those of the servers."""
+"""The application_name of the tests' own connections, which distinguishes them from those of the servers."""
 OURS = re.compile(r"session_plugin:|while still open|non-checked-in|never awaited|SAWarning|Traceback|asyncpg|psycopg")
-"""What a log must not say while a server shuts down; that servers leave sockets of their own open is their affair."""
+"""What a log must not contain while a server shuts down; sockets that a server itself leaves open are ignored."""
 
 CROWD = 200
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A server, the site it serves, and what is its own way.
+    """A server, the site it serves, and how it differs from other servers.
 
     Attributes:
-        command: its arguments; ``{port}`` stands for the port.
-        stop: the signal that asks it for a graceful end.
-        code: what it then exits with.
-        cuts_streams: False if its clients take a stream that failed for complete.
-        says_goodbye: False if processes end without Python's exit functions; `multiprocessing` runs them from 3.13 on.
+        command: the arguments of the server; ``{port}`` stands for the port.
+        stop: the signal that requests a graceful shutdown.
+        code: its exit code after that.
+        cuts_streams: False if a failed stream looks complete to its clients.
+        runs_exit_functions: False if processes skip Python's exit functions; `multiprocessing` runs them from 3.13 on.
     """
 
     command: str
@@ -53,7 +53,7 @@ class Kind:
     stop: signal.Signals = signal.SIGTERM
     code: int = 0
     cuts_streams: bool = True
-    says_goodbye: bool = True
+    runs_exit_functions: bool = True
 
 
 APP = "tests.server_site:app"
@@ -75,7 +75,7 @@ KINDS = {
         f"{GRANIAN} --interface wsgi --blocking-threads 8",
         "flask",
         cuts_streams=False,
-        says_goodbye=sys.version_info >= (3, 13),
+        runs_exit_functions=sys.version_info >= (3, 13),
     ),
     "gunicorn-gthread": Kind(f"{GTHREAD} 8", "flask"),
     "gunicorn-gevent": Kind(GEVENT, "flask"),
@@ -85,7 +85,7 @@ KINDS = {
 
 
 class Running:
-    """A server in a process of its own, and a database of its own."""
+    """A server in a separate process, and a separate database for it."""
 
     def __init__(self, kind: Kind, postgresql: Any, log: Path) -> None:
         self.kind = kind
@@ -119,7 +119,7 @@ class Running:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start the server, unless it runs."""
+        """Start the server, unless it is running already."""
         if self.alive:
             return
         self.port = free_port()
@@ -129,9 +129,9 @@ class Running:
                 [sys.executable, "-m", *command],
                 stdout=log, stderr=log, cwd=ROOT, env=self.environ, start_new_session=True,
             )  # fmt: skip
-        assert wait_for(self.answers, 20), self.log.read_text()
+        assert wait_for(self.responds, 20), self.log.read_text()
 
-    def answers(self) -> bool:
+    def responds(self) -> bool:
         assert self.alive, self.log.read_text()
         try:
             return self.ask("/held", "GET").status == 200
@@ -139,11 +139,11 @@ class Running:
             return False
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process that was started."""
+        """Send a signal to the server's main process."""
         self.process.send_signal(number)
 
     def ended(self) -> int:
-        """The exit code, once it has ended; one that does not end shows where its threads are."""
+        """Wait for the end and return the exit code; a server that does not end prints the stacks of its threads."""
         try:
             return self.process.wait(20)
         except subprocess.TimeoutExpired:
@@ -152,9 +152,9 @@ class Running:
             raise AssertionError(self.log.read_text()) from None
 
     def close(self) -> None:
-        """End the server with its workers, if it runs, and drop the database."""
+        """Kill the server and its workers, if it is running, and drop the database."""
         if self.alive:
-            os.killpg(self.process.pid, signal.SIGKILL)  # its own group, made in `start`
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own process group, created in `start`
             self.process.wait()
         self.store.engine.dispose()
         self._postgresql.drop(self.database)
@@ -182,21 +182,21 @@ class Running:
         )
 
     def connections(self) -> list[Any]:
-        """The connections of the server's processes: process id and port, name, state, statement."""
+        """The connections of the server's processes: process id, port, name, state and statement."""
         return self.query(
             "SELECT pid, client_port, application_name, state, query FROM pg_stat_activity "
             f"WHERE datname = current_database() AND application_name <> '{US}'"
         )
 
     def abandoned(self) -> int:
-        """How many connections ended without a word."""
-        asks = "SELECT sessions_abandoned FROM pg_stat_database WHERE datname = current_database()"
-        number: int = self.query(asks)[0][0]
+        """How many connections ended without a disconnect message, as PostgreSQL counts them."""
+        query = "SELECT sessions_abandoned FROM pg_stat_database WHERE datname = current_database()"
+        number: int = self.query(query)[0][0]
         return number
 
     @contextmanager
     def locked(self) -> Iterator[Callable[[], None]]:
-        """Hold the requests that ask for the lock, until the block or what it is given is over."""
+        """Make the requests that ask for the lock wait, until the block ends or calls the function that it is given."""
         with self.store.engine.connect() as connection:
             connection.execute(text(f"SELECT pg_advisory_lock({KEY})"))
             connection.commit()
@@ -221,23 +221,23 @@ def ask(connection: http.client.HTTPConnection, path: str, method: str = "POST")
 
 
 def rows(*names: str) -> list[str]:
-    """What requests with these names leave."""
+    """The rows that successful requests with these names leave."""
     return sorted(row for name in names for row in (name, f"{name}'s"))
 
 
 class Client(threading.Thread):
-    """Posts on one connection until the server is gone.
+    """Posts on one connection until the server has shut down.
 
     Attributes:
-        told: the status that each request was answered with, or None if it got no whole answer.
-        cut: True once a request got none.
+        statuses: the status of each request's response, or None if the response was incomplete.
+        cut: True once a request received no complete response.
     """
 
     def __init__(self, running: Running, number: int) -> None:
         super().__init__()
         self._running = running
         self._number = number
-        self.told: dict[str, int | None] = {}
+        self.statuses: dict[str, int | None] = {}
         self.cut = False
         self.over = threading.Event()
 
@@ -249,16 +249,16 @@ class Client(threading.Thread):
                     break
 
     def post(self, connection: http.client.HTTPConnection, path: str) -> bool:
-        """One request; answers False if nobody listens any more."""
+        """Send one request; return False if the server no longer accepts connections."""
         name = path.rpartition("/")[2]
-        self.told[name] = None
+        self.statuses[name] = None
         try:
-            answer = ask(connection, path)
+            reply = ask(connection, path)
         except (http.client.HTTPException, OSError) as error:
             self.cut = True
             connection.close()
             return not isinstance(error, ConnectionRefusedError)
-        self.told[name] = answer.status if answer.complete else None
+        self.statuses[name] = reply.status if reply.complete else None
         return True
 
 
@@ -274,7 +274,7 @@ def running(
 
 @pytest.fixture
 def server(running: Running) -> Iterator[Running]:
-    """The server of the class, on an empty database; at the end of a test nothing is held."""
+    """The server of the class, on an empty database; at the end of a test no connection is held."""
     running.start()
     running.store.clear()
     yield running
@@ -285,27 +285,27 @@ def server(running: Running) -> Iterator[Running]:
 
 @pytest.mark.parametrize("running", KINDS, indirect=True)
 class TestEveryServer:
-    def test_truth_on_one_connection(self, server: Running) -> None:
-        """A success is durable and an error wrote nothing, request after request of one connection."""
+    def test_responses_on_one_connection_are_true(self, server: Running) -> None:
+        """For consecutive requests on one connection, a success is durable and an error response wrote nothing."""
         with server.connect() as connection:
             for turn in range(3):
                 assert ask(connection, f"/pair/tea{turn}").status == 201
                 assert server.store.names() == rows(*(f"tea{n}" for n in range(turn + 1)))
-                answer = ask(connection, f"/orphan/milk{turn}")
-                assert (answer.status, answer.json) == (409, {"handled": "IntegrityError"})
+                reply = ask(connection, f"/orphan/milk{turn}")
+                assert (reply.status, reply.json) == (409, {"handled": "IntegrityError"})
                 assert ask(connection, f"/refuse/gold{turn}").status == 400
         assert server.store.names() == rows("tea0", "tea1", "tea2")
 
     def test_stream(self, server: Running) -> None:
-        """Late work is saved before the last byte, or the client sees no last byte."""
+        """Work during a stream is committed before the last byte; if that fails, the client gets no last byte."""
         assert server.ask("/stream/saved/tea") == Reply(201, b"chunkchunk", complete=True)
         assert server.store.names() == rows("tea", "late tea")
-        answer = server.ask("/stream/lost/milk")
-        assert (answer.status, answer.complete) == (201, not server.kind.cuts_streams)
+        reply = server.ask("/stream/lost/milk")
+        assert (reply.status, reply.complete) == (201, not server.kind.cuts_streams)
         assert server.store.names() == rows("tea", "late tea", "milk")
 
     def test_client_that_leaves(self, server: Running) -> None:
-        """A stream that nobody reads to its end rolls back."""
+        """If a client disconnects during a stream, its work is rolled back."""
         with server.connect() as connection:
             connection.request("POST", "/endless/tea")
             assert connection.getresponse().read(5) == b"chunk"
@@ -314,7 +314,10 @@ class TestEveryServer:
         assert server.store.names() == []
 
     def test_shutdown_under_load(self, server: Running) -> None:
-        """What clients were told is what the database holds; who is being served is served; nothing stays open."""
+        """During a shutdown the database agrees with the responses that the clients received.
+
+        A request that is being served is completed, and no connection stays open.
+        """
         clients = [Client(server, number) for number in range(CLIENTS)]
         with ThreadPoolExecutor(1) as pool:
             with server.locked() as release:
@@ -322,37 +325,37 @@ class TestEveryServer:
                 assert wait_for(server.waiting)
                 for client in clients:
                     client.start()
-                assert wait_for(lambda: all(len(client.told) > 8 for client in clients), 20)
+                assert wait_for(lambda: all(len(client.statuses) > 8 for client in clients), 20)
                 logged = len(server.log.read_text())
                 server.signal(server.kind.stop)
                 wait_for(lambda: any(client.cut for client in clients), 1)
                 release()
             assert server.ended() == server.kind.code
-            told = {"held": held.result().status}
+            statuses = {"held": held.result().status}
         for client in clients:
             client.over.set()
             client.join()
-            told |= client.told
-        self.check(told, server)
-        assert told["held"] == 201
+            statuses |= client.statuses
+        self.check(statuses, server)
+        assert statuses["held"] == 201
         assert not OURS.search(server.log.read_text()[logged:])
         assert wait_for(lambda: server.connections() == [])
-        assert (server.abandoned() == 0) == server.kind.says_goodbye
+        assert (server.abandoned() == 0) == server.kind.runs_exit_functions
 
-    def check(self, told: dict[str, int | None], server: Running) -> None:
-        """Insist that what the clients were told agrees with the database, and was not told by luck."""
+    def check(self, statuses: dict[str, int | None], server: Running) -> None:
+        """Insist that the responses agree with the database, and that each kind of response occurred."""
         names = set(server.store.names())
-        saved = {name for name in told if name in names}
+        saved = {name for name in statuses if name in names}
         assert names == {*rows(*saved)}
-        assert {name for name, status in told.items() if status == 201} <= saved
-        assert {told[name] for name in saved} <= {201, None}
-        assert {201, 400, 409} <= {*told.values()} <= {201, 400, 409, 500, 503, None}
+        assert {name for name, status in statuses.items() if status == 201} <= saved
+        assert {statuses[name] for name in saved} <= {201, None}
+        assert {201, 400, 409} <= {*statuses.values()} <= {201, 400, 409, 500, 503, None}
 
 
 @pytest.mark.parametrize("running", [Kind(WAITRESS, "flask")], indirect=True, ids=["waitress"])
 class TestWaitress:
     def test_sigterm(self, server: Running) -> None:
-        """It knows no graceful SIGTERM: who is being served gets no answer, and nothing is written."""
+        """Waitress has no graceful SIGTERM: a request in progress gets no response, and nothing is written."""
         with server.locked(), ThreadPoolExecutor(1) as pool:
             held = pool.submit(server.ask, "/hold/held")
             assert wait_for(server.waiting)
@@ -365,7 +368,7 @@ class TestWaitress:
 
 
 def look_at_once(server: Running, names: list[str], waiting: int) -> list[Any]:
-    """What requests see that are served at the same time, of which ``waiting`` are held by the database."""
+    """What simultaneous requests see, of which ``waiting`` wait for the lock in the database."""
     with ThreadPoolExecutor(len(names)) as pool:
         with server.locked():
             looks = [pool.submit(server.ask, f"/look/{name}") for name in names]
@@ -374,14 +377,14 @@ def look_at_once(server: Running, names: list[str], waiting: int) -> list[Any]:
 
 
 def assert_apart(looks: list[Any]) -> None:
-    """Each request had a connection and a transaction for itself, throughout."""
+    """Insist that each request had its own connection and transaction throughout."""
     for key in ("backend", "port"):
         assert len({look[key] for look in looks}) == len(looks)
     assert all(look["same"] and look["seen"] == [look["name"]] for look in looks)
 
 
 PRELOADED = Kind(f"{GTHREAD} 3 --worker-connections 3 --workers 2 --preload", "flask-used")
-"""Six requests at once take both workers."""
+"""Six simultaneous requests occupy both workers."""
 
 
 @pytest.mark.parametrize("running", [PRELOADED], indirect=True, ids=["gunicorn-preload"])
@@ -389,7 +392,7 @@ class TestPreload:
     NAMES = ("a", "b", "c", "d", "e", "f")
 
     def test_workers_share_no_socket(self, server: Running) -> None:
-        """Neither with the process that used the database before it forked, nor with one another."""
+        """Forked workers share no socket with each other, nor with a parent that used the database before the fork."""
         looks = look_at_once(server, [*self.NAMES], waiting=6)
         assert_apart(looks)
         assert len({look["worker"] for look in looks}) == 2
@@ -399,7 +402,7 @@ class TestPreload:
         assert parent <= {(pid, port) for pid, port, *_ in server.connections()}
 
     def test_worker_killed_between_statements(self, server: Running) -> None:
-        """PostgreSQL rolls back at once; a new worker serves."""
+        """If a worker is killed between statements, PostgreSQL rolls back at once and a new worker serves requests."""
         with ThreadPoolExecutor(1) as pool:
             stopped = pool.submit(server.ask, "/stop/tea")
             killed = self.kill(server, "idle in transaction")
@@ -409,7 +412,7 @@ class TestPreload:
         self.check_replaced(killed, server)
 
     def test_worker_killed_in_a_statement(self, server: Running) -> None:
-        """PostgreSQL ends the statement first, and then rolls back."""
+        """If a worker is killed in a statement, PostgreSQL finishes it and rolls back, and a new worker serves."""
         with server.locked() as release, ThreadPoolExecutor(1) as pool:
             held = pool.submit(server.ask, "/hold/tea")
             assert wait_for(server.waiting)
@@ -422,7 +425,7 @@ class TestPreload:
         self.check_replaced(killed, server)
 
     def kill(self, server: Running, state: str) -> int:
-        """Kill the worker whose connection is in ``state``; answers its process id."""
+        """Kill the worker whose connection is in ``state`` and return its process id."""
         signed = wait_for(lambda: [name for _, _, name, is_in, _ in server.connections() if name and is_in == state])
         worker = int(signed[0].removeprefix("worker "))
         os.kill(worker, signal.SIGKILL)
@@ -450,7 +453,7 @@ BLOCKING = {
 class TestGevent:
     @pytest.mark.parametrize("running", COOPERATIVE.values(), indirect=True, ids=COOPERATIVE)
     def test_greenlets_share_nothing(self, server: Running) -> None:
-        """As many requests as the pool has connections are served at once, each apart, while others are answered."""
+        """As many requests as the pool has connections run at once, each on its own, while the worker serves others."""
         with ThreadPoolExecutor(1) as pool:
             looking = pool.submit(look_at_once, server, [*"abcde"], waiting=5)
             assert wait_for(lambda: server.ask("/held", "GET").json["held"] == 5)
@@ -458,8 +461,8 @@ class TestGevent:
         assert server.ask("/siblings/tea").json == {"told": ["ran", "ConcurrentUseError"]}
 
     @pytest.mark.parametrize("running", BLOCKING.values(), indirect=True, ids=BLOCKING)
-    def test_what_blocks(self, server: Running) -> None:
-        """A driver that does not wait in gevent's way has the worker serve one after the other, on one connection."""
+    def test_a_blocking_driver_serves_one_request_at_a_time(self, server: Running) -> None:
+        """With a driver that blocks gevent's hub, the worker serves one request after another, on one connection."""
         assert server.ask("/pair/tea").status == 201
         looks = look_at_once(server, [*"abc"], waiting=1)
         assert all(look["same"] for look in looks)
@@ -468,7 +471,7 @@ class TestGevent:
 
 
 def test_trio(postgresql: Any, tmp_path: Path) -> None:
-    """A server on another event loop than asyncio is refused at start-up, in one sentence."""
+    """A server on an event loop other than asyncio fails at startup with a clear error."""
     running = Running(Kind(f"{HYPERCORN} --worker-class trio", "fastapi"), postgresql, tmp_path / "log")
     try:
         with pytest.raises(AssertionError, match="session_plugin needs asyncio"):
@@ -477,8 +480,8 @@ def test_trio(postgresql: Any, tmp_path: Path) -> None:
         running.close()
 
 
-def test_a_crowd_of_greenlets(postgresql: Any, tmp_path: Path) -> None:
-    """A greenlet for each, and the session of each is its own."""
+def test_many_greenlets(postgresql: Any, tmp_path: Path) -> None:
+    """With 200 concurrent greenlets each request has its own session."""
     site = Running(Kind(GEVENT, "flask-green", "psycopg2"), postgresql, tmp_path / "log")
     try:
         site.start()
@@ -486,8 +489,8 @@ def test_a_crowd_of_greenlets(postgresql: Any, tmp_path: Path) -> None:
         with ThreadPoolExecutor(CROWD) as clients:
             asked = [f"/{kinds[number % 3]}/{number:03}" for number in range(CROWD)]
             replies = list(clients.map(site.ask, asked))
-        told = {(path.rpartition("/")[0][1:], reply.status) for path, reply in zip(asked, replies, strict=True)}
-        assert told == {("pair", 201), ("refuse", 400), ("stream/saved", 201)}
+        statuses = {(path.rpartition("/")[0][1:], reply.status) for path, reply in zip(asked, replies, strict=True)}
+        assert statuses == {("pair", 201), ("refuse", 400), ("stream/saved", 201)}
         saved = [name for number in range(0, CROWD, 3) for name in (f"{number:03}", f"{number + 2:03}")]
         late = [f"late {number:03}" for number in range(2, CROWD, 3)]
         expected = {whose for name in [*saved, *late] if name != "200" for whose in (name, f"{name}'s")}

@@ -1,4 +1,4 @@
-"""A few seconds of the soak; `make soak` is the whole of it."""
+"""A soak test of a few seconds; `make soak` runs the full one."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from .soak_site import KINDS
 
 
 def test_a_short_soak(postgresql: Any) -> None:
-    """Under faults, what the clients were told is what the database holds; each way and kind was among them."""
+    """Under faults, the responses agree with the database, for each way and each kind of request."""
     soak = Soak(postgresql, 8)
     soak.run()
     assert soak.problems == []
-    assert {told.way for told in soak.journal if told.saved} == {"async", "sync", "flask"}
-    assert {told.kind for told in soak.journal} == set(KINDS)
+    assert {call.way for call in soak.journal if call.saved} == {"async", "sync", "flask"}
+    assert {call.kind for call in soak.journal} == set(KINDS)
     assert dict(soak.figures)["fault: worker killed"]

@@ -1,4 +1,4 @@
-"""SQLite does transactions."""
+"""Transactions on SQLite: DDL, savepoints, locks and databases in memory."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_a_released_savepoint_does_not_survive_the_rollback(db: Any) -> None:
     assert names(db) == []
 
 
-def test_the_drivers_default_keeps_it(tmp_path: Path) -> None:
-    """What the tests before this one guard against, on plain SQLAlchemy."""
+def test_the_drivers_default_does_not_roll_back_ddl(tmp_path: Path) -> None:
+    """With plain SQLAlchemy a rollback keeps a new table; the tests before this one guard against that."""
     engine = create_engine(f"sqlite:///{tmp_path / 'plain.db'}")
     with engine.connect() as connection:
         connection.execute(text("CREATE TABLE more (id INTEGER)"))
@@ -64,7 +64,7 @@ def test_the_drivers_default_keeps_it(tmp_path: Path) -> None:
 
 
 def test_a_raw_connection_still_has_transactions(db: Any) -> None:
-    """As the driver begins them, whatever was done on that connection before."""
+    """A raw connection has the driver's implicit transactions, even if a session used it before."""
     _insert(db)
     raw = db.engine.raw_connection()
     raw.cursor().execute("INSERT INTO parent (name) VALUES ('lost')")
@@ -73,7 +73,7 @@ def test_a_raw_connection_still_has_transactions(db: Any) -> None:
 
 
 def begins(db: Any) -> list[str]:
-    """The BEGINs that the database sees from now on."""
+    """A list to which each BEGIN is added that is executed from now on."""
     seen: list[str] = []
 
     @event.listens_for(db.engine, "before_cursor_execute")
@@ -87,7 +87,7 @@ def begins(db: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("method", "begin"), [("POST", "BEGIN IMMEDIATE"), ("GET", "BEGIN"), ("HEAD", "BEGIN"), (None, "BEGIN IMMEDIATE")]
 )
-def test_immediate_where_a_scope_may_write(db: Any, method: str | None, begin: str) -> None:
+def test_begin_is_immediate_if_the_unit_of_work_may_write(db: Any, method: str | None, begin: str) -> None:
     seen = begins(db)
     scope = open_unit_of_work(core_of(db), origin="test", method=method)
     scope.session.execute(text("SELECT 1"))
@@ -96,7 +96,7 @@ def test_immediate_where_a_scope_may_write(db: Any, method: str | None, begin: s
 
 
 def test_two_writers_wait_for_one_another(db: Any) -> None:
-    """Read, then write, in eight threads at once: nobody reads "database is locked"."""
+    """Eight threads that read and then write at the same time wait for each other; none fails with a lock error."""
     with db.engine.connect() as connection:
         connection.connection.driver_connection.rollback()
         connection.connection.driver_connection.execute("PRAGMA journal_mode=WAL")
@@ -139,7 +139,7 @@ def test_an_in_memory_url_is_one_database_for_every_thread() -> None:
     thread.join()
     assert names(db) == ["tea"]
     db.dispose()
-    assert names(db) == ["tea"]  # it lives as long as the Database
+    assert names(db) == ["tea"]  # the data lives as long as the Database
     db.dispose()
 
 
@@ -158,19 +158,19 @@ def test_two_in_memory_urls_are_two_databases() -> None:
     second.dispose()
 
 
-def test_an_old_sqlite_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_sqlite_raises_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 35, 5))
     with pytest.raises(ConfigurationError, match=r"3\.36 or newer"):
         Database("sqlite://")
 
 
-def test_the_oldest_sqlite_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_supported_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 36, 0))
     Database("sqlite://").dispose()
 
 
-def test_a_url_of_another_database_that_leaves_its_place_to_the_driver_is_kept() -> None:
-    """Nothing but SQLite lives in memory for want of a name."""
+def test_a_url_without_a_database_name_is_kept_on_other_databases() -> None:
+    """Only SQLite treats a URL without a database name as a database in memory."""
     assert str(Database("postgresql+psycopg://").engine.url) == "postgresql+psycopg://"
 
 
@@ -183,7 +183,7 @@ def test_autocommit_has_no_transaction(db: Any) -> None:
 
 
 def test_an_engine_that_begins_by_itself_is_left_alone(tmp_path: Path) -> None:
-    """The recipe of SQLAlchemy's documentation may stand on an engine made elsewhere."""
+    """An engine that already begins transactions by SQLAlchemy's documented recipe gets no second BEGIN."""
     engine = create_engine(f"sqlite:///{tmp_path / 'own.db'}")
 
     @event.listens_for(engine, "connect")
@@ -195,15 +195,15 @@ def test_an_engine_that_begins_by_itself_is_left_alone(tmp_path: Path) -> None:
         connection.exec_driver_sql("BEGIN")
 
     db = Database(engine, metadata=Base.metadata)
-    Database(engine)  # a second one listens no second time
+    Database(engine)  # a second Database on the engine adds no second listener
     db.create_all()
     _insert(db)
     assert names(db) == ["tea"]
     engine.dispose()
 
 
-def test_a_locked_database_fails_the_statement_and_lends_nothing_on(db: Any, tmp_path: Path) -> None:
-    """BEGIN IMMEDIATE that times out leaves a whole pool."""
+def test_a_locked_database_fails_the_statement_and_keeps_the_pool_usable(db: Any, tmp_path: Path) -> None:
+    """If BEGIN IMMEDIATE times out, the connection is returned and the next unit of work can use it."""
     impatient = Database(f"sqlite:///{tmp_path / 'test.db'}", connect_args={"timeout": 0.05}, pool_size=1)
     with db.session_scope() as session:
         insert("tea")(session)
@@ -234,6 +234,9 @@ def test_deferred_constraints_are_checked_at_commit(db: Any) -> None:
 
 
 def test_a_connection_that_is_only_to_be_terminated_is_left_alone() -> None:
-    """As of one that is collected outside its event loop: nothing can be said to it any more."""
+    """Nothing is sent on a connection that can only be terminated.
+
+    An example is one that is garbage-collected outside its event loop.
+    """
     state = PoolResetState(transaction_was_reset=False, terminate_only=True, asyncio_safe=False)
     sqlite._reset(None, None, state)

@@ -1,4 +1,4 @@
-"""What Starlette adds to the promises: lifespans, mounted apps, several plugins, one plugin on several apps."""
+"""Starlette's own promises: lifespans, mounted apps, several plugins, and one plugin on several apps."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -32,44 +32,44 @@ file_store = stores(["sqlite+aiosqlite"])
 
 @on(StarletteHarness)
 class TestContract(Contract):
-    """The promises."""
+    """The contract on Starlette."""
 
 
 # -- lifespan --------------------------------------------------------------------------------------
 
 
 class Lifespan:
-    """A server's side of the lifespan protocol, up to the message that ends each phase."""
+    """The server's side of the lifespan protocol, up to the message that ends each phase."""
 
     def __init__(self, app: Any) -> None:
         self.sent: list[dict[str, Any]] = []
         self._app = app
         self.to_app: asyncio.Queue[Any] = asyncio.Queue()
-        self._answered: asyncio.Queue[Any] = asyncio.Queue()
+        self._replied: asyncio.Queue[Any] = asyncio.Queue()
 
     async def __aenter__(self) -> Any:
         self.task = asyncio.create_task(self._run())
-        await self.tell("startup")
+        await self.request("startup")
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         if not self.task.done():
-            await self.tell("shutdown")
+            await self.request("shutdown")
         await asyncio.wait([self.task], timeout=5)
 
-    async def tell(self, phase: str) -> None:
+    async def request(self, phase: str) -> None:
         await self.to_app.put({"type": f"lifespan.{phase}"})
-        await asyncio.wait_for(self._answered.get(), 5)
+        await asyncio.wait_for(self._replied.get(), 5)
 
     async def _run(self) -> None:
         try:
             await self._app({"type": "lifespan", "state": {}}, self.to_app.get, self._send)
         finally:
-            await self._answered.put(None)
+            await self._replied.put(None)
 
     async def _send(self, message: Any) -> None:
         self.sent.append(message)
-        await self._answered.put(None)
+        await self._replied.put(None)
 
     @property
     def types(self) -> list[str]:
@@ -77,7 +77,7 @@ class Lifespan:
 
 
 def disposals(engine: Any) -> list[str]:
-    """Fills whenever ``engine`` is disposed."""
+    """Return a list that grows by one entry whenever ``engine`` is disposed of."""
     from sqlalchemy import event
 
     log: list[str] = []
@@ -87,7 +87,10 @@ def disposals(engine: Any) -> list[str]:
 
 @pytest.mark.parametrize("fails", [None, "startup", "shutdown"])
 def test_lifespan_is_kept_and_engines_are_disposed(store: Store, fails: str | None) -> None:
-    """The user's own lifespan runs and can use the database; ours is disposed however it ends, before that is told."""
+    """The user's lifespan runs and can use the database.
+
+    The plugin disposes of its engines however the lifespan ends, before the server is notified.
+    """
     db = AsyncSessionPlugin(store.url)
     other = AsyncSessionPlugin(store.url)
     log: list[Any] = []
@@ -124,7 +127,7 @@ def test_lifespan_is_kept_and_engines_are_disposed(store: Store, fails: str | No
 
 
 def test_middlewares_of_one_database_dispose_as_one(file_store: Store) -> None:
-    """An app that is wrapped twice has its engines disposed as often as one that is wrapped once."""
+    """An app that is wrapped twice disposes of its engines as often as one that is wrapped once."""
     db = AsyncDatabase(file_store.url)
     disposed = disposals(db.engine.sync_engine)
     app: Any = Starlette()
@@ -142,8 +145,8 @@ def test_middlewares_of_one_database_dispose_as_one(file_store: Store) -> None:
     assert counts == [2, 2]
 
 
-def test_engines_made_elsewhere_are_not_disposed(store: Store) -> None:
-    """Engines made elsewhere are their maker's to dispose, sync and async."""
+def test_engines_that_the_user_created_are_not_disposed(store: Store) -> None:
+    """The user is responsible for disposing of engines that they created themselves, sync and async."""
     engine = create_engine(store.url.replace("asyncpg", "psycopg"))
     async_engine = create_async_engine(store.url)
     app = Starlette()
@@ -164,7 +167,7 @@ SECRET = "hunter2"
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "expected"),
     [
         (f"nonsense://user:{SECRET}@host/db", "nonsense://user:***@host/db"),
         (f"user:{SECRET}@host", "cannot be read"),
@@ -174,8 +177,8 @@ SECRET = "hunter2"
         (KeyError(SECRET), "KeyError"),
     ],
 )
-def test_a_late_source_that_cannot_work_fails_the_startup(source: Any, told: str) -> None:
-    """What a late source gets wrong is told to the server in a sentence, without the password."""
+def test_a_late_source_that_cannot_work_fails_the_startup(source: Any, expected: str) -> None:
+    """If a late source cannot work, the startup fails with a message to the server that does not show the password."""
 
     def late() -> Any:
         if isinstance(source, Exception):
@@ -195,13 +198,13 @@ def test_a_late_source_that_cannot_work_fails_the_startup(source: Any, told: str
 
     [message] = asyncio.run(scenario())
     assert message["type"] == "lifespan.startup.failed"
-    assert told in message["message"]
+    assert expected in message["message"]
     assert SECRET not in message["message"]
 
 
 @pytest.mark.parametrize("plugin_class", [SessionPlugin, AsyncSessionPlugin])
 def test_another_event_loop_than_asyncio_fails_the_startup(plugin_class: Any) -> None:
-    """It is told in a sentence, and not by every request."""
+    """On an event loop other than asyncio the startup fails, instead of every request."""
     app = Starlette()
     plugin_class("sqlite+aiosqlite://" if plugin_class is AsyncSessionPlugin else "sqlite://").init_app(app)
     sent: list[Any] = []
@@ -219,7 +222,7 @@ def test_another_event_loop_than_asyncio_fails_the_startup(plugin_class: Any) ->
 
 
 def test_init_app_twice_or_too_late() -> None:
-    """Both are told, and what to do."""
+    """`init_app()` raises an error that says what to do if it is called twice or too late."""
     db = SessionPlugin("sqlite://")
     app = Starlette()
     db.init_app(app)
@@ -231,7 +234,7 @@ def test_init_app_twice_or_too_late() -> None:
 
 
 def test_other_connection_types_pass(file_store: Store) -> None:
-    """What is no request, WebSocket or lifespan is the app's own business."""
+    """Connection types other than request, WebSocket and lifespan are passed to the app unchanged."""
     seen: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -248,7 +251,10 @@ def test_other_connection_types_pass(file_store: Store) -> None:
 
 
 def test_a_sync_plugin_beside_an_async_one(store: Store) -> None:
-    """Each has its session and its fate; both settle before the response, and one's failed commit is the response's."""
+    """A sync and an async plugin each have a session and settle separately, both before the response.
+
+    If either commit fails, the client receives the error handler's response.
+    """
     site = Site(store, Starlette())
     sync = SessionPlugin(store.url.replace("asyncpg", "psycopg"), pool_size=5, max_overflow=0)
 
@@ -256,16 +262,16 @@ def test_a_sync_plugin_beside_an_async_one(store: Store) -> None:
         session = await sync.get_session()
         await asyncio.to_thread(insert("sync"), session)
         await site.db.session.run_sync(insert("async"))
-        if request.path_params["fate"] == "sync refused":
+        if request.path_params["case"] == "sync refused":
             await asyncio.to_thread(add_orphan, session)
-        if request.path_params["fate"] == "async doomed":
+        if request.path_params["case"] == "async doomed":
             site.db.doom()
         return JSONResponse({})
 
     async def conflict(request: Any, error: Exception) -> Any:
         return JSONResponse({"rows": await site.db.session.run_sync(count)}, 409)
 
-    site.app.router.routes.append(Route("/{fate}", both))
+    site.app.router.routes.append(Route("/{case}", both))
     site.app.add_exception_handler(IntegrityError, conflict)
     site.db.init_app(site.app)
     sync.init_app(site.app)
@@ -287,7 +293,10 @@ def client_of(app: Any) -> httpx.AsyncClient:
 
 
 def test_one_plugin_on_several_apps(tmp_path: Any) -> None:
-    """Each app has its own database, also in an app mounted in both, and in a request that one makes to the other."""
+    """One plugin on several apps uses a separate database for each app.
+
+    This includes an app that is mounted in both, and a request that one app sends to the other.
+    """
     db = AsyncSessionPlugin(metadata=Base.metadata)
 
     async def add(request: Any) -> Any:
@@ -339,8 +348,8 @@ class Named:
 
 
 @pytest.mark.parametrize("where", ["mount", "router", "middleware", "host", "router with an app"])
-def test_mounted_apps_answer_their_own_errors(file_store: Store, where: str) -> None:
-    """Wherever an app is mounted, its own handlers answer a failed commit, and what they answer for rolls back."""
+def test_mounted_apps_handle_their_own_errors(file_store: Store, where: str) -> None:
+    """A mounted app's own error handlers handle a failed commit; work whose error they handle is rolled back."""
     site = Site(file_store, Starlette())
 
     async def refused(request: Any) -> Any:
@@ -351,10 +360,10 @@ def test_mounted_apps_answer_their_own_errors(file_store: Store, where: str) -> 
         await site.db.session.run_sync(insert("lost"))
         raise KeyError
 
-    async def answer(request: Any, error: Exception) -> Any:
+    async def handle(request: Any, error: Exception) -> Any:
         return JSONResponse({"rows": await site.db.session.run_sync(count)})
 
-    handlers: Any = {IntegrityError: answer, KeyError: answer}
+    handlers: Any = {IntegrityError: handle, KeyError: handle}
     inner = Starlette(
         routes=[Route("/refused", refused), Route("/handled", handled)],
         exception_handlers=handlers,
@@ -374,8 +383,8 @@ def test_mounted_apps_answer_their_own_errors(file_store: Store, where: str) -> 
         assert file_store.names() == []
 
 
-def test_rebuilding_the_stack_does_not_pile_up_layers(file_store: Store) -> None:
-    """Instrumentation rebuilds an app's middleware; each plugin still has one layer inside it."""
+def test_rebuilding_the_stack_does_not_add_layers(file_store: Store) -> None:
+    """If instrumentation rebuilds an app's middleware stack, each plugin still has exactly one layer in it."""
     from session_plugin.starlette.settling import SettlingMiddleware
 
     app = Starlette()
@@ -387,7 +396,7 @@ def test_rebuilding_the_stack_does_not_pile_up_layers(file_store: Store) -> None
 
 
 def test_policy_of_a_mounted_apps_endpoint(store: Store) -> None:
-    """@db.policy on an endpoint counts wherever it is mounted."""
+    """`@db.policy` on an endpoint applies wherever the endpoint is mounted."""
     from session_plugin import read_only
 
     site = Site(store, Starlette())
@@ -404,7 +413,7 @@ def test_policy_of_a_mounted_apps_endpoint(store: Store) -> None:
 
 
 def test_an_app_without_exception_handling(file_store: Store) -> None:
-    """An app whose middleware stack is its router alone still settles before it answers."""
+    """An app whose middleware stack consists of its router only still settles before the response is sent."""
 
     class Bare(Starlette):
         def build_middleware_stack(self) -> Any:

@@ -1,4 +1,4 @@
-"""What the test kit makes fail, counts and keeps back."""
+"""The test kit: failures on request, counted statements, captured hooks, and a database for each worker."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ HERE = Path(__file__)
 
 
 def test_the_next_commit_breaks_a_constraint(units: Units) -> None:
-    """Once, by the driver's own error; and the test's session commits meanwhile."""
+    """`fail_next_commit()` fails one commit of the app with the driver's own error.
+
+    Commits of the test's session are not affected.
+    """
     with Isolated(units) as isolated:
         fail_next_commit(units.db)
         isolated.see(lambda session: [insert("arranged")(session), session.commit()])
@@ -55,7 +58,7 @@ def test_the_next_commit_breaks_a_constraint(units: Units) -> None:
         assert isolated.names() == ["arranged", "coffee"]
 
 
-def test_the_next_commit_meets_a_serialization_failure(units: Units) -> None:
+def test_the_next_commit_fails_to_serialize(units: Units) -> None:
     with Isolated(units) as isolated:
         fail_next_commit(units.db, "serialization")
         with pytest.raises(DBAPIError, match="locked" if "sqlite" in units.driver else "a test asked for this"):
@@ -78,7 +81,7 @@ def test_the_next_commit_loses_its_connection(units: Units) -> None:
 
 @on(*POSTGRESQL, *MARIADB)
 def test_a_connection_dies_in_the_middle(units: Units) -> None:
-    """And stays dead for its unit of work, whoever catches the error."""
+    """A killed connection stays dead for its unit of work, even if the work catches the error."""
 
     def work(session: Session) -> None:
         insert("tea")(session)
@@ -104,7 +107,7 @@ def test_sqlite_has_no_connection_to_lose(units: Units) -> None:
 
 
 @on(*SOME)
-def test_an_exhausted_pool_gives_nothing(units: Units) -> None:
+def test_an_exhausted_pool_raises_a_timeout(units: Units) -> None:
     with Isolated(units) as isolated:
         with exhausted_pool(units.db):
             with pytest.raises(PoolTimeoutError):
@@ -115,8 +118,8 @@ def test_an_exhausted_pool_gives_nothing(units: Units) -> None:
 
 
 @on("sqlite+pysqlite", "sqlite+aiosqlite")
-def test_a_failure_that_never_came_is_told(units: Units) -> None:
-    """A test that asked for one and would pass without it has shown nothing."""
+def test_a_failure_that_never_happened_is_an_error(units: Units) -> None:
+    """If a requested failure never happens, the block raises, because the test would have passed without it."""
     for ask in (fail_next_commit, kill_connection):
         with pytest.raises(IsolationError, match="has not happened"), Isolated(units):
             ask(units.db)
@@ -132,8 +135,8 @@ def test_failures_need_an_isolated_database() -> None:
 
 
 @on(*SOME)
-def test_hooks_are_kept_back(units: Units) -> None:
-    """Those whose commit came, to be looked at, and run as the database would."""
+def test_hooks_are_captured(units: Units) -> None:
+    """Hooks of committed work are captured instead of run; a test can inspect them, and run them with `hooks.run()`."""
 
     def work(session: Session) -> None:
         units.db.on_commit(hook, "tea", loud=True)
@@ -162,7 +165,7 @@ def test_hooks_are_kept_back(units: Units) -> None:
 
 
 def run_one_inside(units: Units) -> None:
-    """A block of its own in the block: what it runs is not kept back again."""
+    """Hooks that an inner block captures and runs are not captured again by the outer block."""
     log: list[int] = []
     with captured_hooks(units.db) as hooks:
         units.run(lambda session: units.db.on_commit(log.append, 1) or session.execute(text("SELECT 1")))  # type: ignore[func-returns-value]
@@ -177,7 +180,10 @@ def run_one_inside(units: Units) -> None:
 
 @on(*SYNC, *ASYNC)
 def test_too_many_statements_are_named_with_their_origin(units: Units) -> None:
-    """Isolated or not; and what begins and ends transactions does not count."""
+    """`assert_queries()` names each statement and the line that executed it, on an isolated database or not.
+
+    Statements that begin or end transactions do not count.
+    """
 
     def work(session: Session) -> None:
         session.execute(text("SELECT 1"))
@@ -192,10 +198,10 @@ def test_too_many_statements_are_named_with_their_origin(units: Units) -> None:
             units.run(lambda session: session.execute(text("DELETE FROM parent")))
         with pytest.raises(AssertionError) as raised, assert_queries(units.db, max=1):
             units.run(work)
-        told = str(raised.value).splitlines()
-        assert told[0] == "2 statements were sent, and 1 are allowed:"
+        lines = str(raised.value).splitlines()
+        assert lines[0] == "2 statements were sent, and 1 are allowed:"
         first = work.__code__.co_firstlineno
-        assert [line.strip() for line in told[1:]] == [
+        assert [line.strip() for line in lines[1:]] == [
             "1. SELECT 1",
             f"{HERE}:{first + 1} in work",
             "2. SELECT parent.name FROM parent",
@@ -219,7 +225,7 @@ def test_the_origin_of_a_statement_of_a_coroutine(units: Units) -> None:
 
 
 @on("sqlite+pysqlite")
-def test_a_statement_of_nobodys_code(units: Units) -> None:
+def test_a_statement_without_user_code_on_the_stack(units: Units) -> None:
     with assert_queries(units.db, max=99) as queries:
         with units.db.sessionmaker() as session:
             thread = threading.Thread(target=session.execute, args=(text("SELECT 1"),))
@@ -229,8 +235,11 @@ def test_a_statement_of_nobodys_code(units: Units) -> None:
 
 
 @on("postgresql+psycopg")
-def test_statements_of_an_engine_that_is_made_in_the_block(units: Units) -> None:
-    """The first read without a transaction makes one; other databases of the process do not count."""
+def test_statements_of_an_engine_that_is_created_in_the_block(units: Units) -> None:
+    """Statements of an engine that is created inside the block count; those of other databases do not.
+
+    The first read without a transaction creates such an engine.
+    """
     with assert_queries(units.db, max=1) as queries:
         with units.db.session_scope() as session:
             units.db.use(read_only_autocommit)
@@ -292,7 +301,7 @@ def test_a_failed_commit_reaches_the_error_handler_of_flask(flask_app: tuple[Fla
         assert session.scalars(select(Parent.name)).all() == []
 
 
-def test_who_leaves_flask_midstream_leaves_nothing(flask_app: tuple[Flask, SessionPlugin[Any]]) -> None:
+def test_leaving_a_flask_stream_midway_writes_nothing(flask_app: tuple[Flask, SessionPlugin[Any]]) -> None:
     app, db = flask_app
     with db.isolated() as session:
         left = leave_midstream(app, "POST", "/stream?x=1", json=["a", "b", "c"], headers={"X-Client": "x"}, chunks=2)
@@ -331,7 +340,7 @@ def fastapi_app(location: Path) -> tuple[FastAPI, AsyncSessionPlugin[Any]]:
 
 
 def test_an_asgi_app(tmp_path: Path) -> None:
-    """A failed commit reaches its handler, and who leaves it midstream leaves nothing."""
+    """In an ASGI app a failed commit reaches the error handler, and leaving a stream midway writes nothing."""
     app, db = fastapi_app(tmp_path)
 
     async def main() -> None:
@@ -349,8 +358,8 @@ def test_an_asgi_app(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_an_asgi_app_that_does_not_look() -> None:
-    """What it sends to a client that has gone is not read."""
+def test_an_asgi_app_that_ignores_the_disconnect() -> None:
+    """What an app sends after the client has disconnected is not read."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -383,7 +392,7 @@ def test_each_worker_has_a_database(driver: str, request: pytest.FixtureRequest)
 
 
 def test_each_worker_has_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named by pytest-xdist; without it, or in memory, nothing changes."""
+    """On SQLite the file is named after pytest-xdist's worker; without a worker, or in memory, nothing changes."""
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw3")
     with worker_database(f"sqlite:///{tmp_path}/test.db") as url:
         assert url.database == f"{tmp_path}/test_gw3.db"

@@ -1,4 +1,4 @@
-"""The pytest plugin, in test runs of its own: with each framework's client, pytest-asyncio, anyio and pytest-xdist."""
+"""The pytest plugin in separate test runs: with each framework's client, pytest-asyncio, anyio and pytest-xdist."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from textwrap import dedent
 
-import fastapi  # noqa: F401  else each of the runs imports it anew
+import fastapi  # noqa: F401  otherwise each test run imports it again
 import flask  # noqa: F401
 import httpx  # noqa: F401
 import pytest
@@ -133,7 +133,7 @@ PORTAL = """
 
 
 class Project:
-    """An app with its tests, in a folder of its own."""
+    """An app with its tests, in a separate folder."""
 
     def __init__(self, pytester: pytest.Pytester) -> None:
         self.pytester = pytester
@@ -160,7 +160,7 @@ class Project:
         return result
 
     def orders(self) -> int:
-        """How many orders a run has left behind."""
+        """How many orders a run has left in the database."""
         engine = create_engine(f"sqlite:///{self.location}/orders.db")
         with engine.connect() as connection:
             found = connection.scalar(text("SELECT count(*) FROM orders"))
@@ -170,7 +170,7 @@ class Project:
 
 @pytest.fixture
 def collected() -> Iterator[None]:
-    """What a run inside leaves to the collector is collected by the end, and no other test is blamed for it."""
+    """Collect the garbage of an inner run at its end, so that its warnings do not appear in other tests."""
     yield
     with warnings.catch_warnings(action="ignore"):
         gc.collect()
@@ -182,7 +182,7 @@ def project(collected: None, pytester: pytest.Pytester) -> Project:
 
 
 def test_flask(project: Project) -> None:
-    """Each test finds what the others do not leave."""
+    """With Flask's test client no test sees rows of another, and no row is left."""
     project.flask()
     project.write("conftest", CONFTEST, FLASK_CLIENT)
     project.write("test_app", TWICE)
@@ -190,8 +190,8 @@ def test_flask(project: Project) -> None:
     assert project.orders() == 0
 
 
-def test_without_the_kit_a_row_stays(project: Project) -> None:
-    """The same tests pass with it, and fail without."""
+def test_without_the_plugin_a_row_stays(project: Project) -> None:
+    """The same two tests pass with `isolated_database`; without it the second finds the row of the first and fails."""
     project.flask()
     project.write("conftest", CONFTEST, FLASK_CLIENT)
     twice = """
@@ -216,9 +216,9 @@ def test_fastapi_sync_with_test_client(project: Project) -> None:
 
 
 def test_fastapi_async(project: Project) -> None:
-    """On the loop of pytest-asyncio, by mark or in its mode "auto", of anyio, and of a `TestClient`.
+    """Async tests run on the event loop of pytest-asyncio, of anyio or of a `TestClient`.
 
-    A plain test has no loop on which the app would run, and is told so.
+    A sync test has no event loop for the app, so the fixture raises IsolationError.
     """
     project.fastapi()
     backend = """
@@ -244,7 +244,7 @@ def test_pytest_asyncio_by_itself(project: Project) -> None:
     assert project.orders() == 0
 
 
-def test_no_database_is_told(project: Project) -> None:
+def test_a_missing_database_fixture_is_an_error(project: Project) -> None:
     project.write("test_app", "def test_order(isolated_database): pass")
     project.run(errors=1).stdout.fnmatch_lines(["*The fixture session_plugin_database is not defined*"])
 
@@ -282,5 +282,5 @@ def test_xdist_gives_each_worker_a_database(project: Project) -> None:
     assert sorted(path.name for path in project.location.iterdir()) == []
 
 
-def test_the_core_does_not_load_the_kit() -> None:
+def test_the_core_does_not_import_the_test_kit() -> None:
     assert not [name for name in loaded_by("session_plugin", "session_plugin.flask") if "testing" in name]

@@ -1,4 +1,4 @@
-"""A crowd of sync requests on a small pool: it is served at the pool's speed, and nothing it waits for leaks."""
+"""Many sync requests on a small pool: they are served at the pool's speed, and no permit or thread leaks."""
 
 import asyncio
 import os
@@ -71,7 +71,7 @@ def crowd_site(store: Store) -> Site:
 
 @pytest.mark.parametrize("kind", ["add", "model", "dependency"])
 def test_a_crowd_is_served_in_turn(store: Store, kind: str) -> None:
-    """150 sync requests at once on five connections: every one is answered, and the others are not kept waiting."""
+    """150 simultaneous sync requests on five connections all succeed, and requests without a database do not wait."""
     site = crowd_site(store)
     longest = 0.0
     with site.running(), ThreadPoolExecutor(CROWD) as clients:
@@ -85,8 +85,8 @@ def test_a_crowd_is_served_in_turn(store: Store, kind: str) -> None:
     assert longest < 2
 
 
-def test_the_dependency_waits_before_it_has_a_thread(store: Store) -> None:
-    """Each endpoint that it gives a session has its permit already."""
+def test_the_dependency_waits_for_a_permit_before_it_takes_a_thread(store: Store) -> None:
+    """An endpoint that gets its session from the dependency already has its permit."""
     site = Site(store, sync=True)
 
     @site.app.get("/")
@@ -98,7 +98,7 @@ def test_the_dependency_waits_before_it_has_a_thread(store: Store) -> None:
 
 
 def test_the_naive_dependency_starves(store: Store) -> None:
-    """Proof that the crowd can starve: with the dependency of FastAPI's documentation many of it are a 500."""
+    """With the dependency from FastAPI's documentation the same load ends in 500 responses, so it can starve."""
     engine = create_engine(store.url, **{**POOL, "pool_timeout": 0.5})
     make = sessionmaker(engine)
     site = Site(store, FastAPI())
@@ -121,7 +121,7 @@ def test_the_naive_dependency_starves(store: Store) -> None:
 
 
 def test_permits_never_leak(store: Store) -> None:
-    """However a request ends, and whatever it did with its session, its permit is back."""
+    """A request returns its permit however it ends and whatever it did with its session."""
     site = Site(store, sync=True, pool_size=1, max_overflow=0, pool_timeout=3)
     SessionDep = Annotated[Session, Depends(site.db.get_session)]
 
@@ -148,7 +148,7 @@ def test_permits_never_leak(store: Store) -> None:
 
 
 def test_a_request_that_stops_waiting_returns_its_permit(store: Store) -> None:
-    """Cancelled while it waits, or just as it is served: the next in line is served."""
+    """If a request is cancelled while it waits, or just as it gets its permit, the next request in line is served."""
     site = Site(store, sync=True, pool_size=1, max_overflow=0, pool_timeout=3)
     permits = site.db.init_app(site.app) or core_of(site.db.database).semaphore
 
@@ -169,7 +169,10 @@ def test_a_request_that_stops_waiting_returns_its_permit(store: Store) -> None:
 
 
 def test_permits_asked_for_twice_at_once(store: Store) -> None:
-    """Two dependencies that wait side by side for one scope's permit take one; one that waits beyond its end, none."""
+    """Two dependencies that wait at the same time for one unit of work take one permit.
+
+    A dependency that still waits when its unit of work ends takes none.
+    """
     database = Database(store.url, pool_size=2, max_overflow=0)
 
     async def scenario() -> None:
@@ -199,8 +202,8 @@ def test_permits_asked_for_twice_at_once(store: Store) -> None:
     database.dispose()
 
 
-def test_who_waits_too_long_for_a_permit_is_told() -> None:
-    """In a task or a thread, by SQLAlchemy's own exception; neither keeps a place in the queue, or a thread."""
+def test_waiting_too_long_for_a_permit_raises_a_timeout() -> None:
+    """A task or thread that waits too long gets SQLAlchemy's TimeoutError, and leaves the queue."""
     database = Database("sqlite://", pool_size=1, max_overflow=0, pool_timeout=0.05)
     permits = core_of(database).semaphore
 
@@ -219,10 +222,10 @@ def test_who_waits_too_long_for_a_permit_is_told() -> None:
             while limiter.total_tokens != threads:
                 await asyncio.sleep(0.01)
         release()
-        assert permits.acquire_in_thread(loop) is None  # the loop's own thread may not wait
+        assert permits.acquire_in_thread(loop) is None  # the event loop's own thread must not wait
         last = await asyncio.to_thread(permits.acquire_in_thread, loop)
         assert last is not None
-        with pytest.raises(PoolTimeoutError):  # there is one, whoever had it
+        with pytest.raises(PoolTimeoutError):  # there is only one permit, and it is taken
             await permits.acquire()
 
     asyncio.run(scenario())
@@ -230,7 +233,7 @@ def test_who_waits_too_long_for_a_permit_is_told() -> None:
 
 
 def test_a_permit_that_comes_too_late_goes_to_the_next() -> None:
-    """It was handed over just as the one who waited for it gave up."""
+    """A permit that is handed over just as its receiver gives up goes to the next request."""
     permits = FairSemaphore(1, None)
 
     async def scenario() -> None:
@@ -247,8 +250,8 @@ def test_a_permit_that_comes_too_late_goes_to_the_next() -> None:
     asyncio.run(scenario())
 
 
-def test_a_thread_that_waits_takes_no_place_among_the_threads() -> None:
-    """Those who hold a connection may need one before they give it back."""
+def test_a_waiting_thread_does_not_count_against_anyios_limit() -> None:
+    """A thread that waits for a permit raises anyio's thread limit, because holders may need a thread to release it."""
     permits = FairSemaphore(1, 5)
 
     async def scenario() -> None:
@@ -265,8 +268,8 @@ def test_a_thread_that_waits_takes_no_place_among_the_threads() -> None:
     asyncio.run(scenario())
 
 
-def test_a_thread_that_waits_where_there_is_no_anyio(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing counts threads there."""
+def test_a_waiting_thread_without_anyio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without anyio, which limits threads, a thread can wait for a permit too."""
     monkeypatch.delitem(sys.modules, "anyio.to_thread")
     permits = FairSemaphore(1, 5)
 
@@ -284,7 +287,7 @@ def test_a_thread_that_waits_where_there_is_no_anyio(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("use", [count, lambda session: session.get_bind()])
 def test_a_thread_that_outlives_its_request_keeps_no_permit(store: Store, use: Any) -> None:
-    """It waited for a connection, and the request ended meanwhile: it is refused, and the next is served."""
+    """A thread that waits for a connection when its request ends is refused, and the next request gets the permit."""
     database = Database(store.url, pool_size=1, max_overflow=0)
 
     async def scenario() -> None:
@@ -305,8 +308,11 @@ def test_a_thread_that_outlives_its_request_keeps_no_permit(store: Store, use: A
     database.dispose()
 
 
-def test_who_holds_a_connection_waits_for_no_permit() -> None:
-    """The thread of the event loop takes one without; what goes on with it elsewhere must not wait for those who do."""
+def test_a_unit_of_work_with_a_connection_waits_for_no_permit() -> None:
+    """A unit of work that has a connection waits for no permit when it continues in another thread.
+
+    The thread of the event loop takes connections without a permit.
+    """
     database = Database("sqlite://", pool_size=1, max_overflow=0, pool_timeout=0.1)
 
     async def scenario() -> None:
@@ -322,7 +328,7 @@ def test_who_holds_a_connection_waits_for_no_permit() -> None:
 
 
 def test_a_unit_of_work_inside_one_with_a_permit_waits_for_none() -> None:
-    """Unless it is of another database."""
+    """A unit of work inside one that has a permit waits for none, unless it belongs to another database."""
     first, other = (Database("sqlite://", pool_size=1, max_overflow=0, pool_timeout=0.1) for _ in range(2))
 
     async def scenario() -> None:
@@ -346,14 +352,14 @@ def test_a_unit_of_work_inside_one_with_a_permit_waits_for_none() -> None:
     other.dispose()
 
 
-def test_a_thread_that_outlives_its_event_loop_counts_nowhere() -> None:
+def test_a_thread_that_outlives_its_event_loop_changes_no_limit() -> None:
     loop = asyncio.new_event_loop()
     loop.close()
     allow_threads(loop, -1)
 
 
 def test_a_forked_child_starts_with_all_permits() -> None:
-    """Those that requests of the parent hold come back there only."""
+    """A forked child starts with all permits free; those held in the parent are returned in the parent only."""
     database = Database("sqlite://", pool_size=1, max_overflow=0)
     assert asyncio.run(core_of(database).semaphore.acquire()) is not None
     child = os.fork()
@@ -363,13 +369,13 @@ def test_a_forked_child_starts_with_all_permits() -> None:
     database.dispose()
 
 
-def test_no_permit_where_nothing_limits_the_pool() -> None:
-    """A pool without a limit needs none."""
+def test_a_pool_without_a_limit_needs_no_permit() -> None:
+    """`acquire()` returns None at once if the pool has no limit."""
     assert asyncio.run(FairSemaphore(None, None).acquire()) is None
 
 
-def test_holders_do_not_queue_behind_those_who_wait() -> None:
-    """A call that would give a connection back runs although every worker of the others is taken."""
+def test_calls_that_return_connections_do_not_queue_behind_waiting_calls() -> None:
+    """A call that returns a connection runs even if every worker thread for calls that may wait is busy."""
     gate = threading.Event()
 
     async def scenario() -> None:
@@ -383,13 +389,16 @@ def test_holders_do_not_queue_behind_those_who_wait() -> None:
     asyncio.run(scenario())
 
 
-def test_an_ending_that_holds_a_connection_does_not_queue_behind_those_who_wait_for_one(tmp_path: Path) -> None:
-    """Nor may one that has yet to wait for it take the workers of the others."""
+def test_settling_with_a_connection_does_not_queue_behind_waiting_calls(tmp_path: Path) -> None:
+    """Settling a unit of work that holds a connection or permit does not wait for workers of calls that may wait.
+
+    Settling one that still has to wait for a connection does not use the workers of the others.
+    """
     db = Database(f"sqlite:///{tmp_path / 'shop.db'}", metadata=Base.metadata)
     db.create_all()
 
     async def end(name: str, *, permit: bool, connected: bool, beside: bool) -> None:
-        """While every worker of those who can wait (``beside``), or of the others, is taken."""
+        """Settle while every worker is busy: those of calls that can wait (``beside``), or the others."""
         gate = threading.Event()
         scope = open_unit_of_work(core_of(db), origin="test")
         if permit:
@@ -416,9 +425,10 @@ def test_an_ending_that_holds_a_connection_does_not_queue_behind_those_who_wait_
 
 
 @pytest.mark.parametrize("work", [None, add, insert])
-def test_a_permit_is_back_once_its_scope_is_settled(tmp_path: Path, work: Any) -> None:
-    """Before the body is sent, whether it was used or not, and that of late work once it is closed; a scope that has
-    one asks for no other.
+def test_settling_returns_the_permit(tmp_path: Path, work: Any) -> None:
+    """A permit, used or not, is returned when its unit of work is settled, before the body is sent.
+
+    The permit of late work is returned at the close.  A unit of work that has a permit requests no second one.
     """
     db = Database(
         f"sqlite:///{tmp_path / 'shop.db'}", metadata=Base.metadata, pool_size=1, max_overflow=0, pool_timeout=0.1

@@ -1,4 +1,4 @@
-"""Plain WSGI, in the corners of PEP 3333."""
+"""The WSGI middleware with plain WSGI apps, including rare cases of PEP 3333."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = ["module_store", "store"]
 
 @on(PlainWSGIHarness)
 class TestContract(Contract):
-    """The promises."""
+    """The contract on plain WSGI."""
 
 
 @pytest.fixture
 def site(store: Store) -> Iterator[Site]:
-    """A site whose ``app`` the test sets; at the end nothing is held."""
+    """A site whose ``app`` the test sets; at the end no connection is held."""
     with Site(store, None, Database(store.url, **POOL)).checked() as site:
         yield site
 
@@ -47,7 +47,7 @@ def db(site: Site) -> Any:
 
 
 def teardown_commits(app: Any, db: Any) -> Any:
-    """What this middleware replaces: the commit in the iterable's ``close()``."""
+    """The pattern that the middleware replaces: it commits in the iterable's ``close()``."""
 
     def middleware(environ: Any, start_response: Any) -> Iterator[bytes]:
         with db.session_scope() as session:
@@ -61,7 +61,7 @@ def teardown_commits(app: Any, db: Any) -> Any:
 
 
 def test_success_is_durable_when_its_status_leaves(db: Any, store: Store) -> None:
-    """Nothing of a success leaves before COMMIT; the commit at the iterable's end comes after all of it."""
+    """A success status is sent only after COMMIT; a commit at the iterable's end comes after the whole response."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(environ.get("session") or db.session)
@@ -96,7 +96,7 @@ def body_kinds() -> list[Any]:
 
 @pytest.mark.parametrize("make_body", body_kinds())
 def test_any_iterable_is_a_body(db: Any, store: Store, make_body: Callable[[Any], Any]) -> None:
-    """A list, a tuple, an iterator, a generator that starts late: durable before the first byte."""
+    """With any kind of iterable as the body, the work is durable before the first byte."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(db.session)
@@ -107,8 +107,8 @@ def test_any_iterable_is_a_body(db: Any, store: Store, make_body: Callable[[Any]
     assert server.complete
 
 
-def test_the_validator_is_content_around_and_inside(db: Any, store: Store) -> None:
-    """The middleware is a correct server to the app and a correct app to the server."""
+def test_the_validator_accepts_the_middleware_on_both_sides(db: Any, store: Store) -> None:
+    """wsgiref's validator accepts the middleware both as a server for the app and as an app for the server."""
 
     def app(environ: Any, start_response: Any) -> Any:
         write = start_response("201 Created", TEXT)
@@ -122,7 +122,7 @@ def test_the_validator_is_content_around_and_inside(db: Any, store: Store) -> No
 
 
 def test_app_that_is_a_generator(db: Any, store: Store) -> None:
-    """All of an app may run in the first ``next()``."""
+    """An app that is a generator, and so runs in the first ``next()``, commits before its status is sent."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(db.session)
@@ -137,7 +137,7 @@ def test_app_that_is_a_generator(db: Any, store: Store) -> None:
 
 
 def test_error_before_start_response(db: Any, store: Store) -> None:
-    """An app that raises writes nothing."""
+    """An app that raises before `start_response()` writes nothing."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(db.session)
@@ -148,7 +148,7 @@ def test_error_before_start_response(db: Any, store: Store) -> None:
 
 
 def test_error_after_start_response(db: Any, store: Store) -> None:
-    """A status that the app took back by raising was never true."""
+    """If the app raises after `start_response()`, that status is not sent and nothing is written."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(db.session)
@@ -161,7 +161,7 @@ def test_error_after_start_response(db: Any, store: Store) -> None:
 
 @pytest.mark.parametrize("body", [[], [b"a"]])
 def test_start_response_never_called(db: Any, store: Store, body: list[bytes]) -> None:
-    """No status, no success: it is the server's 500, and nothing is written."""
+    """If the app never calls `start_response()`, the server sends a 500 and nothing is written."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(db.session)
@@ -173,7 +173,7 @@ def test_start_response_never_called(db: Any, store: Store, body: list[bytes]) -
 
 
 def test_start_response_twice_without_exc_info(db: Any, store: Store) -> None:
-    """The second call is the app's bug, and told as such; nothing is written."""
+    """A second `start_response()` without exc_info is a bug of the app: it raises an error and nothing is written."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(db.session)
@@ -195,7 +195,7 @@ def catching(start_response: Any, status: str) -> None:
 
 @pytest.mark.parametrize("status", ["500 Oops", "200 OK"])
 def test_start_response_again_before_settling(db: Any, store: Store, status: str) -> None:
-    """With exc_info the app answers an exception: the new status is told and nothing is written."""
+    """If the app handles an exception with `start_response(…, exc_info)`, that status is sent and nothing written."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(db.session)
@@ -208,7 +208,7 @@ def test_start_response_again_before_settling(db: Any, store: Store, status: str
 
 
 def test_start_response_again_after_settling(db: Any, store: Store) -> None:
-    """What is durable cannot be taken back: the client reads a cut success, and no error."""
+    """A committed success cannot be replaced by an error: the client receives a truncated success."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(db.session)
@@ -226,7 +226,7 @@ def test_start_response_again_after_settling(db: Any, store: Store) -> None:
 
 
 def test_start_response_again_after_settling_nothing(db: Any, store: Store) -> None:
-    """Where nothing was saved, an error may still be told."""
+    """If nothing was saved, an error status may still replace a success."""
 
     def app(environ: Any, start_response: Any) -> Any:
         start_response("200 OK", TEXT)
@@ -244,7 +244,7 @@ def test_start_response_again_after_settling_nothing(db: Any, store: Store) -> N
 
 
 def test_start_response_again_after_the_first_byte(db: Any, store: Store) -> None:
-    """Once a byte has left, the exception is raised, as a server raises it."""
+    """Once a byte was sent, `start_response()` with exc_info raises the exception, as servers do."""
     reached: list[str] = []
 
     def app(environ: Any, start_response: Any) -> Any:
@@ -258,9 +258,9 @@ def test_start_response_again_after_the_first_byte(db: Any, store: Store) -> Non
 
 
 def test_error_after_settling_and_before_the_first_byte(site: Site) -> None:
-    """A client never reads an error for work that is durable: it reads a success that is cut.
+    """A client never receives an error for work that is durable; it receives a truncated success.
 
-    The server would answer a body that fails at once by its own 500.
+    Without the middleware the server sends its own 500 for a body that fails at once.
     """
     db = site.db
 
@@ -278,8 +278,8 @@ def test_error_after_settling_and_before_the_first_byte(site: Site) -> None:
     site.app = app
     assert site.ask("/write").status == 500
     site.app = site._server.app = SessionScopeMiddleware(app, db)
-    answer = site.ask("/write")
-    assert (answer.status, answer.complete, site.store.names()) == (201, False, ["tea"])
+    reply = site.ask("/write")
+    assert (reply.status, reply.complete, site.store.names()) == (201, False, ["tea"])
     assert site.ask("/read").status == 500
 
 
@@ -291,7 +291,7 @@ class Writeless(Server):
 
 
 def test_a_server_without_write(db: Any, store: Store) -> None:
-    """It is told the start once, and late work stays one transaction until the end of the body."""
+    """A server without `write()` gets one `start_response()`; late work stays one transaction until the body ends."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(db.session)
@@ -310,7 +310,7 @@ def test_a_server_without_write(db: Any, store: Store) -> None:
 
 
 def test_a_body_that_fails_at_once_on_a_server_without_write(db: Any, store: Store) -> None:
-    """The error is the app's own."""
+    """On a server without `write()`, a body that fails at once raises the app's own error."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(db.session)
@@ -326,7 +326,7 @@ def test_a_body_that_fails_at_once_on_a_server_without_write(db: Any, store: Sto
 
 
 def test_write_on_a_server_without_write(db: Any, store: Store) -> None:
-    """An app that needs it is told."""
+    """An app that uses `write()` on a server without it gets an error that says so."""
 
     def app(environ: Any, start_response: Any) -> Any:
         start_response("201 Created", TEXT)(b"a")
@@ -337,7 +337,7 @@ def test_write_on_a_server_without_write(db: Any, store: Store) -> None:
 
 
 def test_exc_info_is_not_kept(db: Any, store: Store) -> None:
-    """The traceback's frames end with the request, and do not wait for the garbage collector."""
+    """The frames of exc_info's traceback are freed with the request, without the garbage collector."""
 
     class Local:
         pass
@@ -364,13 +364,13 @@ def test_exc_info_is_not_kept(db: Any, store: Store) -> None:
 
 
 def test_error_after_an_empty_chunk(db: Any, store: Store) -> None:
-    """An empty chunk sends nothing, so the server could still tell an error, and must not."""
+    """An error after an empty chunk truncates the committed success; the server must not send an error instead."""
 
     def stream() -> Any:
         yield b""
         raise RuntimeError("boom")
 
-    app = answering(stream(), "201 Created", work=lambda: insert("tea")(db.session))
+    app = responding(stream(), "201 Created", work=lambda: insert("tea")(db.session))
     server = Server(store).serve(SessionScopeMiddleware(app, db))
     assert (server.sent, server.complete) == ([("201 Created", ["tea"])], False)
 
@@ -379,7 +379,7 @@ def test_error_after_an_empty_chunk(db: Any, store: Store) -> None:
 
 
 def test_write_settles_first(db: Any, store: Store) -> None:
-    """The first write() is the first byte."""
+    """The first `write()` settles the unit of work before the byte is sent."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(db.session)
@@ -394,7 +394,7 @@ def test_write_settles_first(db: Any, store: Store) -> None:
 
 
 def test_write_of_the_last_byte_settles_late_work(db: Any, store: Store) -> None:
-    """Content-Length tells which write() is the last: what came before it is durable by then."""
+    """Content-Length shows which `write()` is the last; the work before it is durable when it is sent."""
 
     def app(environ: Any, start_response: Any) -> Any:
         write = start_response("201 Created", [*TEXT, ("Content-Length", "2")])
@@ -408,8 +408,8 @@ def test_write_of_the_last_byte_settles_late_work(db: Any, store: Store) -> None
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback", "close"])
-def test_a_hook_that_reads_by_the_session_of_its_request_takes_no_success_back(db: Any, store: Store, end: str) -> None:
-    """What is durable stays told, whatever transactions the session had since."""
+def test_a_hook_that_reads_with_its_requests_session_keeps_the_success(db: Any, store: Store, end: str) -> None:
+    """If the body fails after the commit, the success is sent and truncated, even if a hook used the session since."""
 
     def app(environ: Any, start_response: Any) -> Any:
         session = db.session
@@ -426,8 +426,8 @@ def test_a_hook_that_reads_by_the_session_of_its_request_takes_no_success_back(d
     assert (server.sent, server.complete) == ([("201 Created", ["tea"])], False)
 
 
-def test_swallowed_refusal_is_told_again(site: Site) -> None:
-    """An app that swallows what write() raised does not get its success told after all."""
+def test_a_swallowed_commit_error_is_raised_again(site: Site) -> None:
+    """If the app swallows the commit error that `write()` raised, its success is still not sent."""
     db = site.db
 
     def app(environ: Any, start_response: Any) -> Any:
@@ -444,8 +444,8 @@ def test_swallowed_refusal_is_told_again(site: Site) -> None:
     assert Server(site.store).serve(site.app).started is None
 
 
-def test_swallowed_refusal_of_the_last_byte_is_told_again(db: Any, store: Store) -> None:
-    """The client never has all bytes of what was not saved."""
+def test_a_swallowed_commit_error_of_the_last_byte_is_raised_again(db: Any, store: Store) -> None:
+    """If late work cannot be committed, the client never receives the last byte, even if the app swallows the error."""
 
     def app(environ: Any, start_response: Any) -> Any:
         write = start_response("201 Created", [*TEXT, ("Content-Length", "2")])
@@ -462,11 +462,11 @@ def test_swallowed_refusal_of_the_last_byte_is_told_again(db: Any, store: Store)
 
 
 def test_work_after_the_last_announced_byte_is_background_work(db: Any, store: Store) -> None:
-    """The client has its response, and a policy is told so."""
-    told: list[Any] = []
+    """Work after the last announced byte has an outcome with ``background=True``, because the response is complete."""
+    seen: list[Any] = []
 
     def decide(outcome: Outcome) -> Decision:
-        told.append((outcome.status, outcome.background))
+        seen.append((outcome.status, outcome.background))
         return Decision(True, "fine")
 
     def app(environ: Any, start_response: Any) -> Any:
@@ -476,11 +476,11 @@ def test_work_after_the_last_announced_byte_is_background_work(db: Any, store: S
         insert("late")(db.session)
 
     Server(store).serve(SessionScopeMiddleware(app, db))
-    assert (told, store.names()) == ([(None, True)], ["late"])
+    assert (seen, store.names()) == ([(None, True)], ["late"])
 
 
-def test_refusal_answered_by_the_app(site: Site) -> None:
-    """An app may answer what write() raised, in the way of PEP 3333."""
+def test_a_commit_error_handled_by_the_app(site: Site) -> None:
+    """An app may handle the error that `write()` raised, by `start_response()` with exc_info as in PEP 3333."""
     db = site.db
 
     def app(environ: Any, start_response: Any) -> Any:
@@ -493,8 +493,8 @@ def test_refusal_answered_by_the_app(site: Site) -> None:
         return [f"{count(db.session)} rows".encode()]
 
     site.app = SessionScopeMiddleware(app, db)
-    answer = site.ask("/")
-    assert (answer.status, answer.body, site.store.names()) == (409, b"0 rows", [])
+    reply = site.ask("/")
+    assert (reply.status, reply.body, site.store.names()) == (409, b"0 rows", [])
 
 
 # -- the last byte -------------------------------------------------------------------------------
@@ -502,7 +502,7 @@ def test_refusal_answered_by_the_app(site: Site) -> None:
 
 @pytest.mark.parametrize("length", ["2", "many"])
 def test_late_work_is_durable_before_the_last_byte(db: Any, store: Store, length: str) -> None:
-    """With a Content-Length before the chunk that fills it; else before the server hears of the end."""
+    """Late work is durable before the chunk that completes Content-Length, or else before the body ends."""
 
     def app(environ: Any, start_response: Any) -> Any:
         start_response("200 OK", [*TEXT, ("content-length", length)])
@@ -516,7 +516,7 @@ def test_late_work_is_durable_before_the_last_byte(db: Any, store: Store, length
 
 
 def test_failing_late_commit_cuts_a_response_with_a_length(site: Site) -> None:
-    """The last byte never leaves if what came before it is not durable."""
+    """If late work cannot be committed, the last byte of a response with a Content-Length is not sent."""
     db = site.db
 
     def app(environ: Any, start_response: Any) -> Any:
@@ -526,14 +526,14 @@ def test_failing_late_commit_cuts_a_response_with_a_length(site: Site) -> None:
         yield b"b"
 
     site.app = SessionScopeMiddleware(app, db)
-    answer = site.ask("/")
-    assert (answer.status, answer.body, answer.complete) == (200, b"a", False)
+    reply = site.ask("/")
+    assert (reply.status, reply.body, reply.complete) == (200, b"a", False)
     assert site.store.names() == []
 
 
 @pytest.mark.parametrize("status", ["201 Created", "400 Bad Request"])
 def test_a_body_without_bytes_settles_at_its_end(db: Any, store: Store, status: str) -> None:
-    """A Content-Length of 0 is complete from the start, and yet no server has sent the status before the end."""
+    """A body without bytes is settled when it ends, because no server sends the status before that."""
 
     def app(environ: Any, start_response: Any) -> Any:
         start_response(status, [*TEXT, ("Content-Length", "0")])
@@ -551,7 +551,7 @@ def test_a_body_without_bytes_settles_at_its_end(db: Any, store: Store, status: 
 
 @pytest.mark.parametrize("chunks", [[], [b""]])
 def test_failing_late_commit_of_a_body_without_bytes_is_an_error(site: Site, chunks: list[bytes]) -> None:
-    """The status of a success has not left yet, so that the client need not read one."""
+    """If late work of a body without bytes cannot be committed, the client gets an error, as no status was sent yet."""
     db = site.db
 
     def app(environ: Any, start_response: Any) -> Any:
@@ -567,8 +567,8 @@ def test_failing_late_commit_of_a_body_without_bytes_is_an_error(site: Site, chu
     assert (site.ask("/").status, site.store.names()) == (500, [])
 
 
-def test_a_length_that_was_taken_back_completes_nothing(db: Any, store: Store) -> None:
-    """An answer that takes the place of another has its own Content-Length."""
+def test_a_replaced_content_length_is_ignored(db: Any, store: Store) -> None:
+    """A response that replaces another one has its own Content-Length; the first one is ignored."""
 
     def app(environ: Any, start_response: Any) -> Any:
         start_response("200 OK", [*TEXT, ("Content-Length", "1")])
@@ -588,8 +588,8 @@ def test_a_length_that_was_taken_back_completes_nothing(db: Any, store: Store) -
     assert (server.status, server.complete, store.names()) == (500, True, [])
 
 
-def test_work_after_the_last_byte_is_its_own(db: Any, store: Store) -> None:
-    """A generator's tail behind a full Content-Length is background work: saved if it ends well."""
+def test_work_after_the_last_byte_is_a_separate_transaction(db: Any, store: Store) -> None:
+    """Work of a generator after the last announced byte is background work: it is saved unless it raises."""
 
     def app(environ: Any, start_response: Any) -> Any:
         start_response("200 OK", [*TEXT, ("Content-Length", "1")])
@@ -604,7 +604,7 @@ def test_work_after_the_last_byte_is_its_own(db: Any, store: Store) -> None:
 
 
 def test_head(db: Any, store: Store) -> None:
-    """A HEAD request has no body, and is durable all the same."""
+    """The work of a HEAD request, which has no body, is durable before its status is sent."""
 
     def app(environ: Any, start_response: Any) -> Any:
         insert("tea")(db.session)
@@ -632,7 +632,7 @@ class Body:
         self._close()
 
 
-def answering(body: Any, status: str = "200 OK", work: Callable[[], object] = lambda: None) -> Any:
+def responding(body: Any, status: str = "200 OK", work: Callable[[], object] = lambda: None) -> Any:
     def app(environ: Any, start_response: Any) -> Any:
         work()
         start_response(status, TEXT)
@@ -641,14 +641,14 @@ def answering(body: Any, status: str = "200 OK", work: Callable[[], object] = la
     return app
 
 
-def test_close_saves_if_it_ends_well(db: Any, store: Store) -> None:
-    """What close() does is a transaction of its own."""
-    server = Server(store).serve(SessionScopeMiddleware(answering(Body(lambda: insert("late")(db.session))), db))
+def test_close_commits_its_own_work(db: Any, store: Store) -> None:
+    """The body's `close()` works in a separate transaction, which is committed if it does not raise."""
+    server = Server(store).serve(SessionScopeMiddleware(responding(Body(lambda: insert("late")(db.session))), db))
     assert (server.complete, store.names()) == (True, ["late"])
 
 
 def test_close_that_raises_saves_nothing(db: Any, store: Store) -> None:
-    """It is rolled back, the server hears of the error, and the session is closed."""
+    """If `close()` raises, its work is rolled back, the server gets the error, and the session is closed."""
     kept: list[Any] = []
 
     def close() -> None:
@@ -656,15 +656,15 @@ def test_close_that_raises_saves_nothing(db: Any, store: Store) -> None:
         insert("late")(db.session)
         raise RuntimeError("boom")
 
-    server = Server(store).serve(SessionScopeMiddleware(answering(Body(close)), db))
+    server = Server(store).serve(SessionScopeMiddleware(responding(Body(close)), db))
     assert (str(server.error), store.names()) == ("boom", [])
     with pytest.raises(ScopeClosedError):
         count(kept[0])
 
 
 def test_never_iterated_body_keeps_what_was_settled(db: Any, store: Store) -> None:
-    """A server may skip a body; the status was true when it was told."""
-    app = SessionScopeMiddleware(answering([b"a"], work=lambda: insert("tea")(db.session)), db)
+    """A body that the server never reads does not undo the commit, which came before the status was sent."""
+    app = SessionScopeMiddleware(responding([b"a"], work=lambda: insert("tea")(db.session)), db)
     server = Server(store)
     body: Any = app(new_environ(), server.start_response)
     assert store.names() == ["tea"]
@@ -673,7 +673,7 @@ def test_never_iterated_body_keeps_what_was_settled(db: Any, store: Store) -> No
 
 
 def test_interrupted_body_keeps_nothing_of_its_work(db: Any, store: Store) -> None:
-    """Neither what the generator did nor what its cleaning up does."""
+    """If a body is closed early, neither the generator's work nor that of its ``finally`` block is saved."""
 
     def stream() -> Any:
         try:
@@ -683,7 +683,7 @@ def test_interrupted_body_keeps_nothing_of_its_work(db: Any, store: Store) -> No
         finally:
             insert("rest")(db.session)
 
-    app = SessionScopeMiddleware(answering(stream(), work=lambda: insert("tea")(db.session)), db)
+    app = SessionScopeMiddleware(responding(stream(), work=lambda: insert("tea")(db.session)), db)
     body: Any = app(new_environ(), Server(store).start_response)
     assert next(body) == b"a"
     body.close()
@@ -691,7 +691,7 @@ def test_interrupted_body_keeps_nothing_of_its_work(db: Any, store: Store) -> No
 
 
 def test_failed_body_keeps_nothing_of_what_its_close_does(db: Any, store: Store) -> None:
-    """After an error in the stream, the session's later work is discarded too."""
+    """After an error in the stream the work of the body's `close()` is discarded too."""
 
     class Failing(Body):
         def __iter__(self) -> Any:
@@ -699,13 +699,13 @@ def test_failed_body_keeps_nothing_of_what_its_close_does(db: Any, store: Store)
             raise RuntimeError("boom")
 
     body = Failing(lambda: insert("late")(db.session))
-    app = SessionScopeMiddleware(answering(body, work=lambda: insert("tea")(db.session)), db)
+    app = SessionScopeMiddleware(responding(body, work=lambda: insert("tea")(db.session)), db)
     server = Server(store).serve(app)
     assert (str(server.error), server.complete, store.names()) == ("boom", False, ["tea"])
 
 
 def test_body_is_closed_although_settling_fails(db: Any, store: Store) -> None:
-    """One failing close never skips the next."""
+    """If settling fails in `close()`, the app's body and the session are closed all the same."""
     closed: list[Any] = []
 
     def decide(outcome: Outcome) -> Decision:
@@ -721,7 +721,7 @@ def test_body_is_closed_although_settling_fails(db: Any, store: Store) -> None:
         finally:
             closed.append(db.session)
 
-    body: Any = SessionScopeMiddleware(answering(stream()), db)(new_environ(), Server(store).start_response)
+    body: Any = SessionScopeMiddleware(responding(stream()), db)(new_environ(), Server(store).start_response)
     next(body)
     with pytest.raises(PolicyError):
         body.close()
@@ -731,7 +731,7 @@ def test_body_is_closed_although_settling_fails(db: Any, store: Store) -> None:
 
 
 def test_failure_of_the_app_outlives_a_failing_close(db: Any, store: Store) -> None:
-    """What the app raised is told, or at least chained, and the session is closed."""
+    """If `close()` fails too, the app's error is chained to the new one, and the session is closed."""
     kept: list[Any] = []
 
     class Unreadable(Body):
@@ -742,15 +742,15 @@ def test_failure_of_the_app_outlives_a_failing_close(db: Any, store: Store) -> N
     def close() -> None:
         raise ValueError("close")
 
-    server = Server(store).serve(SessionScopeMiddleware(answering(Unreadable(close)), db))
+    server = Server(store).serve(SessionScopeMiddleware(responding(Unreadable(close)), db))
     assert (str(server.error), str(server.error.__context__)) == ("close", "boom")  # type: ignore[union-attr]
     with pytest.raises(ScopeClosedError):
         count(kept[0])
 
 
 def test_close_in_another_thread(db: Any, store: Store) -> None:
-    """Neither thread is left inside the request."""
-    app = SessionScopeMiddleware(answering(Body(lambda: insert("late")(db.session))), db)
+    """If a body is closed in another thread, neither thread stays inside the unit of work."""
+    app = SessionScopeMiddleware(responding(Body(lambda: insert("late")(db.session))), db)
     body: Any = app(new_environ(), Server(store).start_response)
     assert list(body) == [b"a", b"b"]
     inside: list[bool] = []
@@ -766,7 +766,7 @@ def test_close_in_another_thread(db: Any, store: Store) -> None:
 
 
 def test_each_chunk_in_another_thread(db: Any, store: Store) -> None:
-    """A server may hand a body from thread to thread; the session goes with it."""
+    """If each chunk is read in another thread, all of them use the same session."""
     sessions: set[Any] = set()
 
     def stream() -> Any:
@@ -775,7 +775,7 @@ def test_each_chunk_in_another_thread(db: Any, store: Store) -> None:
             insert(name)(db.session)
             yield name.encode()
 
-    body: Any = SessionScopeMiddleware(answering(stream()), db)(new_environ(), Server(store).start_response)
+    body: Any = SessionScopeMiddleware(responding(stream()), db)(new_environ(), Server(store).start_response)
     chunks: list[bytes] = []
     for _ in range(4):
         thread = threading.Thread(target=lambda: chunks.append(next(body, b"end")))
@@ -786,16 +786,16 @@ def test_each_chunk_in_another_thread(db: Any, store: Store) -> None:
 
 
 def test_abandoned_body_collected_in_another_thread(db: Any, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A body that nobody closed warns, gives its connection back, and leaves no thread inside it."""
-    told: list[str] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
+    """A body that is never closed warns, returns its connection, and leaves no thread inside the unit of work."""
+    seen: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(str(unraisable.exc_value)))
 
     def stream() -> Any:
         insert("half")(db.session)
         yield b"a"
 
     bodies: list[Any] = [
-        SessionScopeMiddleware(answering(stream()), db)(new_environ(), Server(site.store).start_response)
+        SessionScopeMiddleware(responding(stream()), db)(new_environ(), Server(site.store).start_response)
     ]
     assert next(bodies[0]) == b"a"
     assert db.engine.pool.checkedout() == 1
@@ -808,9 +808,9 @@ def test_abandoned_body_collected_in_another_thread(db: Any, site: Site, monkeyp
     thread.start()
     thread.join(5)
     assert wait_for(lambda: db.engine.pool.checkedout() == 0)
-    assert any("POST / was never closed" in message for message in told)
+    assert any("POST / was never closed" in message for message in seen)
     assert not hasattr(db, "session")
-    app = SessionScopeMiddleware(answering([b"a"], work=lambda: insert("next")(db.session)), db)
+    app = SessionScopeMiddleware(responding([b"a"], work=lambda: insert("next")(db.session)), db)
     assert Server(site.store).serve(app).complete
     assert site.store.names() == ["next"]
 
@@ -819,7 +819,7 @@ def test_abandoned_body_collected_in_another_thread(db: Any, site: Site, monkeyp
 
 
 def test_file_wrapper_reaches_the_server(db: Any, store: Store) -> None:
-    """The server must see the very object to use sendfile(2); the session ends before."""
+    """The server receives the file wrapper itself, as sendfile(2) needs it; the unit of work has ended before."""
     kept: list[Any] = []
 
     def app(environ: Any, start_response: Any) -> Any:
@@ -839,7 +839,7 @@ def test_file_wrapper_reaches_the_server(db: Any, store: Store) -> None:
 
 @pytest.mark.parametrize("orphan", [False, True])
 def test_file_wrapper_of_a_failed_commit_is_closed(site: Site, orphan: bool) -> None:
-    """A file whose commit failed is not sent, and closed."""
+    """If the commit fails, the file is not sent, and is closed."""
     files: list[Any] = []
 
     def app(environ: Any, start_response: Any) -> Any:
@@ -859,7 +859,7 @@ def test_file_wrapper_of_a_failed_commit_is_closed(site: Site, orphan: bool) -> 
 
 
 def test_two_middlewares_for_one_database_are_one(db: Any, store: Store) -> None:
-    """The outermost opens the unit of work, and an inner one adds nothing."""
+    """Of two middlewares for one database the outer one opens the unit of work, and the inner one does nothing."""
     sessions: set[Any] = set()
 
     def app(environ: Any, start_response: Any) -> Any:
@@ -877,7 +877,7 @@ def test_two_middlewares_for_one_database_are_one(db: Any, store: Store) -> None
 
 
 def test_inner_middleware_knows_the_endpoint(db: Any, store: Store) -> None:
-    """A policy that only the inner adapter can find holds from the first statement on."""
+    """A policy that only the inner middleware can find applies from the first statement on."""
 
     @db.policy(read_only)
     def endpoint(environ: Any, start_response: Any) -> Any:
@@ -897,7 +897,7 @@ def test_inner_middleware_knows_the_endpoint(db: Any, store: Store) -> None:
 
 
 def test_two_databases(db: Any, store: Store) -> None:
-    """Each has a session of its own, and each is settled before the first byte."""
+    """Two databases have separate sessions, and both are settled before the first byte."""
     other = Database(store.url, **POOL)
 
     def app(environ: Any, start_response: Any) -> Any:
@@ -917,7 +917,7 @@ def test_two_databases(db: Any, store: Store) -> None:
 
 
 def test_environ_used_again(db: Any, store: Store) -> None:
-    """A middleware outside that tries again with the same environ gets a new unit of work."""
+    """An outer middleware that retries with the same environ gets a new unit of work."""
     sessions: list[Any] = []
 
     def app(environ: Any, start_response: Any) -> Any:
@@ -940,10 +940,10 @@ def test_environ_used_again(db: Any, store: Store) -> None:
 
 
 def test_an_environ_that_outlives_its_request_has_no_scopes(db: Any, store: Store) -> None:
-    """Whether somebody keeps them or not."""
+    """After the request its environ lists no units of work, whether they are still referenced or not."""
     kept: list[Any] = []
     environ = new_environ()
-    app = SessionScopeMiddleware(answering([b"a"], work=lambda: kept.append(db._unit_of_work())), db)
+    app = SessionScopeMiddleware(responding([b"a"], work=lambda: kept.append(db._unit_of_work())), db)
     body: Any = app(environ, Server(store).start_response)
     assert open_units(environ) == kept
     body.close()
@@ -957,7 +957,7 @@ def test_an_environ_that_outlives_its_request_has_no_scopes(db: Any, store: Stor
 
 
 def test_nothing_leaks_to_the_next_request_of_the_thread(db: Any, store: Store) -> None:
-    """However a request ends, the thread stands in no unit of work afterwards."""
+    """However a request ends, its thread is in no unit of work afterwards."""
 
     def fails(environ: Any, start_response: Any) -> Any:
         raise RuntimeError
@@ -971,11 +971,11 @@ def test_nothing_leaks_to_the_next_request_of_the_thread(db: Any, store: Store) 
             insert(name)(session)
             yield b"a"
 
-    for app in (fails, answering(stream_fails()), answering([b"a"]), answering(scope_left_open())):
+    for app in (fails, responding(stream_fails()), responding([b"a"]), responding(scope_left_open())):
         Server(store).serve(SessionScopeMiddleware(app, db))
         assert not hasattr(db, "session")
     assert store.names() == ["own"]
-    body: Any = SessionScopeMiddleware(answering(scope_left_open("interrupted")), db)(
+    body: Any = SessionScopeMiddleware(responding(scope_left_open("interrupted")), db)(
         new_environ(), Server(store).start_response
     )
     next(body)
@@ -985,7 +985,7 @@ def test_nothing_leaks_to_the_next_request_of_the_thread(db: Any, store: Store) 
 
 
 def test_requests_that_take_turns_in_one_thread(db: Any, store: Store) -> None:
-    """Bodies of several requests, read in turns as a cooperative server does, keep their own sessions."""
+    """Bodies of several requests that are read alternately in one thread each keep their own session."""
 
     def stream(name: str) -> Any:
         session = db.session
@@ -994,7 +994,7 @@ def test_requests_that_take_turns_in_one_thread(db: Any, store: Store) -> None:
             insert(f"{name}{number}")(session) if store.backend == "postgresql" else None
             yield b"a"
 
-    apps = {name: SessionScopeMiddleware(answering(stream(name)), db) for name in "abc"}
+    apps = {name: SessionScopeMiddleware(responding(stream(name)), db) for name in "abc"}
     bodies: list[Any] = [app(new_environ("GET"), Server(store).start_response) for app in apps.values()]
     for _ in range(3):
         for body in bodies:
@@ -1006,21 +1006,24 @@ def test_requests_that_take_turns_in_one_thread(db: Any, store: Store) -> None:
 
 
 def test_discarded_work_is_logged(db: Any, store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    """What an error costs is said at INFO, with the request that it happened in."""
+    """Work that is discarded after an error is logged at INFO, with its request."""
     caplog.set_level(logging.INFO, "session_plugin")
-    app = answering([b"a"], "404 Not Found", work=lambda: insert("tea")(db.session))
+    app = responding([b"a"], "404 Not Found", work=lambda: insert("tea")(db.session))
     Server(store).serve(SessionScopeMiddleware(app, db), path="/tea")
     assert [record.getMessage() for record in caplog.records if record.name == "session_plugin"][-1:] == [
         "POST /tea: ROLLBACK, its work is discarded (status 404)"
     ]
 
 
-def test_what_a_policy_is_told_of_a_failure(db: Any, store: Store) -> None:
-    """The exception itself, answered or not; or that the response was cut short, and its status."""
-    told: list[Any] = []
+def test_the_outcome_that_a_policy_gets_for_a_failure(db: Any, store: Store) -> None:
+    """The outcome of a failed request has the exception, handled or not.
+
+    The outcome of a truncated response has its status and ``interrupted=True``.
+    """
+    seen: list[Any] = []
 
     def decide(outcome: Outcome) -> Decision:
-        told.append((outcome.status, repr(outcome.error), outcome.interrupted))
+        seen.append((outcome.status, repr(outcome.error), outcome.interrupted))
         return Decision(False, "only looks")
 
     def query() -> None:
@@ -1031,7 +1034,7 @@ def test_what_a_policy_is_told_of_a_failure(db: Any, store: Store) -> None:
         query()
         raise ValueError("boom")
 
-    def answers(environ: Any, start_response: Any) -> Any:
+    def handles(environ: Any, start_response: Any) -> Any:
         query()
         start_response("201 Created", TEXT)
         catching(start_response, "500 Oops")
@@ -1041,16 +1044,16 @@ def test_what_a_policy_is_told_of_a_failure(db: Any, store: Store) -> None:
         query()
         yield b"a"
 
-    for app in (raises, answers):
+    for app in (raises, handles):
         Server(store).serve(SessionScopeMiddleware(app, db))
-    body: Any = SessionScopeMiddleware(answering(cut_short()), db)(new_environ(), Server(store).start_response)
+    body: Any = SessionScopeMiddleware(responding(cut_short()), db)(new_environ(), Server(store).start_response)
     next(body)
     body.close()
-    assert told == [(None, "ValueError('boom')", False), (500, "ValueError('boom')", False), (200, "None", True)]
+    assert seen == [(None, "ValueError('boom')", False), (500, "ValueError('boom')", False), (200, "None", True)]
 
 
 def test_policy_chosen_in_the_app(db: Any, store: Store) -> None:
-    """db.use() holds for the request."""
+    """A policy that the app chooses with `db.use()` applies to the request."""
 
     def app(environ: Any, start_response: Any) -> Any:
         db.use(lambda outcome: Decision(outcome.method == "PUT", "PUT only"))

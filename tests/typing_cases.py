@@ -1,4 +1,4 @@
-"""What the type checkers must infer; `make lint` runs mypy and pyright on this file, nothing runs it."""
+"""What type checkers must infer; `make lint` checks this file with mypy and pyright, and nothing executes it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from session_plugin import AsyncDatabase, Database, fastapi, flask, manual, star
 
 
 class Order:
-    """Stands for a mapped class."""
+    """A stand-in for a mapped class."""
 
 
 class Hero(SQLModel, table=True):
-    """A model of SQLModel's."""
+    """An SQLModel model."""
 
     id: int | None = Field(default=None, primary_key=True)
 
@@ -34,7 +34,7 @@ def sync_databases() -> None:
 
 
 async def async_databases() -> None:
-    """As for the sync ones."""
+    """An async session is typed as the class that was configured."""
     plain = AsyncDatabase("sqlite+aiosqlite://", policy=manual)
     assert_type(plain.session, AsyncSession)
     async with plain.session_scope() as session:
@@ -42,7 +42,7 @@ async def async_databases() -> None:
 
 
 async def isolated() -> None:
-    """The test's session is typed as the app's."""
+    """The test's session has the type of the app's session."""
     with Database("sqlite://", class_=SQLModelSession).isolated() as session:
         assert_type(session, SQLModelSession)
     async with fastapi.AsyncSessionPlugin().isolated() as async_session:
@@ -52,7 +52,7 @@ async def isolated() -> None:
 
 
 async def plugins() -> None:
-    """The accessor and the dependency alike."""
+    """The accessor and the dependency have the same session type."""
     assert_type(flask.SessionPlugin().session, Session)
     assert_type(flask.SessionPlugin().get_or_404(Order, 1), Order)
     assert_type(await fastapi.SessionPlugin().get_session(), Session)
@@ -62,7 +62,7 @@ async def plugins() -> None:
 
 
 def sync_sqlmodel() -> None:
-    """SQLModel's session, and what its ``exec()`` answers, wherever the session comes from."""
+    """SQLModel's session and the result of its ``exec()`` keep their types, wherever the session comes from."""
     database = Database("sqlite://", class_=SQLModelSession)
     assert_type(database, Database[SQLModelSession])
     assert_type(database.session, SQLModelSession)
@@ -81,7 +81,7 @@ def sync_sqlmodel() -> None:
 
 
 async def sync_sqlmodel_under_asgi() -> None:
-    """As above."""
+    """SQLModel's sync session keeps its type in the FastAPI and Starlette plugins."""
     for plugin in (fastapi.SessionPlugin(class_=SQLModelSession), starlette.SessionPlugin(class_=SQLModelSession)):
         assert_type(plugin.session, SQLModelSession)
         assert_type(await plugin.get_session(), SQLModelSession)
@@ -90,7 +90,7 @@ async def sync_sqlmodel_under_asgi() -> None:
 
 
 async def async_sqlmodel() -> None:
-    """As above."""
+    """SQLModel's async session and the result of its ``exec()`` keep their types."""
     database = AsyncDatabase("sqlite+aiosqlite://", class_=SQLModelAsyncSession)
     assert_type(database, AsyncDatabase[SQLModelAsyncSession])
     assert_type(database.session, SQLModelAsyncSession)

@@ -1,6 +1,6 @@
-"""Units of work outside any framework, on every driver alike.
+"""Units of work outside any framework, on every driver.
 
-A test writes its work as a function of a sync session; on an async database it runs in
+A test defines its work as a function of a sync session.  On an async database, the function runs in
 ``run_sync()``, on one event loop.
 """
 
@@ -21,12 +21,12 @@ from .harness import POOL, Base, Store, check_foreign_keys, wait_for
 
 
 def on(*drivers: str) -> Any:
-    """Runs a test of ``units`` on these drivers only: the others do not have what it is about."""
+    """Run a test that uses ``units`` on these drivers only."""
     return pytest.mark.parametrize("units", drivers, indirect=True)
 
 
 class Units:
-    """A database of ours, and the same one looked at from outside (``store``)."""
+    """A `Database` or `AsyncDatabase`, and a `Store` that inspects the same database."""
 
     def __init__(self, driver: str, store: Store, **options: Any) -> None:
         self.driver = driver
@@ -43,7 +43,7 @@ class Units:
         return getattr(self.db.engine, "sync_engine", self.db.engine)
 
     def run(self, work: Callable[[Session], Any], *, new: bool = False) -> Any:
-        """One unit of work; answers what ``work`` does."""
+        """Run ``work`` in one unit of work, and return its result."""
         if self.is_async:
             return self.runner.run(self.arun(work, new=new))
         with self.db.session_scope(new=new) as session:
@@ -54,9 +54,9 @@ class Units:
             return await session.run_sync(work)
 
     def close(self) -> None:
-        """Insist that nothing is held, and end."""
+        """Check that no connection is checked out and no transaction is open, and dispose of the engines."""
         assert self.sync_engine.pool.checkedout() == 0
-        # the server notices late that a connection was closed
+        # the server may notice a closed connection late
         assert wait_for(lambda: self.store.open_transactions() == [], 10)
         if self.is_async:
             self.runner.run(self.db.dispose())

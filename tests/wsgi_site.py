@@ -1,4 +1,4 @@
-"""A WSGI server that notes what is durable whenever something leaves it, and real ones."""
+"""WSGI apps on real servers, and on a server that records what is committed whenever it sends data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXT = [("Content-Type", "text/plain")]
 
 @pytest.fixture(params=DRIVERS, scope="module")
 def module_store(request: pytest.FixtureRequest) -> Iterator[Store]:
-    """An empty database on each driver, made once for a module."""
+    """An empty database on each driver, created once for each module."""
     store = make_store(request, request.param)
     yield store
     store.engine.dispose()
@@ -32,19 +32,19 @@ def module_store(request: pytest.FixtureRequest) -> Iterator[Store]:
 
 @pytest.fixture
 def store(module_store: Store) -> Store:
-    """The module's database, emptied."""
+    """The module's database, emptied before each test."""
     module_store.clear()
     return module_store
 
 
 class Server:
-    """A server to the letter of PEP 3333, in one thread.
+    """A single-threaded server that follows PEP 3333 strictly.
 
     Attributes:
-        status: what the client reads; 500 if the app failed before anything was sent.
-        sent: each chunk of the body with what was durable when it left; the status line comes first.
-        complete: the response ended as it should.
-        error: what the app raised.
+        status: the status that the client receives; 500 if the app failed before anything was sent.
+        sent: the status line and each chunk of the body, each with the names that were committed when it was sent.
+        complete: whether the response ended normally.
+        error: the exception that the app raised.
     """
 
     def __init__(self, store: Store) -> None:
@@ -59,7 +59,7 @@ class Server:
         return int(self.sent[0][0][:3]) if self.sent else 500
 
     def serve(self, app: Any, method: str = "POST", path: str = "/", **environ: Any) -> Server:
-        """One request, to its end."""
+        """Serve one request to its end."""
         environ = new_environ(method, path, **environ)
         try:
             body = app(environ, self.start_response)
@@ -100,7 +100,7 @@ def new_environ(method: str = "POST", path: str = "/", **more: Any) -> dict[str,
 
 @dataclass
 class Answer:
-    """What a client read from a socket."""
+    """A response that a client read from a socket."""
 
     status: int
     headers: Any
@@ -113,7 +113,7 @@ class Answer:
 
 
 class Site(WSGIHarness):
-    """An app of any kind on a real server; served from the first `ask` on."""
+    """A WSGI app on a real server, which is started by the first call of `ask`."""
 
     def __init__(self, store: Store, app: Any, db: Any) -> None:
         self.store, self.app, self.db = store, app, db
@@ -122,7 +122,7 @@ class Site(WSGIHarness):
             event.listen(self.sync_engine, "connect", check_foreign_keys)
 
     def ask(self, path: str, method: str = "POST", **headers: str) -> Answer:
-        """One request over a socket, read as far as it comes."""
+        """Send one request over a socket, and read the response until it ends or is cut off."""
         if not self.port:
             self.start()
         with self.connect() as connection:
@@ -136,7 +136,7 @@ class Site(WSGIHarness):
 
     @contextmanager
     def checked(self) -> Iterator[Site]:
-        """Insist at the end that nothing is held, and stop."""
+        """Check at the end that no connection and no transaction is left open, and stop the server."""
         try:
             yield self
             self.settle_down()

@@ -1,7 +1,7 @@
-"""The contenders: each module has a `make_app` that answers the app and its engine, or what has and disposes of it.
+"""The contenders: each module has a `make_app` that returns the app and its engine, or an object with the engine.
 
-All serve the endpoints of `bench.shop`, each in the idiom of its own documentation.  To add one, write
-its module and name it below.
+All serve the endpoints of `bench.shop`, each as its own documentation recommends.  To add one, write
+its module and add it to the list below.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Contender:
 
     Attributes:
         kind: ``"flask"``, ``"fastapi-async"`` or ``"fastapi-sync"``; ratios are taken within a kind.
-        name: what the row is called; the one named `FLOOR` is what the others are compared with.
-        module: where its ``make_app`` is.
-        commits: True if it commits by itself, False if the endpoint does.
-        options: of ``make_app``.
-        endpoints: those in which it differs from the row above; all if empty.
-        served: False if it is measured in process only.
+        name: the name of the row; the other contenders are compared with the one named `FLOOR`.
+        module: the module that contains its ``make_app``.
+        commits: whether it commits by itself instead of in the endpoint.
+        options: the options of ``make_app``.
+        endpoints: the endpoints in which it differs from the row above; all if empty.
+        served: False if it is only measured without a server.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Contender:
         return f"{self.kind}/{self.name}"
 
     def make_app(self, url: str, **options: Any) -> tuple[Any, Any]:
-        """The app on the database ``url``, and its engine or what has it as ``engine``."""
+        """Create the app for the database ``url``; return it with its engine, or an object that has an ``engine``."""
         module = import_module(f"bench.contenders.{self.module}")
         made: tuple[Any, Any] = module.make_app(url, engine_options(url, **options), **self.options)
         return made
@@ -93,10 +93,10 @@ OURS = "session_plugin"
 
 
 def of_kind(kind: str, only: Collection[str] = ()) -> list[Contender]:
-    """The contenders of ``kind``, the floor first; or the floor and those named ``only``."""
+    """The contenders of ``kind``, the floor first; if ``only`` is given, the floor and those named in it."""
     return [each for each in CONTENDERS if each.kind == kind and (not only or each.name in {FLOOR, *only})]
 
 
 def by_key(key: str) -> Contender:
-    """The contender whose `Contender.key` this is."""
+    """The contender with this `Contender.key`."""
     return next(each for each in CONTENDERS if each.key == key)

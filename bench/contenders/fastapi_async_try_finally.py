@@ -1,4 +1,4 @@
-"""The floor without SQLAlchemy's ``async with``: cheaper, and a cancelled request may leave its connection behind."""
+"""The floor without SQLAlchemy's ``async with``: cheaper, but a cancelled request may not release its connection."""
 
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse

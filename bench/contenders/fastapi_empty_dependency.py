@@ -1,4 +1,4 @@
-"""What FastAPI itself takes for a dependency that does nothing."""
+"""The cost of a FastAPI dependency that does nothing."""
 
 from typing import Annotated
 

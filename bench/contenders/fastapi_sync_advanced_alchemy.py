@@ -1,4 +1,4 @@
-"""advanced-alchemy's FastAPI extension, in its mode that commits by itself."""
+"""advanced-alchemy's FastAPI extension, in its autocommit mode."""
 
 from typing import Annotated
 

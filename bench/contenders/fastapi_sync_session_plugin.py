@@ -1,4 +1,4 @@
-"""This project."""
+"""session_plugin."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""advanced-alchemy's Flask extension, in its mode that commits by itself."""
+"""advanced-alchemy's Flask extension, in its autocommit mode."""
 
 from advanced_alchemy.extensions.flask import AdvancedAlchemy, SQLAlchemySyncConfig
 from flask import Flask, Response

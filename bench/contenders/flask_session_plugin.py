@@ -1,4 +1,4 @@
-"""This project."""
+"""session_plugin."""
 
 from flask import Flask, Response
 

@@ -28,7 +28,7 @@ def pack(order_id: int) -> None:
 
 
 @worker_init.connect
-def look_at_the_shelves(**signal: object) -> None:
-    """The parent of the worker's processes uses the database before it forks."""
+def query_before_fork(**signal: object) -> None:
+    """Use the database in the worker's parent process, before it forks."""
     with db.session_scope() as session:
         print("parent", session.scalar(select(func.pg_backend_pid())), flush=True)

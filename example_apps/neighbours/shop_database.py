@@ -1,4 +1,4 @@
-"""The database of the shop: what its web app and its workers share.  It imports no web framework."""
+"""The database of the shop, which its web app and its workers share.  It imports no web framework."""
 
 import os
 
@@ -17,13 +17,13 @@ class Order(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     item: Mapped[str] = mapped_column(unique=True)
     packed: Mapped[int] = mapped_column(default=0)
-    """How often."""
+    """How many times it was packed."""
     packed_by: Mapped[int | None]
-    """The server process of the connection on which it was packed."""
+    """The database server's process that served the connection on which it was packed."""
 
 
 class Attempt(Base):
-    """A line that stays, whatever becomes of the task that wrote it."""
+    """A row that is kept whether or not the task that wrote it succeeds."""
 
     __tablename__ = "attempts"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -34,11 +34,11 @@ db = Database(os.environ["SHOP_DATABASE"], metadata=Base.metadata)
 
 
 class OutOfTapeError(Exception):
-    """May go better next time."""
+    """An error after which the task can be retried."""
 
 
 def pack(order_id: int) -> None:
-    """One task: one unit of work."""
+    """Pack an order: one task is one unit of work."""
     with db.session_scope() as session:
         order = session.get_one(Order, order_id)
         order.packed += 1

@@ -15,6 +15,6 @@ connection = Redis.from_url(os.environ["SHOP_REDIS"])
 queue = Queue(connection=connection)
 
 if __name__ == "__main__":
-    with db.session_scope() as session:  # in the parent, before it forks
+    with db.session_scope() as session:  # in the parent process, before it forks
         print("parent", session.scalar(select(func.pg_backend_pid())), flush=True)
     Worker([queue], connection=connection).work(burst=True)

@@ -1,4 +1,4 @@
-"""The web app of the shop.  It makes its plugin from the database that the workers use."""
+"""The web app of the shop.  It creates its plugin from the database that the workers use."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def create_app(enqueue: Callable[[int], object]) -> Flask:
         order = Order(item=item)
         db.session.add(order)
         db.session.flush()
-        db.on_commit(enqueue, order.id)  # the task finds the order, or is never sent
+        db.on_commit(enqueue, order.id)  # the task is sent only after the order was committed
         return jsonify(id=order.id), 201
 
     return app

@@ -139,7 +139,7 @@ def test_overflow_counts() -> None:
     db = Database("sqlite:////dev/null", pool_size=1, max_overflow=2, pool_timeout=0.05)
     pool: Any = db.engine.pool
     held = [pool.connect() for _ in range(3)]
-    with pytest.raises(PoolTimeoutError, match="connections, 3, are at work"):
+    with pytest.raises(PoolTimeoutError, match="all 3 connections of the pool are in use"):
         pool.connect()
     for connection in held:
         connection.close()
@@ -616,7 +616,9 @@ def test_the_message_of_the_timeout() -> None:
     """The timeout error has SQLAlchemy's class and code, and its message says how many other requests wait."""
     one = FairSemaphore(1, 0.05)
     assert one.take()
-    with pytest.raises(PoolTimeoutError, match="connections, 1, are at work, and 0 more wait") as raised:
+    with pytest.raises(
+        PoolTimeoutError, match="all 1 connections of the pool are in use, and other requests wait for one: 0"
+    ) as raised:
         one.wait()
     assert raised.value.code == "3o7r"
     assert raised.value.__context__ is None

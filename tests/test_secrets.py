@@ -180,7 +180,7 @@ def test_no_public_object_shows_a_password_or_a_value() -> None:
     plugin = session_plugin.flask.SessionPlugin(url)
     plugin.init_app(Flask(__name__))
     scope = open_unit_of_work(core_of(db), origin="GET /orders")
-    shown = [db, plugin, plugin.configuration, scope, Outcome(500, error), wsgi, db.scoped_session]
+    shown = [db, plugin, plugin._configuration, scope, Outcome(500, error), wsgi, db.scoped_session]
     for thing in shown:
         assert SECRET not in repr(thing) + str(thing)
 
@@ -309,7 +309,7 @@ def test_threads_and_tasks_with_a_leftover_context_are_refused(db: Database[Sess
 
         requests.do(second)
     assert isinstance(results[1], ScopeClosedError)
-    assert "inherits none" in str(results[2])
+    assert "threads inherit none" in str(results[2])
     assert saved(db) == ["mine"]
 
 
@@ -330,4 +330,4 @@ def test_a_recycled_id_is_another_session(db: Database[Session]) -> None:
 def test_a_url_in_a_note_on_an_error_shows_no_password(tmp_path: Any) -> None:
     """A URL that is shown in a note on an error contains neither its password nor its query."""
     engine = create_engine(f"sqlite:///file:{tmp_path}/x.db?uri=true&password={SECRET}")
-    assert SECRET not in session_plugin.exceptions.shown(engine.url)
+    assert SECRET not in session_plugin.exceptions.url_for_message(engine.url)

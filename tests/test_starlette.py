@@ -229,7 +229,7 @@ def test_init_app_twice_or_too_late() -> None:
     with pytest.raises(ConfigurationError, match="Call it once"):
         db.init_app(app)
     app.middleware_stack = app.build_middleware_stack()
-    with pytest.raises(ConfigurationError, match="where the app is made"):
+    with pytest.raises(ConfigurationError, match="where you create the app"):
         SessionPlugin("sqlite://").init_app(app)
 
 

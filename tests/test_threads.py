@@ -215,7 +215,7 @@ def test_waiting_too_long_for_a_permit_raises_a_timeout() -> None:
         assert release is not None
         with pytest.raises(PoolTimeoutError, match=r"pool_timeout of 0\.05 seconds"):
             await permits.acquire()
-        with pytest.raises(PoolTimeoutError, match="connections, 1, are at work"):
+        with pytest.raises(PoolTimeoutError, match="all 1 connections of the pool are in use"):
             await asyncio.to_thread(permits.acquire_in_thread, loop)
         assert not permits._queue
         async with asyncio.timeout(5):
@@ -345,7 +345,7 @@ def test_a_unit_of_work_inside_one_with_a_permit_waits_for_none() -> None:
         assert inside.permit is None
         assert beside.permit is not None
         for scope in (beside, inside, outer):
-            await scope.aclose()
+            await ending.aclose(scope)
 
     asyncio.run(scenario())
     first.dispose()

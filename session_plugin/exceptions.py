@@ -77,5 +77,10 @@ class IsolationError(SessionPluginError):
 
 
 def url_for_message(url: URL) -> str:
-    """Render ``url`` for a message: without its password, and without its query, in which drivers accept passwords."""
-    return url.set(query={}).render_as_string(hide_password=True)
+    """Render ``url`` for a message, without its secrets.
+
+    They are its password, its query, in which drivers accept passwords, and whatever precedes an ``@`` in its
+    host: the end of a password that was not quoted.
+    """
+    host = None if url.host is None else url.host.rpartition("@")[2]
+    return url.set(host=host, query={}).render_as_string(hide_password=True)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+from sqlalchemy import MetaData
+
 from .database.configuration import Configuration, is_late
 from .database.interface import DatabaseInterface
 from .exceptions import ConfigurationError, NoScopeError
@@ -45,6 +47,16 @@ class Plugin(DatabaseInterface[S]):
         is_only = self._number_of_apps == 1
         self._only_app, self._only_database = (ref(app), ref(database)) if is_only else (_none, _none)
         return database
+
+    @property
+    def metadata(self) -> MetaData:
+        """The `MetaData` given at construction, before any app is known too.
+
+        Raises:
+            ConfigurationError: none was given.
+        """
+        given = self._configuration.metadata
+        return given if given is not None else super().metadata
 
     def database_for(self, app: Any) -> Any:
         """Return the database of ``app``.
@@ -85,6 +97,11 @@ class AppDatabase:
         self._database_class = database_class
         self._database: Any = None
         self._making = threading.Lock()
+
+    @property
+    def is_late(self) -> bool:
+        """True as long as the function that returns the source has not been called."""
+        return self._database is None and is_late(self._configuration.source)
 
     @property
     def database(self) -> Any:

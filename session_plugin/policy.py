@@ -28,8 +28,8 @@ __all__ = [
     "response_status",
 ]
 
-SAFE_METHODS: frozenset[str] = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
-"""The HTTP methods that RFC 9110, section 9.2.1, defines as safe."""
+SAFE_METHODS: frozenset[str] = frozenset({"GET", "HEAD", "OPTIONS", "QUERY", "TRACE"})
+"""The HTTP methods that RFC 9110, section 9.2.1, defines as safe, and QUERY, a GET with a body."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakSet
 
 import pytest
-from sqlalchemy import create_engine, event, inspect, select, text
+from sqlalchemy import Column, ForeignKey, Table, create_engine, event, inspect, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from sqlalchemy.pool import NullPool
@@ -29,6 +29,7 @@ from session_plugin.database import forks
 from session_plugin.database.forks import dispose_at_exit, forget_inherited_connections
 from session_plugin.database.interface import core_of
 from session_plugin.engines.making import connection_limit
+from session_plugin.flask import SessionPlugin as FlaskPlugin
 from session_plugin.scope.session import ScopeSession
 
 from .conftest import make_store
@@ -560,3 +561,54 @@ def test_every_engine_is_listened_to() -> None:
         db.dispose()
         del db, session
         gc.collect(1)
+
+
+@pytest.mark.parametrize("through", ["binds", "sessionmaker"])
+def test_binds_without_a_default_engine(dispose: Any, through: str) -> None:
+    """A database whose entities all have an engine by ``binds`` needs no default engine."""
+    first, second = create_engine("sqlite://"), create_engine("sqlite://")
+    binds: Any = {Order: first, Report: second}
+    db = dispose(Database(binds=binds) if through == "binds" else Database(sessionmaker(binds=binds)))
+    with db.session_scope() as session:
+        assert [session.get_bind(entity).pool for entity in (Order, Report)] == [first.pool, second.pool]
+    with pytest.raises(ConfigurationError, match="No engine is called 'default'; there are none by name"):
+        db.engine  # noqa: B018
+    first.dispose()
+    second.dispose()
+
+
+def test_the_connection_limit_of_binds_without_a_default_engine() -> None:
+    """The semaphore for sync sessions under ASGI then has as many permits as the smallest of their pools."""
+    first, second = (create_engine("sqlite:///x", pool_size=size, max_overflow=0) for size in (3, 2))
+    db: Any = Database(binds={Order: first, Report: second})
+    assert core_of(db).semaphore._capacity == 2
+
+
+def test_an_association_table_is_created_beside_the_tables_it_refers_to(dispose: Any) -> None:
+    """An association table has no class that ``binds`` could name; it is created on the engine of its two sides."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Left(Base):
+        __tablename__ = "left"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Elsewhere(Base):
+        __tablename__ = "elsewhere"
+        id: Mapped[int] = mapped_column(ForeignKey("left.id"), primary_key=True)
+
+    Table("association", Base.metadata, Column("a", ForeignKey("left.id")), Column("b", ForeignKey("left.id")))
+    Table("beside", Base.metadata, Column("a", ForeignKey("elsewhere.id")))
+    engines: Any = {"default": "sqlite://", "left": "sqlite://"}
+    db = dispose(Database(engines, metadata=Base.metadata, binds={Left: "left"}))
+    db.create_all()
+    tables = {name: sorted(inspect(engine).get_table_names()) for name, engine in db.engines.items()}
+    assert tables == {"default": ["beside", "elsewhere"], "left": ["association", "left"]}
+
+
+def test_a_session_cannot_be_replaced() -> None:
+    """Assigning to ``db.session``, as test fixtures of other libraries do, raises and names `db.isolated()`."""
+    for db in (Database("sqlite://"), FlaskPlugin("sqlite://")):
+        with pytest.raises(ConfigurationError, match=r"db\.isolated\(\)"):
+            db.session = Session()  # type: ignore[assignment]

@@ -1,9 +1,11 @@
 """What FastAPI adds to the promises: dependencies, response models, streams and exit stacks."""
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import httpx
 import pytest
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, Response, Security, WebSocket
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
@@ -17,7 +19,10 @@ from starlette.middleware.gzip import GZipMiddleware
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from session_plugin import ScopeClosedError
+from session_plugin import AsyncDatabase, ConfigurationError, ScopeClosedError
+from session_plugin.database.interface import core_of
+from session_plugin.fastapi import AsyncSessionPlugin
+from session_plugin.scope.opening import open_unit_of_work
 
 from .apps import AsyncFastAPIHarness, SyncFastAPIHarness
 from .asgi_site import ASYNC_DRIVERS, SYNC_DRIVERS, Gate, Site, stores
@@ -654,3 +659,48 @@ def test_websocket_handler_can_query(async_store: Store) -> None:
         connect(f"ws://127.0.0.1:{site.port}/", proxy=None)
     assert (refusal.value.response.status_code, refusal.value.response.body) == (409, b"0")
     assert async_store.names() == []
+
+
+@pytest.mark.parametrize("first_asked", ["dependency", "endpoint"])
+def test_an_async_session_first_asked_for_in_a_thread(first_asked: str) -> None:
+    """FastAPI runs sync dependencies and endpoints in threads, which have the event loop of the request."""
+    db = AsyncSessionPlugin("sqlite+aiosqlite://")
+    app = FastAPI()
+    db.init_app(app)
+
+    def repository() -> AsyncSession:
+        return db.session
+
+    if first_asked == "dependency":
+
+        @app.get("/")
+        async def query(session: Annotated[AsyncSession, Depends(repository)]) -> int:
+            return await session.scalar(text("SELECT 1")) or 0
+    else:
+
+        @app.get("/")
+        def query() -> int:
+            return int(db.session.sync_session.is_active)
+
+    async def scenario() -> Any:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+            response = await client.get("/")
+        await db.dispose()
+        return response.json()
+
+    assert asyncio.run(scenario()) == 1
+
+
+def test_an_async_session_in_a_thread_without_a_loop_raises() -> None:
+    """A thread of one's own has no event loop; the error says so, instead of Python's `no running event loop`."""
+    db = AsyncDatabase("sqlite+aiosqlite://")
+
+    async def scenario() -> None:
+        async with db.session_scope():
+            context = contextvars.copy_context()
+        unit = open_unit_of_work(core_of(db), origin="test")
+        with pytest.raises(ConfigurationError, match="no asyncio event loop runs"):
+            await asyncio.to_thread(lambda: context.run(lambda: unit.session))
+        await db.dispose()
+
+    asyncio.run(scenario())

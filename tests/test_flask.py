@@ -31,7 +31,7 @@ from flask import (
     stream_with_context,
 )
 from flask.views import MethodView, View
-from sqlalchemy import event, make_url, select
+from sqlalchemy import MetaData, event, make_url, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from werkzeug.debug import DebuggedApplication
@@ -53,6 +53,7 @@ from session_plugin import (
     manual,
     read_only,
 )
+from session_plugin.engines.backends import SQLite
 from session_plugin.flask import SessionPlugin
 from session_plugin.wsgi import SessionScopeMiddleware
 
@@ -1493,10 +1494,16 @@ def test_relative_sqlite_paths(initialised: Any, tmp_path: Any) -> None:
             with app.app_context():
                 assert path_of(db.engine) == inside
     assert folder.is_dir()
-    for untouched in ("/elsewhere/shop.db", "file:shop.db?uri=true"):
+    db = SessionPlugin("sqlite:///file:shop.db?uri=true")
+    with initialised(db).app_context():
+        assert path_of(db.engine) == f"file:{inside}"
+    for untouched in ("/elsewhere/shop.db", "file:/elsewhere/shop.db?uri=true"):
         db = SessionPlugin(f"sqlite:///{untouched}")
         initialised(db)
         assert path_of(db.engine) == untouched.partition("?")[0]
+    for in_memory in ("file:shop?mode=memory&uri=true", "file::memory:?uri=true"):
+        url = make_url(f"sqlite:///{in_memory}")
+        assert SQLite().in_folder(url, str(folder)) == url
     for memory in ("sqlite://", "sqlite:///:memory:"):
         db = SessionPlugin(memory)
         initialised(db)
@@ -1595,3 +1602,35 @@ def test_requests_of_a_thread_have_separate_sessions(site: Site, app: Any, db: A
             db.scope  # noqa: B018
     assert len(set(map(id, sessions))) == 4
     assert TEXT
+
+
+def test_metadata_is_there_before_init_app() -> None:
+    """Association tables need it at import time."""
+    metadata = MetaData()
+    assert SessionPlugin(metadata=metadata).metadata is metadata
+    with pytest.raises(NoScopeError, match="init_app"):
+        SessionPlugin().metadata  # noqa: B018
+
+
+def test_remove_ends_the_session_of_an_app_context(app: Any, db: Any) -> None:
+    """``scoped_session.remove()`` rolls back and gives the connection back, as with Flask-SQLAlchemy."""
+    with app.app_context():
+        db.scoped_session.remove()  # there is no session yet
+        insert("lost")(db.session)
+        db.scoped_session.remove()
+        assert (db.session.in_transaction(), db.engine.pool.checkedout()) == (False, 0)
+        assert count(db.session) == 0
+
+
+def test_drop_all_after_a_read_in_an_app_context() -> None:
+    """The app context's session has only read, and does not lock ``create_all()`` and ``drop_all()`` out on SQLite."""
+    app = Flask(__name__)
+    db = SessionPlugin("sqlite://", metadata=Base.metadata, connect_args={"timeout": 0.1})
+    db.init_app(app)
+    with app.app_context():
+        db.create_all()
+        assert count(db.session) == 0
+        db.create_all()
+        assert count(db.session) == 0
+        db.drop_all()
+    db.dispose()

@@ -30,6 +30,7 @@ from sqlalchemy.pool import NullPool
 from session_plugin import (
     AsyncDatabase,
     ConcurrentUseError,
+    ConfigurationError,
     Database,
     Outcome,
     ScopeClosedError,
@@ -400,7 +401,7 @@ def test_a_two_phase_session_does_not_commit_an_aborted_transaction(postgresql: 
 
 def test_an_async_database_needs_a_running_loop() -> None:
     db = AsyncDatabase("sqlite+aiosqlite://")
-    with pytest.raises(RuntimeError, match="no running event loop"):
+    with pytest.raises(ConfigurationError, match="no asyncio event loop runs"):
         _ = open_unit_of_work(core_of(db), origin="test").session
 
 

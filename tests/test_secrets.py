@@ -28,7 +28,7 @@ from werkzeug.test import Client
 import session_plugin.fastapi
 import session_plugin.flask
 import session_plugin.starlette
-from session_plugin import AsyncDatabase, Database, Outcome, ScopeClosedError, asgi, wsgi
+from session_plugin import AsyncDatabase, ConfigurationError, Database, Outcome, ScopeClosedError, asgi, wsgi
 from session_plugin.database.interface import core_of
 from session_plugin.scope.opening import open_unit_of_work
 
@@ -331,3 +331,18 @@ def test_a_url_in_a_note_on_an_error_shows_no_password(tmp_path: Any) -> None:
     """A URL that is shown in a note on an error contains neither its password nor its query."""
     engine = create_engine(f"sqlite:///file:{tmp_path}/x.db?uri=true&password={SECRET}")
     assert SECRET not in session_plugin.exceptions.url_for_message(engine.url)
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "nodriver"])
+def test_a_password_with_an_at_sign_is_refused_and_not_shown(driver: str) -> None:
+    """An unquoted ``@`` ends the password, and the rest of it becomes part of the host."""
+    with pytest.raises(ConfigurationError, match=r"urllib\.parse\.quote_plus") as raised:
+        Database(f"postgresql+{driver}://user:p@{SECRET}@localhost/shop")
+    assert SECRET not in str(raised.value)
+
+
+def test_the_host_of_a_users_engine_shows_no_password() -> None:
+    engine = create_engine(f"postgresql+psycopg://user:p@{SECRET}@localhost/shop")
+    with pytest.raises(ConfigurationError, match="localhost") as raised:
+        AsyncDatabase(engine)
+    assert SECRET not in str(raised.value)

@@ -240,3 +240,23 @@ def test_a_connection_that_is_only_to_be_terminated_is_left_alone() -> None:
     """
     state = PoolResetState(transaction_was_reset=False, terminate_only=True, asyncio_safe=False)
     sqlite._reset(None, None, state)
+
+
+def test_an_engine_with_other_options_is_prepared_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A ``get_bind()`` that calls ``engine.execution_options()`` in each unit of work adds no listener each time."""
+
+    class Tenants(Session):
+        engine: Any = None
+
+        def get_bind(self, *args: Any, **kwargs: Any) -> Any:
+            bind: Any = super().get_bind(*args, **kwargs)
+            self.engine = self.engine or bind.execution_options(schema_translate_map={None: "main"})
+            return self.engine
+
+    db = Database(f"sqlite:///{tmp_path}/tenants.db", class_=Tenants, metadata=Base.metadata)
+    Base.metadata.create_all(db.engine)
+    for name in ("tea", "milk"):
+        with db.session_scope() as session:
+            insert(name)(session)
+    assert [record.getMessage().count("journal_mode=WAL") for record in caplog.records] == [1]
+    db.dispose()

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.applications import Starlette
@@ -429,3 +429,34 @@ def test_an_app_without_exception_handling(file_store: Store) -> None:
     with site.running():
         assert site.get("/").status == 500
         assert file_store.names() == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_engine_made_in_the_lifespan(fails: bool) -> None:
+    """A function that names the database is called once the app's own startup is complete, which may make the engine.
+
+    If it fails, the startup fails: the server receives that once, and without a secret.
+    """
+    made: list[Any] = []
+    db = AsyncSessionPlugin(lambda: made[0])
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        if not fails:
+            made.append(create_async_engine("sqlite+aiosqlite://"))
+        yield
+        await made[0].dispose()
+
+    app = Starlette(lifespan=lifespan)
+    db.init_app(app)
+
+    async def scenario() -> list[Any]:
+        async with Lifespan(app) as server:
+            if not fails:
+                async with db.session_scope() as session:
+                    assert await session.scalar(text("SELECT 1")) == 1
+        assert (server.task.exception() is not None) is fails
+        return [message.get("message") for message in server.sent]
+
+    failed = ["The function that names the database failed: IndexError"]
+    assert asyncio.run(scenario()) == (failed if fails else [None, None])

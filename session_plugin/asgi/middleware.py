@@ -103,34 +103,48 @@ class SessionScopeMiddleware:
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Report a misconfiguration at startup, and dispose before the server hears that the shutdown is complete.
 
-        On that message a server ends its event loop, and does not wait for the app to return.
+        A function that names the database is called once the app's own startup is complete, which may make the
+        engine.  On the message of a complete shutdown a server ends its event loop, and does not wait for the app
+        to return.
         """
+        is_late = getattr(self._db, "is_late", False)
         try:
             require_asyncio()
-            database = self._db.database
+            database = None if is_late else self._db.database
         except Exception as error:
             await receive()
-            await send({"type": "lifespan.startup.failed", "message": _without_secrets(error)})
+            await send(_startup_failed(error))
             raise
         disposing: set[Any] = scope.setdefault(KEY, set())
         if database in disposing:
             await self.app(scope, receive, send)
             return
-        disposing.add(database)
+        disposing.add(database or self._db)
+        failure: Exception | None = None
 
-        async def dispose_and_send(message: Message) -> None:
+        async def send_lifespan(message: Message) -> None:
+            nonlocal database, failure
+            if failure is not None:
+                return  # the server has the reason already
             if message["type"] != "lifespan.startup.complete":
                 await dispose()
+            elif database is None:
+                try:
+                    database = self._db.database
+                except Exception as error:
+                    failure = error
+                    await send(_startup_failed(error))
+                    raise
             await send(message)
 
         async def dispose() -> None:
             await self._wait_for_open_cycles()
-            disposed = database.dispose()
+            disposed = None if database is None else database.dispose()
             if inspect.isawaitable(disposed):
                 await disposed
 
         try:
-            await self.app(scope, receive, dispose_and_send)
+            await self.app(scope, receive, send_lifespan)
         finally:
             await dispose()
 
@@ -162,8 +176,8 @@ def require_asyncio() -> None:
         ) from error
 
 
-def _without_secrets(error: Exception) -> str:
-    """Return what a server may log; the message of any other error can contain the password of a URL."""
-    if isinstance(error, ConfigurationError):
-        return str(error)
-    return f"The function that names the database failed: {type(error).__name__}"
+def _startup_failed(error: Exception) -> Message:
+    """Return the message that a server may log; that of any other error can contain the password of a URL."""
+    is_ours = isinstance(error, ConfigurationError)
+    reason = str(error) if is_ours else f"The function that names the database failed: {type(error).__name__}"
+    return {"type": "lifespan.startup.failed", "message": reason}

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from importlib import import_module
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -55,7 +58,9 @@ class DatabaseCore(ABC):
             ConfigurationError: the configuration cannot work.
         """
         configuration = configuration.unfolded()
-        if configuration.source is None or configuration.source == {}:
+        if configuration.source in (None, {}) and configuration.binds:
+            configuration = replace(configuration, source={})  # every entity has an engine of its own
+        elif configuration.source in (None, {}):
             raise ConfigurationError(
                 "No database is configured. Give a URL, such as sqlite:///shop.db, or an Engine as the first argument; "
                 "in Flask the configuration may name it: SQLALCHEMY_DATABASE_URI."
@@ -105,6 +110,11 @@ class DatabaseCore(ABC):
         binds = self.engines.binds
         bound = {table: engine for key, engine in binds.items() for table in _tables(key)}
         default = self.engines.named.get(DEFAULT)
+        mapped = {mapper.local_table for key in binds for mapper in _mappers_beside(key)}
+        for table in metadata.sorted_tables:
+            referred = {bound.get(foreign_key.column.table, default) for foreign_key in table.foreign_keys}
+            if table not in bound and table not in mapped and len(referred) == 1:  # an association table
+                bound[table] = referred.pop()
         for engine in dict.fromkeys([*self.engines.named.values(), *binds.values()]):
             tables = [table for table in metadata.sorted_tables if bound.get(table, default) is engine]
             if tables:
@@ -181,7 +191,7 @@ class AsyncCore(DatabaseCore):
         Raises:
             ConfigurationError: another event loop that is not closed uses this database.
         """
-        loop = asyncio.get_running_loop()
+        loop = _running_loop()
         if self._loop is loop:
             return
         if self._loop is not None and not self._loop.is_closed():
@@ -218,8 +228,38 @@ class AsyncCore(DatabaseCore):
                 log_failed_hook(call)
 
 
+def _running_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop that runs here, or for which this worker thread of anyio works.
+
+    FastAPI and Starlette run sync dependencies and endpoints in such threads.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError as error:
+        try:
+            if "anyio" in sys.modules:
+                from_thread: Any = import_module("anyio.from_thread")
+                loop: asyncio.AbstractEventLoop = from_thread.run_sync(asyncio.get_running_loop)
+                return loop
+        except RuntimeError:
+            pass  # this is not a worker thread, or anyio runs on trio
+        raise ConfigurationError(
+            "An async session was asked for where no asyncio event loop runs. Ask for it in async code that asyncio "
+            "runs, or use Database here."
+        ) from error
+
+
 alive: WeakSet[DatabaseCore] = WeakSet()
 """Those of all databases that are alive."""
+
+
+def _mappers_beside(key: Any) -> Iterable[Mapper[Any]]:
+    """Return the mappers of all classes that have the same declarative base as a key of ``binds``."""
+    registry = getattr(key.class_ if isinstance(key, Mapper) else key, "registry", None)
+    return registry.mappers if registry is not None else ()
 
 
 def _tables(key: Any) -> Iterator[Table]:

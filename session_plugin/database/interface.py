@@ -77,6 +77,10 @@ class DatabaseInterface(ABC, Generic[S]):
     def database(self) -> Any:
         """The database behind this object, for the current app."""
 
+    def _find_unit_of_work(self) -> UnitOfWork[S] | None:
+        """Return the unit of work that the running code is inside, or None; none is opened."""
+        return find(self.database._core)
+
     def _unit_of_work(self) -> UnitOfWork[S]:
         """Return the unit of work that the running code is inside.
 
@@ -121,6 +125,13 @@ class DatabaseInterface(ABC, Generic[S]):
         if unit.closed:
             raise ScopeClosedError(unit.closed_message)
         return unit.session
+
+    @session.setter
+    def session(self, session: object) -> None:
+        raise ConfigurationError(
+            "db.session cannot be replaced: it is the session of the current unit of work. In a test, use "
+            "`with db.isolated() as session:`, whose session sees what the app does."
+        )
 
     def on_commit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
         """Call ``function(*args, **kwargs)`` once this transaction's data is durable.
@@ -239,7 +250,7 @@ class ScopeRegistry(ScopedRegistry[Any]):
 
     def has(self) -> bool:
         """Return True if the current unit of work has made its session."""
-        unit = find(core_of(self._db))
+        unit = self._db._find_unit_of_work()
         return unit is not None and unit.has_session and not unit.closed
 
     def set(self, obj: Any) -> None:

@@ -74,7 +74,10 @@ _prepared: WeakSet[Engine] = WeakSet()
 
 
 def prepare(engine: Engine) -> None:
-    """Add the listeners to ``engine`` that the promises need; a second call changes nothing."""
+    """Add the listeners to ``engine`` that the promises need; a second call changes nothing.
+
+    An engine with other execution options has the listeners of the engine that it was made from.
+    """
     if engine in _prepared:
         return
     _prepared.add(engine)
@@ -101,13 +104,18 @@ def make_engine(url: str | URL, options: Mapping[str, Any], owner: object, *, is
             "The database URL cannot be read. It has the form dialect+driver://user:password@host/database, "
             "for example postgresql+psycopg://localhost/shop."
         ) from None
+    if "@" in (parsed.host or ""):
+        raise ConfigurationError(
+            f"The password in the URL of {url_for_message(parsed)} contains an @, which also ends it. Quote the "
+            "password with urllib.parse.quote_plus(), or pass sqlalchemy.URL.create(...)."
+        )
     _check_numbers(options)
     try:
         connects_to = backend_for(parsed.get_backend_name()).connect_url(parsed, owner)
         engine = _creator(is_async)(connects_to, **_pool_options(connects_to, options, is_async=is_async))
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"The driver of {url_for_message(parsed)} is not installed: pip install {error.name}."
+            f"The driver of {url_for_message(parsed)} is not installed: pip install {_distribution_of(error.name)}."
         ) from error
     except NoSuchModuleError as error:
         raise ConfigurationError(f"SQLAlchemy has no dialect for {url_for_message(parsed)}: {error}.") from error
@@ -159,6 +167,23 @@ def _creator(is_async: bool) -> Callable[..., Any]:
     from sqlalchemy.ext.asyncio import create_async_engine
 
     return create_async_engine
+
+
+DISTRIBUTIONS = {
+    "MySQLdb": "mysqlclient",
+    "cx_Oracle": "oracledb",
+    "mysql": "mysql-connector-python",
+    "psycopg": '"psycopg[binary]"',
+    "psycopg2": "psycopg2-binary",
+    "sqlcipher3": "sqlcipher3-binary",
+    "pysqlcipher3": "sqlcipher3-binary",
+}
+"""What to install for a driver whose module has another name."""
+
+
+def _distribution_of(module: str | None) -> str:
+    top_level = (module or "").partition(".")[0]
+    return DISTRIBUTIONS.get(top_level, top_level)
 
 
 def _needs_async_driver(url: URL) -> ConfigurationError:

@@ -74,7 +74,7 @@ class Engines:
         return self.named[bind]
 
     def _names(self) -> str:
-        return ", ".join(map(repr, self.named))
+        return ", ".join(map(repr, self.named)) or "none by name"
 
     @property
     def known(self) -> Collection[Engine]:
@@ -95,16 +95,21 @@ class Engines:
         """
         if name not in self.named:
             raise ConfigurationError(
-                f"No engine is called {name!r}; there are {self._names()}. Take one of them: db.engines[...]."
+                f"No engine is called {name!r}; there are {self._names()}. Take one of them, "
+                "db.engines[...], or one that binds names."
             )
         return self.named[name]
 
     def make_semaphore(self) -> FairSemaphore:
-        """Make a semaphore with a permit for each connection of the smallest pool."""
+        """Make a semaphore with a permit for each connection of the smallest pool.
+
+        The engines of ``binds`` count only where there is no other one.
+        """
+        engines = self.named.values() or self.binds.values()
         limits = [
             limit
-            for name, engine in self.named.items()
-            if (limit := connection_limit(sync_engine(engine), self._options[name])) is not None
+            for engine in map(sync_engine, engines)
+            if (limit := connection_limit(engine, self._made_with[engine])) is not None
         ]
         return FairSemaphore(*min(limits, default=(None, None)))
 

@@ -51,7 +51,8 @@ class EngineVariants:
         key = (engine, policy.read_only, policy.isolation_level, may_write)
         variant = self._variants.get(key)
         if variant is None:
-            prepare(engine)  # a get_bind() of the user's may return one that is new here
+            if not self._is_derived(engine):
+                prepare(engine)  # a get_bind() of the user's may return one that is new here
             if policy.read_only and policy.isolation_level == autocommit.LEVEL:
                 variant = self._autocommit_engine(engine)
             else:
@@ -60,6 +61,12 @@ class EngineVariants:
             if engine in self._made_with:
                 self._variants[key] = variant
         return variant
+
+    def _is_derived(self, engine: Engine) -> bool:
+        """Return True for a known engine, and for one made from it by ``execution_options()``."""
+        return engine in self._made_with or any(
+            known.pool is engine.pool and known.dialect is engine.dialect for known in self._made_with
+        )
 
     def _autocommit_engine(self, engine: Engine) -> Engine:
         with self._making:

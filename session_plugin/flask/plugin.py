@@ -121,6 +121,13 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
             raise self._no_scope()
         return unit or self._app_context_unit()
 
+    def _find_unit_of_work(self) -> UnitOfWork[SyncS] | None:
+        """Return the unit of work of the request, ``session_scope()`` or app context, or None; none is opened."""
+        unit = find(core_of(self))
+        if unit is None and has_app_context():
+            unit = self._app_context_units.get(app_ctx._get_current_object())  # type: ignore[attr-defined]
+        return unit
+
     def policy(self, policy: PolicyLike) -> Callable[[F], F]:
         """As `Database.policy`; also for a whole blueprint.
 
@@ -168,10 +175,23 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
 
     def session_scope(self, *, new: bool = False) -> _GeneratorContextManager[SyncS, None, None]:
         """As `Database.session_scope`; on SQLite, an app context that has only read does not lock it out."""
+        self._end_reading()
+        return super().session_scope(new=new)
+
+    def create_all(self) -> None:
+        """As `Database.create_all`; an app context that has only read does not lock it out."""
+        self._end_reading()
+        super().create_all()
+
+    def drop_all(self) -> None:
+        """As `Database.drop_all`; an app context that has only read does not lock it out."""
+        self._end_reading()
+        super().drop_all()
+
+    def _end_reading(self) -> None:
         unit = self._used_in_app_context()
         if unit is not None and not (unit.wrote or unit.hooks.waiting or unit.transaction.open_results):
             settle(unit, Outcome())
-        return super().session_scope(new=new)
 
     def _used_in_app_context(self) -> UnitOfWork[SyncS] | None:
         if not self._app_context_units or not has_app_context():

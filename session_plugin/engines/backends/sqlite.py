@@ -71,11 +71,13 @@ class SQLite(Backend):
 
     def in_folder(self, url: URL, folder: str) -> URL:
         """Put a relative path into ``folder``, which is created if it is missing."""
-        path = url.database
-        if path is None or self.is_in_memory(url) or path.startswith("file:") or Path(path).is_absolute():
+        scheme = "file:" if (url.database or "").startswith("file:") else ""
+        path = (url.database or "").removeprefix(scheme)
+        in_memory = self.is_in_memory(url) or path == ":memory:" or "memory" in (url.query.get("mode"), path)
+        if not path or in_memory or Path(path).is_absolute() or "vfs" in url.query:
             return url
         Path(folder).mkdir(parents=True, exist_ok=True)
-        return url.set(database=str(Path(folder) / path))
+        return url.set(database=f"{scheme}{Path(folder) / path}")
 
     def prepare(self, engine: Engine) -> None:
         """Make every transaction of ``engine`` a real one."""

@@ -173,7 +173,7 @@ TABLE = [
     Row(pool_at_the_work, PoolTimeout),
     Row(pool_at_the_flush, PoolTimeout),
     Row(killed_before_the_flush, DBAPIError, server=True),
-    Row(killed_at_commit, DBAPIError, server=True),
+    Row(killed_at_commit, DBAPIError, (ERROR, "outcome of COMMIT is unknown"), server=True),
     Row(killed_at_rollback, Broken, (WARNING, "ROLLBACK failed"), server=True),
 ]
 

@@ -94,8 +94,15 @@ class DatabaseCore(ABC):
         """Make the session of ``unit``; for None, one that belongs to no unit of work."""
 
     @abstractmethod
-    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
-        """Make the calls that are due, each in a unit of work of its own."""
+    def run_hooks(self, calls: list[Callable[[], Any]]) -> KeyboardInterrupt | None:
+        """Make the calls that are due, each in a unit of work of its own.
+
+        What they raise is logged, by whatever exception they end: it comes too late to change what the client
+        receives, and the other hooks are run.
+
+        Returns:
+            a Ctrl-C that came meanwhile.
+        """
 
     def engine_for(self, engine: Engine, policy: Policy, *, may_write: bool) -> Engine:
         """Return ``engine``, or its variant that begins as ``policy`` says."""
@@ -140,8 +147,9 @@ class SyncCore(DatabaseCore):
         session._unit_of_work = unit
         return session
 
-    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
-        """Make the calls; what they raise is logged."""
+    def run_hooks(self, calls: list[Callable[[], Any]]) -> KeyboardInterrupt | None:
+        """Make the calls."""
+        interrupt = None
         for call in calls:
             try:
                 with session_scope(self, new=True):
@@ -149,8 +157,9 @@ class SyncCore(DatabaseCore):
                     if inspect.iscoroutine(result):
                         result.close()
                         raise TypeError("a hook of a sync database returned a coroutine, which nothing awaits")
-            except Exception:
-                log_failed_hook(call)
+            except BaseException as error:
+                interrupt = log_failed_hook(call, error) or interrupt
+        return interrupt
 
 
 class AsyncCore(DatabaseCore):
@@ -209,23 +218,28 @@ class AsyncCore(DatabaseCore):
             await engine.dispose()
         self._loop = None
 
-    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
-        """Make and await the calls inside SQLAlchemy's greenlet; what they raise is logged."""
-        if calls:
-            from sqlalchemy.util import await_only
+    def run_hooks(self, calls: list[Callable[[], Any]]) -> KeyboardInterrupt | None:
+        """Make and await the calls inside SQLAlchemy's greenlet."""
+        if not calls:
+            return None
+        from sqlalchemy.util import await_only
 
-            await_only(self.arun_hooks(calls))
+        return await_only(self.arun_hooks(calls))
 
-    async def arun_hooks(self, calls: list[Callable[[], Any]]) -> None:
-        """Make and await the calls; what they raise is logged."""
+    async def arun_hooks(self, calls: list[Callable[[], Any]]) -> KeyboardInterrupt | None:
+        """Make and await the calls."""
+        interrupt = None
         for call in calls:
             try:
                 async with asession_scope(self, new=True):
                     result = call()
                     if inspect.isawaitable(result):
                         await result
-            except (Exception, asyncio.CancelledError):  # this task's own cancellation waits in `uncancelled`
-                log_failed_hook(call)
+            except GeneratorExit:
+                raise  # this coroutine itself is being closed, and can await nothing more
+            except BaseException as error:  # this task's own cancellation waits in `uncancelled`
+                interrupt = log_failed_hook(call, error) or interrupt
+        return interrupt
 
 
 def _running_loop() -> asyncio.AbstractEventLoop:

@@ -150,6 +150,14 @@ class DatabaseInterface(ABC, Generic[S]):
         """Call ``function(*args, **kwargs)`` once this transaction is rolled back; see `on_commit`."""
         self._unit_of_work().add_hook("rollback", self._hook(function, args, kwargs))
 
+    def on_unknown(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        """Call ``function(*args, **kwargs)`` if it is not known whether this transaction's data is durable.
+
+        That is so if COMMIT was sent and its answer was lost, with the connection or by a time-out, or if only
+        some of several engines have committed.  Hooks of the other two kinds do not run then; see `on_commit`.
+        """
+        self._unit_of_work().add_hook("unknown", self._hook(function, args, kwargs))
+
     def _hook(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[], Any]:
         if not callable(function):
             raise ConfigurationError(

@@ -21,12 +21,15 @@ from weakref import WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
 from ..exceptions import ConcurrentUseError, ScopeClosedError, SessionPluginError, TransactionAbortedError
+from . import commits
 from .autocommit import is_autocommit
 from .backends import backend_for
+from .commits import CommitState, Guards
 
 KEY = "session_plugin.guard"
 POLL_INTERVAL = 0.01
@@ -50,20 +53,26 @@ class ConnectionGuard:
     without being closed could otherwise never give the connection back.
 
     Attributes:
-        commit_sent: True once nothing forbade a COMMIT or PREPARE TRANSACTION.
+        commit_error: the exception of a COMMIT that failed, as the user's code gets it, or None.
+        commit_state: how its COMMIT went.
         doomed: why nothing may be committed, or None.
         error: the error of the last statement that failed, until it is known whether it aborted the transaction.
+        fellows: the guards of the session's other connections and this one.
         inherited: True in a forked child, where the connection is the parent's.
         wrote: True once a statement was an INSERT, UPDATE, DELETE or the like.
+        xid: the id of its prepared transaction once PREPARE was sent, or None.
     """
 
     __slots__ = (
-        "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_options", "_owner", "commit_sent", "doomed",
-        "error", "inherited", "wrote",
+        "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_options", "_owner", "commit_error",
+        "commit_state", "doomed", "error", "fellows", "inherited", "wrote", "xid",
     )  # fmt: skip
 
-    def __init__(self, connection: Connection) -> None:
-        self.commit_sent = False
+    def __init__(self, connection: Connection, fellows: Guards) -> None:
+        self.commit_error: BaseException | None = None
+        self.commit_state: CommitState = commits.OPEN
+        self.fellows = fellows
+        self.xid: Any = None
         self.doomed: str | None = None
         self.error: BaseException | None = None
         self.inherited = False
@@ -160,7 +169,23 @@ class ConnectionGuard:
             )
         self.check_alone()
         self.check_alive(pooled)
-        self.commit_sent = True
+
+    def commit_failed(self, error: BaseException, raised: BaseException, dialect: Dialect) -> bool:
+        """Note that a COMMIT, or one of the two phases, raised ``error``; ``raised`` is what the user's code gets.
+
+        Returns:
+            True if the connection must be discarded, because the server has not clearly answered.
+        """
+        self.commit_error = raised
+        first_phase = self.commit_state == commits.PREPARING
+        driver_error = (error.orig if isinstance(error, DBAPIError) else None) or error  # a phase may be a statement
+        if self.commit_state != commits.COMMITTING_PREPARED and (
+            backend_for(dialect.name).has_refused_commit(driver_error, dialect)
+        ):
+            self.commit_state = commits.ROLLED_BACK if first_phase else commits.OPEN
+        if not first_phase:  # in it, what was prepared is yet to be rolled back
+            commits.add_note(raised, commits.note_for(self.fellows))
+        return self.commit_state in commits.SENT
 
     def _is_aborted(self, pooled: PoolProxiedConnection, error: BaseException | None) -> bool:
         backend = backend_for(self._dialect.name)
@@ -189,8 +214,10 @@ def guard_connections(engine: Engine) -> None:
     event.listen(engine, "do_execute_no_params", _execute_without_parameters)
     event.listen(engine, "handle_error", _handle_error)
     methods: Any = dialect
-    methods.do_commit = _checked(dialect.do_commit)
-    methods.do_prepare_twophase = _checked(dialect.do_prepare_twophase)
+    methods.do_commit = _commit(dialect.do_commit)
+    methods.do_prepare_twophase = _prepare(dialect.do_prepare_twophase)
+    methods.do_commit_twophase = _commit_prepared(dialect.do_commit_twophase)
+    methods.do_rollback_twophase = _roll_back_prepared(dialect.do_rollback_twophase)
     methods.do_rollback = _alone(dialect.do_rollback)
 
 
@@ -224,21 +251,87 @@ def _handle_error(context: ExceptionContext) -> None:
     if connection is None or connection.closed or connection.invalidated:
         return
     guard = guard_of(connection)
-    if guard is not None and not isinstance(context.original_exception, SessionPluginError):
-        guard.error = context.sqlalchemy_exception or context.original_exception
+    if guard is None or isinstance(context.original_exception, SessionPluginError):
+        return
+    guard.error = context.sqlalchemy_exception or context.original_exception
+    if (
+        guard.commit_state in commits.SENT
+        and guard.commit_failed(context.original_exception, guard.error, context.dialect)
+        and not context.is_disconnect
+    ):
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False
 
 
-def _checked(save: Callable[..., None]) -> Callable[..., None]:
-    """Wrap the dialect's COMMIT or PREPARE TRANSACTION, which runs only if nothing forbids it."""
+def _commit(commit: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolProxiedConnection], None]:
+    """Wrap the dialect's COMMIT, which runs only if nothing forbids it.
 
-    @wraps(save)
-    def checked(held: PoolProxiedConnection | Connection, *xid: Any) -> None:
-        guard = guard_of(held)
-        if guard is not None:
-            guard.check_can_commit(held.connection if isinstance(held, Connection) else held)
-        save(held, *xid)
+    From the moment it is called until it has returned the outcome is unknown, unless the server refuses.
+    """
+
+    @wraps(commit)
+    def checked(pooled: PoolProxiedConnection) -> None:
+        guard = guard_of(pooled)
+        if guard is None:
+            commit(pooled)
+            return
+        guard.check_can_commit(pooled)
+        guard.commit_state = commits.UNKNOWN
+        commit(pooled)
+        guard.commit_state = commits.COMMITTED
 
     return checked
+
+
+def _prepare(prepare: Callable[[Connection, Any], None]) -> Callable[[Connection, Any], None]:
+    """Wrap the first phase of a two-phase commit, which runs only if nothing forbids it."""
+
+    @wraps(prepare)
+    def checked(connection: Connection, xid: Any) -> None:
+        guard = guard_of(connection)
+        if guard is None:
+            prepare(connection, xid)
+            return
+        guard.check_can_commit(connection.connection)
+        guard.xid, guard.commit_state = xid, commits.PREPARING
+        prepare(connection, xid)
+        guard.commit_state = commits.PREPARED
+
+    return checked
+
+
+def _commit_prepared(commit: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the second phase, whose failure leaves either of two states."""
+
+    @wraps(commit)
+    def noted(connection: Connection, xid: Any, *how: Any, **named: Any) -> None:
+        guard = guard_of(connection)
+        if guard is None or guard.commit_state != commits.PREPARED:
+            commit(connection, xid, *how, **named)
+            return
+        guard.commit_state = commits.COMMITTING_PREPARED
+        commit(connection, xid, *how, **named)
+        guard.commit_state = commits.COMMITTED
+
+    return noted
+
+
+def _roll_back_prepared(roll_back: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the rollback of a two-phase transaction; once another one's second phase has begun, it stays prepared."""
+
+    @wraps(roll_back)
+    def noted(connection: Connection, xid: Any, *how: Any, **named: Any) -> None:
+        guard = guard_of(connection)
+        if guard is not None and guard.commit_state == commits.PREPARED:
+            if commits.is_second_phase(guard.fellows):
+                connection.invalidate()  # its driver refuses to do anything else with it
+                return
+            guard.commit_state = commits.PREPARING
+        roll_back(connection, xid, *how, **named)
+        if guard is not None and guard.xid is not None:
+            guard.commit_state = commits.ROLLED_BACK
+
+    return noted
 
 
 def _alone(rollback: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolProxiedConnection], None]:

@@ -41,6 +41,8 @@ def session_scope(database: ScopeDatabase, *, new: bool) -> Generator[Any]:
             settle(unit, Outcome())
         finally:
             close(unit)
+    if unit.interrupt is not None:
+        raise unit.interrupt
 
 
 @asynccontextmanager
@@ -63,6 +65,8 @@ async def asession_scope(database: ScopeDatabase, *, new: bool) -> AsyncGenerato
             await asettle(unit, Outcome())
         finally:
             await aclose(unit)
+    if unit.interrupt is not None:
+        raise unit.interrupt
 
 
 @contextmanager

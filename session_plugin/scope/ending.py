@@ -17,8 +17,8 @@ from .unit_of_work import UnitOfWork
 
 
 def settle_if_idle(unit: UnitOfWork[Any]) -> bool:
-    """Settle and return True if there is nothing to end: no transaction, and no hook that waits for one."""
-    if unit.in_transaction or (unit.has_session and unit.hooks.waiting):
+    """Settle and return True if there is nothing to end: no transaction, no hook that waits, no claim to check."""
+    if unit.in_transaction or (unit.has_session and (unit.hooks.waiting or unit.transaction.unknown)):
         return False
     unit.settled = True
     if unit.permit is not None:

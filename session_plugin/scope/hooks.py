@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeAlias
 
 from sqlalchemy.orm import SessionTransaction
 
-Event: TypeAlias = Literal["commit", "rollback"]
+Event: TypeAlias = Literal["commit", "rollback", "unknown"]
+"""How a transaction ends; unknown if COMMIT was sent and the server did not say what became of it."""
 
 
 @dataclass(slots=True)
@@ -43,14 +44,14 @@ class Hooks:
         self.waiting.append(hook)
 
     def savepoint_ended(self, savepoint: SessionTransaction, *, committed: bool) -> None:
-        """Pass the savepoint's hooks on to what encloses it; drop its commit hooks if it was rolled back."""
+        """Pass the savepoint's hooks on to what encloses it; if it was rolled back, drop all but its rollback hooks."""
         enclosing = savepoint.session.get_nested_transaction()
         waiting, self.waiting = self.waiting, []
         for hook in waiting:
             if hook.savepoint is savepoint:
                 hook.savepoint = enclosing
                 hook.due = hook.due or (not committed and hook.on == "rollback")
-                if not committed and hook.on == "commit":
+                if not committed and hook.on != "rollback":
                     continue
             self.waiting.append(hook)
 

@@ -36,6 +36,10 @@ def settle(unit: UnitOfWork[Any], outcome: Outcome) -> Steps[None]:
     try:
         decision = _decide(unit, outcome)
         _log(unit, decision, outcome)
+        if unit.transaction.unknown:
+            _check_claim(unit, outcome)
+            if not unit.active:
+                return
         if unit.transaction.open_results:
             yield partial(_run_sync, unit, unit.transaction.close_results)
         if decision.commit:
@@ -45,7 +49,8 @@ def settle(unit: UnitOfWork[Any], outcome: Outcome) -> Steps[None]:
     except BaseException as error:
         yield from _roll_back(unit)
         if outcome.background:
-            logger.error("%s: the work after the response was not saved (%s)", str(unit), type(error).__name__)
+            what = "may not have been saved" if unit.transaction.unknown else "was not saved"
+            logger.error("%s: the work after the response %s (%s)", str(unit), what, type(error).__name__)
         raise
     if not decision.commit:
         yield from _roll_back(unit)
@@ -82,18 +87,20 @@ def _decide(unit: UnitOfWork[Any], outcome: Outcome) -> Decision:
 def _commit(unit: UnitOfWork[Any]) -> Steps[None]:
     """COMMIT, and leave what the request loaded readable for its stream and its background work.
 
-    An exception that a session listener raises after the COMMIT cannot undo it, and is logged.
+    An exception that a session listener raises after the COMMIT, a `BaseException` too, cannot undo it, and is logged.
     """
     session = _begun_session(unit)
     transaction = session.get_transaction()
     expire_on_commit, session.expire_on_commit = session.expire_on_commit, False
     try:
         yield unit.session.commit
-    except Exception as error:
-        if transaction is None or unit.transaction.committed is not transaction:
-            unit.transaction.note_partial_commit(error)
+    except BaseException as error:
+        if isinstance(error, GeneratorExit) or transaction is None or not unit.transaction.is_committed(transaction):
+            unit.transaction.note_commit_failure(error)
             raise
         log_exception("%s: a listener failed after the COMMIT", str(unit))
+        if isinstance(error, KeyboardInterrupt):
+            unit.interrupt = error
         if session.in_transaction():
             yield partial(_run_sync, unit, transaction.close)
     finally:
@@ -145,6 +152,23 @@ def _run_sync(unit: UnitOfWork[Any], call: Callable[[], None]) -> Any:
         return call()
     session: Any = unit.session
     return session.run_sync(lambda _: call())
+
+
+def _check_claim(unit: UnitOfWork[Any], outcome: Outcome) -> None:
+    """Log an ERROR if the work ends as a success although the outcome of an earlier COMMIT is unknown."""
+    if (
+        outcome.background
+        or outcome.interrupted
+        or (outcome.error is not None if outcome.status is None else outcome.status >= 400)
+    ):
+        return
+    unit.transaction.unknown = False
+    how = "success" if outcome.status is None else f"status {outcome.status}"
+    logger.error(
+        "%s: ended as a success (%s), which is not known to be true: the outcome of an earlier COMMIT is unknown",
+        str(unit),
+        how,
+    )
 
 
 def _log(unit: UnitOfWork[Any], decision: Decision, outcome: Outcome) -> None:

@@ -13,10 +13,20 @@ from sqlalchemy.exc import StatementError
 logger = logging.getLogger("session_plugin")
 
 
-def log_failed_hook(call: Callable[[], Any]) -> None:
-    """Log the exception that a hook raised."""
+def log_failed_hook(call: Callable[[], Any], error: BaseException) -> KeyboardInterrupt | None:
+    """Log the exception that a hook raised, and return it if it is a Ctrl-C."""
     function = call.func if isinstance(call, partial) else call
     log_exception("The hook %s failed", getattr(function, "__qualname__", type(function).__name__))
+    return error if isinstance(error, KeyboardInterrupt) else None
+
+
+def log_commit_failure(unit: object, what_is_left: str, *, unknown: bool) -> None:
+    """Log what a COMMIT that failed has left; nothing of that can be undone here."""
+    if unknown:
+        message = "%s: the outcome of COMMIT is unknown, its data may or may not be saved: %s"
+    else:
+        message = "%s: the two-phase commit has failed, and a prepared transaction may be left: %s"
+    logger.error(message, str(unit), what_is_left)
 
 
 def log_exception(message: str, what: str) -> None:

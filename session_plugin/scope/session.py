@@ -14,6 +14,7 @@ from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
 from ..exceptions import ReadOnlyError, ScopeClosedError
 from .current import depth
+from .log import log_commit_failure
 from .permits import take_permit
 from .transaction_state import has_changes
 from .unit_of_work import UnitOfWork
@@ -137,5 +138,8 @@ def _run_hooks(session: ScopeSession, transaction: SessionTransaction) -> None:
         unit.hooks.savepoint_ended(transaction, committed=committed)
     else:
         unit.in_transaction = False
-        unit.transaction.ended(committed=committed)
-        unit.database.run_hooks(unit.hooks.take("commit" if committed else "rollback"))
+        ended_by = unit.transaction.ended(committed=committed)
+        if unit.transaction.report is not None:
+            log_commit_failure(unit, unit.transaction.report, unknown=ended_by == "unknown")
+            unit.transaction.report = None
+        unit.interrupt = unit.database.run_hooks(unit.hooks.take(ended_by)) or unit.interrupt

@@ -11,8 +11,10 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import Result
 from sqlalchemy.orm import Session, SessionTransaction
 
+from ..engines import commits
 from ..engines.guard import TWO_AT_ONCE, ConnectionGuard
-from ..exceptions import ConcurrentUseError, url_for_message
+from ..exceptions import ConcurrentUseError
+from .hooks import Event
 
 MANY_RESULTS = 100
 
@@ -26,11 +28,14 @@ class TransactionState:
         flushing: the thread or the task that flushes, or None.
         open_results: the results that still read from the connection: those opened with ``yield_per`` or
             ``stream``, also for the whole engine, and on SQLite, whose cursors are lazy, those of Core.
+        report: what a COMMIT that failed has left on each engine, for the log, or None.
+        unknown: True once it is not known whether a transaction was committed, until that was logged with a success.
         variants: by engine, its variant with which this transaction has begun; see `engines.variants`.
     """
 
     __slots__ = (
-        "_current_owner", "_doomed", "_first", "_guards", "committed", "flushing", "open_results", "saved", "variants",
+        "_current_owner", "_doomed", "_first", "_guards", "committed", "flushing", "open_results", "report", "saved",
+        "unknown", "variants",
     )  # fmt: skip
 
     def __init__(self, doomed: str | None = None, *, is_async: bool = False) -> None:
@@ -40,6 +45,8 @@ class TransactionState:
         self._first: asyncio.Task[Any] | None = None
         self.committed: SessionTransaction | None = None
         self.saved: bool = False
+        self.report: str | None = None
+        self.unknown: bool = False
         self.flushing: object = None
         self.open_results: list[Result[Any]] = []
         self.variants: dict[Engine, Engine] = {}
@@ -60,7 +67,7 @@ class TransactionState:
     def connection_taken(self, connection: Connection) -> None:
         """Guard ``connection``, which the session has taken; a savepoint on it reports it again."""
         if connection not in self._guards:
-            self._guards[connection] = guard = ConnectionGuard(connection)
+            self._guards[connection] = guard = ConnectionGuard(connection, self._guards)
             guard.doomed = self._doomed
 
     def doom(self, reason: str) -> None:
@@ -119,18 +126,13 @@ class TransactionState:
         for result in self.open_results:
             result.close()
 
-    def note_partial_commit(self, error: Exception) -> None:
-        """Add a note to the error of a COMMIT that names those of several engines that had committed before it."""
-        committed = [
-            url_for_message(connection.engine.url)
-            for connection, guard in self._guards.items()
-            if guard.commit_sent and guard.error is None
-        ]
-        if committed:
-            error.add_note(
-                f"This unit of work had already committed on {', '.join(committed)}. Engines that must commit "
-                "together need twophase=True."
-            )
+    def note_commit_failure(self, error: BaseException) -> None:
+        """Add a note to the error of a COMMIT if the data may be saved all the same, or a part of it is."""
+        commits.add_note(error, commits.note_for(self._guards))
+
+    def is_committed(self, transaction: SessionTransaction) -> bool:
+        """Return True if all of ``transaction`` is durable, whatever SQLAlchemy's COMMIT has raised."""
+        return self.committed is transaction or commits.outcome(self._guards) == "commit"
 
     def detach_after_fork(self) -> list[Any]:
         """Send nothing more on the connections, which are the parent's; return those of the driver."""
@@ -142,14 +144,34 @@ class TransactionState:
             if not (connection.closed or connection.invalidated)
         ]
 
-    def ended(self, *, committed: bool) -> None:
-        """Start anew: the transaction has ended, and its connections are back in their pools."""
-        self.saved = self.saved or (committed and self.wrote)
+    def ended(self, *, committed: bool) -> Event:
+        """Start anew: the transaction has ended, and its connections are back in their pools.
+
+        Returns:
+            how it ended.
+        """
         guards, self._guards = self._guards, {}
+        ended_by: Event = "commit" if committed else commits.outcome(guards)
+        if ended_by == "commit":
+            self.saved = self.saved or any(guard.wrote for guard in guards.values())
+        elif guards:
+            self._report(guards, ended_by)
         self._first = None
         self.open_results.clear()
         for guard in guards.values():
             guard.release()
+        return ended_by
+
+    def _report(self, guards: dict[Connection, ConnectionGuard], ended_by: Event) -> None:
+        """Note on the error, and for the log, what a COMMIT that failed has left."""
+        errors = [guard.commit_error for guard in guards.values() if guard.commit_error is not None]
+        for error in errors:
+            commits.add_note(error, commits.note_for(guards))
+        if ended_by == "unknown":
+            self.unknown = True
+        if ended_by == "unknown" or commits.leaves_prepared(guards):
+            because = f" ({', '.join(type(error).__name__ for error in errors)})" if errors else ""
+            self.report = f"{commits.describe(guards)}{because}"
 
 
 def has_changes(session: Session) -> bool:

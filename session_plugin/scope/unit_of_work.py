@@ -51,8 +51,8 @@ class ScopeDatabase(Protocol):
     def engine_for(self, engine: Engine, policy: Policy, *, may_write: bool) -> Engine:
         """Return ``engine``, or its variant that begins as ``policy`` says."""
 
-    def run_hooks(self, calls: list[Callable[[], Any]]) -> None:
-        """Make the calls that are due, each in a unit of work of its own."""
+    def run_hooks(self, calls: list[Callable[[], Any]]) -> KeyboardInterrupt | None:
+        """Make the calls that are due, each in a unit of work of its own, and return a Ctrl-C that came meanwhile."""
 
 
 class UnitOfWork(Generic[S]):
@@ -72,6 +72,7 @@ class UnitOfWork(Generic[S]):
         saved: True once a settlement has committed work.
         closed: True once it has ended; its session refuses further use.
         doomed: why it will roll back, whatever happens, or None.
+        interrupt: a Ctrl-C that came in a hook, after the COMMIT; a ``session_scope()`` raises it once it has ended.
         loop: the event loop that serves its request with threads, or an outer one's, or None.
         permit: gives back its permit to hold a connection, or None; see `permits`.
         sync_session: the `Session`, also where ``session`` is an `AsyncSession`; set while there is one.
@@ -88,6 +89,7 @@ class UnitOfWork(Generic[S]):
     closed: bool = False
     begun_at: int = 0
     doomed: str | None = None
+    interrupt: KeyboardInterrupt | None = None
     loop: asyncio.AbstractEventLoop | None = None
     _policy: Policy | None = None
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal, TypeAlias
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from ..database.core import HasDatabase
 from ..engines.backends import backend_for
@@ -24,7 +24,8 @@ def fail_next_commit(db: HasDatabase, failure: CommitFailure = IntegrityError) -
     Args:
         db: an isolated database, or a plugin that has one.
         failure: `IntegrityError`, ``"serialization"`` (on SQLite "database is locked") or
-            ``"disconnect"``, which SQLite does not have.
+            ``"disconnect"``, which SQLite does not have: the answer to COMMIT is lost, so that its outcome is
+            unknown and ``on_unknown`` hooks run.
 
     Raises:
         IsolationError: the database is not isolated, or the test ends without a commit.
@@ -60,7 +61,11 @@ def exhausted_pool(db: HasDatabase) -> Generator[None]:
 
 def _fail(isolation: Isolation, failure: CommitFailure, connection: Connection) -> None:
     if failure == "disconnect":
-        _disconnect(isolation, connection)
+        try:
+            _disconnect(isolation, connection)
+        except DBAPIError as error:
+            isolation.commit_unanswered(connection, error)
+            raise
         return
     try:
         kind: Literal["integrity", "serialization"] = "serialization" if failure == "serialization" else "integrity"

@@ -93,6 +93,13 @@ class Backend:
         """Return True if the driver itself knows that the transaction is aborted."""
         return False
 
+    def has_refused_commit(self, error: BaseException, dialect: Dialect) -> bool:
+        """Return True if ``error``, which COMMIT raised, proves that the server has not committed.
+
+        Anything else leaves the outcome unknown, so this errs on the side of False.
+        """
+        return isinstance(error, dialect.loaded_dbapi.IntegrityError)
+
     def deferred_constraints_check(self, connection: Connection) -> Callable[[Connection], None]:
         """Return a function that raises what COMMIT would raise for deferred constraints.
 

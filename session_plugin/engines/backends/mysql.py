@@ -16,6 +16,15 @@ _READ_ONLY_OPTION = "session_plugin_mysql_read_only"
 _ENDS_TRANSACTION = {1020, 1206, 1213}
 """Changed since the snapshot, lock table full, deadlock: InnoDB rolls the whole transaction back."""
 _LOCK_WAIT_TIMEOUT = 1205
+_REFUSALS = {
+    1020, 1205, 1206, 1213,  # changed since the snapshot, lock wait timeout, lock table full, deadlock or certification
+    1048, 1062, 1169, 1216, 1217, 1451, 1452, 1557, 1586, 1761, 1762, 4025,  # constraints
+    1290, 1792, 1836,  # the server or the transaction is read-only
+    1402, 1613, 1614,  # XA_RBROLLBACK, XA_RBTIMEOUT, XA_RBDEADLOCK
+    1644,  # SIGNAL
+    3101,  # group replication has rolled the transaction back
+}  # fmt: skip
+"""Of what a server sends; the others, such as 1180 (an error during COMMIT) or 1317 (interrupted), prove nothing."""
 
 
 class MySQL(Backend):
@@ -57,6 +66,10 @@ class MySQL(Backend):
             finally:
                 cursor.close()
         return code in _ENDS_TRANSACTION
+
+    def has_refused_commit(self, error: BaseException, dialect: Dialect) -> bool:
+        """By the code of the server's error; those of the client begin at 2000."""
+        return _code_of(error) in _REFUSALS
 
 
 def _begin(connection: Connection) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection
+from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
 from .interface import Backend, CommitFailure
@@ -22,6 +24,9 @@ END $$"""
 
 _IN_ERROR = 3
 """libpq's PQTRANS_INERROR."""
+_NO_REFUSAL = re.compile("08|40003|57P|58|XX")
+"""The SQLSTATEs of lost connections, of "statement completion unknown", of sessions that the server ended (shutdown,
+crash, idle time-out), and of failures inside the server; poolers use some of these too."""
 
 
 class PostgreSQL(Backend):
@@ -48,6 +53,11 @@ class PostgreSQL(Backend):
         libpq = getattr(driver_connection, "pgconn", None) or getattr(driver_connection, "info", None)
         return getattr(libpq, "transaction_status", None) == _IN_ERROR
 
+    def has_refused_commit(self, error: BaseException, dialect: Dialect) -> bool:
+        """An ERROR says so: the server has rolled back by then.  After a FATAL one the session is gone."""
+        sqlstate: str | None = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+        return sqlstate is not None and not _NO_REFUSAL.match(sqlstate) and _severity_of(error) == "ERROR"
+
     def deferred_constraints_check(self, connection: Connection) -> Callable[[Connection], None]:
         """The same statement checks the constraints of any transaction."""
         return _check_constraints
@@ -59,3 +69,12 @@ class PostgreSQL(Backend):
 
 def _check_constraints(connection: Connection) -> None:
     connection.exec_driver_sql(CHECK_CONSTRAINTS)
+
+
+def _severity_of(error: Any) -> str | None:
+    """Return the severity in English: of psycopg and psycopg2 from ``diag``, of asyncpg from the error it wraps."""
+    fields = getattr(error, "diag", None)
+    severity: str | None = getattr(fields, "severity_nonlocalized", None) or getattr(
+        error.__cause__, "severity_en", None
+    )
+    return severity

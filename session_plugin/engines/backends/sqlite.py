@@ -29,6 +29,9 @@ _IMMEDIATE = "IMMEDIATE"
 _READ_ONLY = "READ ONLY"
 _QUERY_ONLY = "session_plugin.query_only"
 _SHARED_MEMORY_SINCE = (3, 36)
+_REFUSALS = {1, 5, 6, 8, 9, 13, 19}
+"""SQLITE_ERROR, _BUSY, _LOCKED, _READONLY, _INTERRUPT, _FULL, _CONSTRAINT.  Not _IOERR: a COMMIT whose last
+``fsync`` failed may be found in the file all the same."""
 
 logger = logging.getLogger("session_plugin")
 
@@ -95,6 +98,11 @@ class SQLite(Backend):
         """SQLite itself knows whether a transaction is open."""
         driver_connection: Any = pooled.driver_connection
         return not driver_connection.in_transaction
+
+    def has_refused_commit(self, error: BaseException, dialect: Dialect) -> bool:
+        """By SQLite's result code, whose lowest byte is the primary one."""
+        code: int | None = getattr(error, "sqlite_errorcode", None)
+        return code is not None and code & 0xFF in _REFUSALS
 
     def deferred_constraints_check(self, connection: Connection) -> Callable[[Connection], None]:
         """Compare the violated foreign keys with those that were violated before."""

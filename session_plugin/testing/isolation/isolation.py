@@ -21,6 +21,7 @@ from ...database.core import DatabaseCore, HasDatabase
 from ...database.interface import core_of
 from ...engines import autocommit
 from ...engines.backends import backend_for
+from ...engines.commits import UNKNOWN
 from ...engines.forks import after_fork_in_child
 from ...engines.guard import KEY, guard_of
 from ...engines.making import prepare
@@ -240,11 +241,17 @@ class Isolation:
                 self._opened[connection][0](connection)
         except BaseException:
             if guard is not None:
-                guard.error, guard.commit_sent = None, False
+                guard.error = None
             self._savepoints.rolls_back(connection, name)
             self._savepoints.finish(connection)  # for SQLAlchemy it has ended
             raise
         self._turns.note_committed(turn)
+
+    def commit_unanswered(self, connection: Connection, error: BaseException) -> None:
+        """Make the outcome of the COMMIT unknown for which the current RELEASE on ``connection`` stands."""
+        if (guard := guard_of(connection)) is not None:
+            guard.commit_state = UNKNOWN
+            guard.commit_failed(error, error, connection.dialect)
 
     def _before_rollback(self, connection: Connection, name: str, context: Any) -> None:
         """Before a ROLLBACK TO, see that what was committed inside stays, if this transaction itself wrote nothing."""

@@ -11,13 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import event, func, select, text
 from sqlalchemy.exc import IntegrityError, ResourceClosedError
 from sqlalchemy.orm import Session
 
 from session_plugin import ScopeClosedError
 
 from .harness import Act, ConflictError, HandledError, Harness, Parent, add, add_orphan, hold, insert, wait_for
+
+
+class Interruption(BaseException):
+    """As gevent's Timeout and the like, which handlers for `Exception` do not catch."""
 
 
 class Contract:
@@ -360,12 +364,15 @@ class Contract:
         app.request(Act(work))
         assert log == ["rollback"]
 
-    def test_failing_hook_is_logged(self, app: Harness, caplog: pytest.LogCaptureFixture) -> None:
-        """A failing hook is logged, and affects neither the response nor the other hooks."""
+    @pytest.mark.parametrize("error", [RuntimeError, Interruption, SystemExit, KeyboardInterrupt])
+    def test_failing_hook_is_logged(
+        self, app: Harness, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+    ) -> None:
+        """A hook that fails, by whatever exception, is logged, and affects neither the response nor other hooks."""
         log: list[Any] = []
 
         def boom() -> None:
-            raise RuntimeError("boom")
+            raise error("boom")
 
         def work(session: Session) -> None:
             insert("tea")(session)
@@ -374,6 +381,42 @@ class Contract:
 
         assert app.request(Act(work)).status == 201
         assert (log, app.store.names()) == (["after"], ["tea"])
+        assert "boom" in [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
+
+    def test_hook_of_an_explicit_commit_is_interrupted(self, app: Harness) -> None:
+        """So it is after an explicit commit, and in a hook of a rollback; what was committed stays a success."""
+        log: list[Any] = []
+
+        def boom() -> None:
+            raise Interruption("boom")
+
+        def work(session: Session) -> None:
+            insert("tea")(session)
+            app.db.on_commit(boom)
+            app.db.on_commit(log.append, "committed")
+            session.commit()
+            insert("milk")(session)
+            app.db.on_rollback(boom)
+            app.db.on_rollback(log.append, "rolled back")
+            session.rollback()
+
+        assert app.request(Act(work)).status == 201
+        assert (log, app.store.names()) == (["committed", "rolled back"], ["tea"])
+
+    def test_listener_is_interrupted_after_the_commit(self, app: Harness, caplog: pytest.LogCaptureFixture) -> None:
+        """A listener of the user's that SQLAlchemy calls after the COMMIT changes nothing, whatever it raises."""
+        log: list[Any] = []
+
+        def boom(session: Session) -> None:
+            raise Interruption("boom")
+
+        def work(session: Session) -> None:
+            insert("tea")(session)
+            app.db.on_commit(log.append, "committed")
+            event.listen(session, "after_commit", boom)
+
+        assert app.request(Act(work)).status == 201
+        assert (log, app.store.names()) == (["committed"], ["tea"])
         assert "boom" in [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
 
     # -- 11: a closed session cannot be reused -----------------------------------------------------

@@ -970,6 +970,50 @@ def test_generators_closed_in_the_order_of_their_opening_leave_the_outer_scope_c
     db.dispose()
 
 
+@pytest.mark.parametrize("part", ["hook", "listener"])
+def test_a_block_raises_ctrl_c_once_all_is_done(units: Units, part: str) -> None:
+    """A KeyboardInterrupt after the COMMIT ends the program; the data is durable and the other hooks have run."""
+    log: list[str] = []
+
+    def ctrl_c(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        if part == "hook":
+            units.db.on_commit(ctrl_c)
+        else:
+            event.listen(session, "after_commit", ctrl_c)
+        units.db.on_commit(log.append, "second")
+
+    async def block() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            await units.arun(work)
+
+    if units.is_async:
+        units.runner.run(block())
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            units.run(work)
+    assert (log, units.store.names()) == (["second"], ["tea"])
+
+
+@on("postgresql+psycopg_async")
+def test_a_hook_that_is_closed_ends_at_once(units: Units) -> None:
+    """A coroutine that is closed can await nothing more."""
+
+    async def wait() -> None:
+        await asyncio.sleep(60)
+
+    hooks = core_of(units.db).arun_hooks([wait, wait])
+
+    async def begin_and_close() -> None:
+        hooks.send(None)
+        hooks.close()
+
+    units.runner.run(begin_and_close())
+
+
 @on(*ASYNC)
 def test_a_hook_that_raises_cancelled_error_changes_nothing(units: Units) -> None:
     """A CancelledError in a hook, which may come from a task that it awaited, is contained; the other hooks run."""

@@ -30,6 +30,7 @@ from . import commits
 from .autocommit import is_autocommit
 from .backends import backend_for
 from .commits import CommitState, Guards
+from .twophase import wrap_create_xid
 
 KEY = "session_plugin.guard"
 POLL_INTERVAL = 0.01
@@ -215,6 +216,7 @@ def guard_connections(engine: Engine) -> None:
     event.listen(engine, "handle_error", _handle_error)
     methods: Any = dialect
     methods.do_commit = _commit(dialect.do_commit)
+    methods.create_xid = wrap_create_xid(dialect.create_xid)
     methods.do_prepare_twophase = _prepare(dialect.do_prepare_twophase)
     methods.do_commit_twophase = _commit_prepared(dialect.do_commit_twophase)
     methods.do_rollback_twophase = _roll_back_prepared(dialect.do_rollback_twophase)
@@ -322,6 +324,9 @@ def _roll_back_prepared(roll_back: Callable[..., None]) -> Callable[..., None]:
     @wraps(roll_back)
     def noted(connection: Connection, xid: Any, *how: Any, **named: Any) -> None:
         guard = guard_of(connection)
+        if guard is not None and guard.commit_state == commits.ROLLED_BACK:
+            connection.invalidate()  # the server refused to prepare; psycopg would send ROLLBACK PREPARED all the same
+            return
         if guard is not None and guard.commit_state == commits.PREPARED:
             if commits.is_second_phase(guard.fellows):
                 connection.invalidate()  # its driver refuses to do anything else with it

@@ -1,7 +1,7 @@
 """`ScopeSession`: the session of a unit of work, of the user's own session class, and what it reports.
 
-Only documented extension points of SQLAlchemy are used: a subclass that overrides ``get_bind()`` and
-``flush()``, and session events.
+Only documented extension points of SQLAlchemy are used: a subclass that overrides ``get_bind()``,
+``connection()`` and ``flush()``, and session events.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
+from ..engines.backends import backend_for
 from ..exceptions import ReadOnlyError, ScopeClosedError
 from .current import depth
 from .log import log_commit_failure
@@ -42,7 +43,16 @@ class ScopeSession(Session):
         if engine is None:
             engine = unit.database.engine_for(bind, unit.policy, may_write=unit.may_write)
             transaction.variants[bind] = engine
+        if self.twophase:
+            transaction.announce_id(engine)
         return engine
+
+    def connection(self, bind_arguments: Any = None, execution_options: Any = None) -> Connection:
+        """As SQLAlchemy's, but the transaction has begun on the server: the driver's own connection may be used."""
+        connection = super().connection(bind_arguments, execution_options)
+        if self._unit_of_work is not None:
+            backend_for(connection.dialect.name).begin_now(connection)
+        return connection
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """As SQLAlchemy's, but of two flushes at once the second raises `ConcurrentUseError`."""

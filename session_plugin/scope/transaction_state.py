@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ..engines import commits
 from ..engines.guard import TWO_AT_ONCE, ConnectionGuard
+from ..engines.twophase import TransactionIds
 from ..exceptions import ConcurrentUseError
 from .hooks import Event
 
@@ -34,14 +35,15 @@ class TransactionState:
     """
 
     __slots__ = (
-        "_current_owner", "_doomed", "_first", "_guards", "committed", "flushing", "open_results", "report", "saved",
-        "unknown", "variants",
+        "_current_owner", "_doomed", "_first", "_guards", "_ids", "committed", "flushing", "open_results", "report",
+        "saved", "unknown", "variants",
     )  # fmt: skip
 
     def __init__(self, doomed: str | None = None, *, is_async: bool = False) -> None:
         self._current_owner: Callable[[], object] = _current_task if is_async else threading.get_ident
         self._guards: dict[Connection, ConnectionGuard] = {}
         self._doomed = doomed
+        self._ids: TransactionIds | None = None
         self._first: asyncio.Task[Any] | None = None
         self.committed: SessionTransaction | None = None
         self.saved: bool = False
@@ -63,6 +65,13 @@ class TransactionState:
     def connected(self) -> bool:
         """True while the session holds a connection."""
         return bool(self._guards)
+
+    def announce_id(self, engine: Engine) -> None:
+        """Name the two-phase transaction that is about to begin on ``engine``, unless one is open there."""
+        if all(connection.engine is not engine for connection in self._guards):
+            if self._ids is None:
+                self._ids = TransactionIds()
+            self._ids.announce(first=not self._guards)
 
     def connection_taken(self, connection: Connection) -> None:
         """Guard ``connection``, which the session has taken; a savepoint on it reports it again."""

@@ -75,6 +75,9 @@ class Backend:
         """
         return {}
 
+    def begin_now(self, connection: Connection) -> None:
+        """Begin the transaction on the server, where the driver would wait for the first statement that it sees."""
+
     def is_aborted(self, pooled: PoolProxiedConnection, error: BaseException, dialect: Dialect) -> bool:
         """Return True if the server has ended or aborted the transaction in which ``error`` was raised.
 

@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
+from ..autocommit import is_autocommit
 from .interface import Backend, CommitFailure
 
 CHECK_CONSTRAINTS = """DO $$ BEGIN
@@ -46,6 +47,13 @@ class PostgreSQL(Backend):
     def begin_options(self, *, read_only: bool, may_write: bool) -> dict[str, Any]:
         """Begin READ ONLY where the policy says so."""
         return {"postgresql_readonly": True} if read_only else {}
+
+    def begin_now(self, connection: Connection) -> None:
+        """On asyncpg, SQLAlchemy sends BEGIN with the first statement; what its driver sent before would commit itself."""
+        if connection.dialect.driver == "asyncpg" and not is_autocommit(connection.get_execution_options()):
+            driver_connection: Any = connection.connection.driver_connection
+            if not driver_connection.is_in_transaction():
+                connection.exec_driver_sql("SELECT 1").close()
 
     def is_known_to_be_aborted(self, pooled: PoolProxiedConnection) -> bool:
         """Psycopg and psycopg2 remember the state of the transaction; errors of raw cursors are seen this way too."""

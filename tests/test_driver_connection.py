@@ -1,4 +1,4 @@
-"""The driver's own connection, which job queues use, is inside the transaction of the session that it was taken from."""
+"""The driver's own connection, which job queues use, is inside the transaction of the session that it comes from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .units import Units, on
 @pytest.mark.parametrize("ends", ["error", "success"])
 @pytest.mark.parametrize("sync", [False, True])
 def test_work_of_the_driver_ends_with_the_unit_of_work(units: Units, ends: str, sync: bool) -> None:
-    """So it does if it is sent before any statement of the session; asyncpg would have begun with the first of those."""
+    """It may be sent before any statement of the session, with the first of which asyncpg would begin."""
 
     async def work() -> None:
         async with units.db.session_scope() as session:

@@ -49,7 +49,7 @@ class PostgreSQL(Backend):
         return {"postgresql_readonly": True} if read_only else {}
 
     def begin_now(self, connection: Connection) -> None:
-        """On asyncpg, SQLAlchemy sends BEGIN with the first statement; what its driver sent before would commit itself."""
+        """On asyncpg, SQLAlchemy sends BEGIN with the first statement; what the driver sent before commits itself."""
         if connection.dialect.driver == "asyncpg" and not is_autocommit(connection.get_execution_options()):
             driver_connection: Any = connection.connection.driver_connection
             if not driver_connection.is_in_transaction():

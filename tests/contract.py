@@ -17,7 +17,19 @@ from sqlalchemy.orm import Session
 
 from session_plugin import ScopeClosedError
 
-from .harness import Act, ConflictError, HandledError, Harness, Parent, add, add_orphan, hold, insert, wait_for
+from .harness import (
+    Act,
+    ConflictError,
+    HandledError,
+    Harness,
+    Parent,
+    Sibling,
+    add,
+    add_orphan,
+    hold,
+    insert,
+    wait_for,
+)
 
 
 class Interruption(BaseException):
@@ -46,6 +58,56 @@ class Contract:
 
         assert app.request(Act(work)).status == 201
         assert taken == [0]
+
+    # -- 6: clean connections --------------------------------------------------------------------
+
+    def test_the_end_waits_for_a_connection_that_is_being_taken(self, app: Harness) -> None:
+        """An error beside a thread or task that is connecting: the app handles that error; the other one is refused."""
+        siblings: list[Sibling] = []
+
+        def work(session: Any) -> None:
+            siblings.append(sibling := Sibling(session, app.sync_engine))
+            state = session._unit_of_work.transaction
+            sibling.let_go_once(lambda: state.late is not None)
+
+        reply = app.request(Act(work, error=HandledError()))
+        if app.answers_failed_commits:
+            assert (reply.status, reply.json) == (200, {"rows": 0})
+        else:  # a plain app has no handlers
+            assert reply.status == 500
+        assert siblings[0].ended.wait(10)
+        assert isinstance(siblings[0].error, ScopeClosedError)
+        assert app.store.names() == []
+
+    def test_a_success_beside_a_connection_that_is_being_taken(self, app: Harness) -> None:
+        """Half of the work is not committed: that is concurrent use, and no success."""
+        siblings: list[Sibling] = []
+
+        def work(session: Any) -> None:
+            session.add(Parent(name="half"))
+            siblings.append(sibling := Sibling(session, app.sync_engine))
+            state = session._unit_of_work.transaction
+            sibling.let_go_once(lambda: state.late is not None)
+
+        assert app.request(Act(work)).status == 500
+        assert siblings[0].ended.wait(10)
+        assert isinstance(siblings[0].error, ScopeClosedError)
+        assert app.store.names() == []
+
+    def test_a_connection_that_arrives_after_the_end(self, app: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is discarded where it arrives, and whoever was taking it is refused."""
+        monkeypatch.setattr("session_plugin.scope.lifecycle.LONGEST_WAIT", 0.02)
+        siblings: list[Sibling] = []
+
+        def work(session: Any) -> None:
+            siblings.append(sibling := Sibling(session, app.sync_engine))
+            unit = session._unit_of_work
+            sibling.let_go_once(lambda: unit.closed and not unit.in_transaction)
+
+        assert app.request(Act(work, error=KeyError("not handled"))).status == 500
+        assert siblings[0].ended.wait(10)
+        assert isinstance(siblings[0].error, ScopeClosedError)
+        assert app.store.names() == []
 
     # -- 3: a success response means that the data is committed ------------------------------------
 

@@ -27,7 +27,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from sqlalchemy.pool import NullPool
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 Work = Callable[[Session], Any]
@@ -112,6 +112,55 @@ def refuse_commits(session: Session) -> None:
     except OperationalError as error:
         raise AssertionError("MariaDB did not become read-only") from error
     event.listen(session, "after_rollback", lambda session: set_read_only(0), once=True)
+
+
+class Sibling:
+    """Another thread or task that executes a statement on the session of a request, and is slow to get a connection.
+
+    Attributes:
+        error: what the statement raised.
+        ended: set at its end.
+    """
+
+    def __init__(self, session: Session, engine: Engine) -> None:
+        """Start it, and return once it is taking the connection."""
+        self.error: BaseException | None = None
+        self.ended = threading.Event()
+        self._session = session
+        self._is_async = engine.dialect.is_async
+        self._connecting = False
+        self._condition: Callable[[], Any] = lambda: False
+        event.listen(engine, "checkout", self._hold)
+        if self._is_async:
+            self._task = asyncio.get_running_loop().create_task(greenlet_spawn(self._execute))
+        else:
+            threading.Thread(target=self._execute).start()
+        self._wait_for(lambda: self._connecting or self.error)
+
+    def let_go_once(self, condition: Callable[[], Any]) -> None:
+        """Let the connection arrive as soon as ``condition()`` is true."""
+        self._condition = condition
+
+    def _execute(self) -> None:
+        try:
+            self._session.execute(sqlalchemy.insert(Parent).values(name="sibling"))
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.ended.set()
+
+    def _hold(self, *arguments: Any) -> None:
+        if not self._connecting:
+            self._connecting = True
+            self._wait_for(lambda: self._condition())
+
+    def _wait_for(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 10
+        while not condition() and time.monotonic() < deadline:
+            if self._is_async:
+                await_only(asyncio.sleep(0.01))
+            else:
+                time.sleep(0.01)
 
 
 def count(session: Session) -> int:

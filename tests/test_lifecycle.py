@@ -18,6 +18,7 @@ import pytest
 from sqlalchemy import create_engine, event, literal, select, text
 from sqlalchemy.exc import (
     DBAPIError,
+    IllegalStateChangeError,
     IntegrityError,
     OperationalError,
     PendingRollbackError,
@@ -46,10 +47,10 @@ from session_plugin.scope import ending
 from session_plugin.scope.lifecycle import settle
 from session_plugin.scope.opening import open_unit_of_work
 from session_plugin.scope.runner import run
-from session_plugin.scope.transaction_state import MANY_RESULTS
+from session_plugin.scope.transaction_state import MANY_RESULTS, LateConnection
 
 from .drivers import ASYNC, POSTGRESQL, SYNC
-from .harness import POOL, Base, Child, Parent, add, add_orphan, insert
+from .harness import POOL, Base, Child, Parent, Sibling, add, add_orphan, insert
 from .servers import PostgreSQL
 from .units import Units, on
 
@@ -644,6 +645,7 @@ def test_a_doomed_scope_does_not_commit_over_an_open_savepoint(units: Units) -> 
             insert("lost")(session)
             units.db.doom("dry run")
             session.begin_nested()
+            session.execute(text("SELECT 2"))
 
     def through_the_connection(session: Session) -> None:
         insert("lost")(session)
@@ -1071,4 +1073,165 @@ def test_a_partial_commit_is_noted_on_the_error(postgresql: Any) -> None:
         if 0 < len(noted) < number + 1:
             break
     assert "twophase=True" in noted[0]
+    db.dispose()
+
+
+# -- a connection that another task or thread is taking ----------------------------------------------
+
+
+def test_a_scope_does_not_commit_beside_a_connection_that_is_being_taken(units: Units) -> None:
+    """The sibling's work would be half of it: SQLAlchemy's refusal becomes ours, which names the cure."""
+    siblings: list[Sibling] = []
+
+    def work(session: Any) -> None:
+        session.add(Parent(name="half"))
+        siblings.append(sibling := Sibling(session, units.sync_engine))
+        state = session._unit_of_work.transaction
+        sibling.let_go_once(lambda: state.late is not None)
+
+    with pytest.raises(ConcurrentUseError, match=r"session_scope\(new=True\)") as caught:
+        units.run(work)
+    assert caught.value.__cause__.code == "isce"  # type: ignore[union-attr]
+    assert siblings[0].ended.wait(10)
+    assert isinstance(siblings[0].error, ScopeClosedError)
+    assert units.store.names() == []
+
+
+def test_a_scope_beside_a_connection_that_arrives_too_late(
+    units: Units, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The block's own error leaves it within the bound, a warning names what was left, and nothing stays held."""
+    monkeypatch.setattr("session_plugin.scope.lifecycle.LONGEST_WAIT", 0.02)
+    siblings: list[Sibling] = []
+    discarded = threading.Event()
+    event.listen(units.sync_engine, "invalidate", lambda *arguments: discarded.set())
+    opened: list[bool] = []
+
+    def work(session: Any) -> None:
+        siblings.append(sibling := Sibling(session, units.sync_engine))
+        sibling.let_go_once(lambda: opened)
+        raise KeyError("mine")
+
+    async def main() -> None:
+        with pytest.raises(KeyError, match="mine"):
+            await units.arun(work)
+        opened.append(True)
+        while not siblings[0].ended.is_set():
+            await asyncio.sleep(0.01)
+
+    if units.is_async:
+        units.runner.run(main())
+    else:
+        with pytest.raises(KeyError, match="mine"):
+            units.run(work)
+        opened.append(True)
+    assert siblings[0].ended.wait(10)
+    assert isinstance(siblings[0].error, ScopeClosedError)
+    assert discarded.wait(10)
+    assert "is not waited for any longer" in caplog.text
+    assert caplog.text.count("WARNING") == 1
+    assert units.store.names() == []
+
+
+class Invalidated:
+    """Stands for a connection; notes that it was discarded."""
+
+    discarded = False
+
+    def invalidate(self) -> None:
+        self.discarded = True
+
+
+@pytest.mark.parametrize("arrives_first", [True, False])
+def test_a_connection_that_arrives_as_the_ending_gives_up(arrives_first: bool) -> None:
+    """It is released by exactly one side: by the ending if it came before that gave up, else where it arrives."""
+    late, connection = LateConnection(0), Invalidated()
+    if arrives_first:
+        late.refuse(connection)  # type: ignore[arg-type]
+        assert late.give_up() is False
+        assert not connection.discarded
+    else:
+        assert late.give_up() is True
+        late.refuse(connection)  # type: ignore[arg-type]
+        assert connection.discarded
+
+
+def test_an_ending_that_gave_up_while_the_connection_arrived_releases_it() -> None:
+    """The time is over and the connection is there: the next try succeeds, and nothing is discarded."""
+    db = Database("sqlite://", **POOL)
+    tries: list[str] = []
+    with pytest.raises(BoomError), db.session_scope() as session:
+        session.execute(text("SELECT 1"))
+        state = db._unit_of_work().transaction
+
+        def rollback() -> None:
+            tries.append("rollback")
+            if len(tries) == 1:
+                state.late = LateConnection(0)
+                state.late.arrived = True
+                raise IllegalStateChangeError("the other thread is still on its way out", code="isce")
+            Session.rollback(session)
+
+        session.rollback = rollback  # type: ignore[method-assign]
+        raise BoomError
+    assert len(tries) == 2
+    assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    db.dispose()
+
+
+def test_giving_up_keeps_no_other_connection(postgresql: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that is stuck while it connects to one engine cannot end its transaction on another one: discarded."""
+    monkeypatch.setattr("session_plugin.scope.lifecycle.LONGEST_WAIT", 0.02)
+    url = postgresql.url("psycopg")
+    db = Database({"default": url, "reports": url})
+    reports = db.engines["reports"]
+    with pytest.raises(BoomError), db.session_scope() as session:
+        session.bind_mapper(Parent, reports)
+        session.execute(text("SELECT 1"))
+        sibling = Sibling(session, reports)
+        unit = db._unit_of_work()
+        sibling.let_go_once(lambda: unit.closed and not unit.in_transaction)
+        raise BoomError
+    assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert sibling.ended.wait(10)
+    assert isinstance(sibling.error, ScopeClosedError)
+    assert reports.pool.checkedout() == 0  # type: ignore[attr-defined]
+    db.dispose()
+
+
+def test_a_savepoint_without_end_keeps_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a savepoint is being set, SQLAlchemy refuses to invalidate the session; its connections are discarded."""
+    monkeypatch.setattr("session_plugin.scope.lifecycle.LONGEST_WAIT", 0.02)
+    monkeypatch.setattr("session_plugin.engines.guard.LONGEST_WAIT", 0.02)
+    db = Database(f"sqlite:///{tmp_path / 'test.db'}", **POOL)
+    setting, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    execute = db.engine.dialect.do_execute
+
+    def slow(cursor: Any, statement: str, *rest: Any) -> None:
+        if statement.startswith("SAVEPOINT"):
+            setting.set()
+            assert go_on.wait(10)
+        execute(cursor, statement, *rest)
+
+    db.engine.dialect.do_execute = slow  # type: ignore[method-assign]
+    errors: list[BaseException] = []
+
+    def set_savepoint(session: Session) -> None:
+        try:
+            session.begin_nested()
+            session.execute(text("SELECT 2"))
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.set()
+
+    with pytest.raises(BoomError), db.session_scope() as session:
+        session.execute(text("SELECT 1"))
+        threading.Thread(target=set_savepoint, args=[session]).start()
+        assert setting.wait(10)
+        raise BoomError
+    assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    go_on.set()
+    assert ended.wait(10)
+    assert errors
     db.dispose()

@@ -37,7 +37,7 @@ async def asettle(unit: UnitOfWork[Any], outcome: Outcome) -> None:
     if settle_if_idle(unit):
         return
     unit.settled = True
-    sends = unit.transaction.connected or unit.wrote or bool(unit.hooks.waiting)
+    sends = _may_send(unit) or unit.wrote or bool(unit.hooks.waiting)
     try:
         await _arun(unit, lifecycle.settle(unit, outcome), sends=sends)
     finally:
@@ -73,7 +73,7 @@ async def aclose(unit: UnitOfWork[Any]) -> None:
     if close_if_idle(unit):
         return
     try:
-        await _arun(unit, lifecycle.close(unit), sends=unit.transaction.connected)
+        await _arun(unit, lifecycle.close(unit), sends=_may_send(unit))
     finally:
         _release(unit)
 
@@ -81,6 +81,11 @@ async def aclose(unit: UnitOfWork[Any]) -> None:
 def _release(unit: UnitOfWork[Any]) -> None:
     unit.return_permit()
     unit.forget_session()
+
+
+def _may_send(unit: UnitOfWork[Any]) -> bool:
+    """Return True if the session holds a connection, or if another thread or task is taking one for it."""
+    return unit.transaction.connected or not unit.sync_session.is_active
 
 
 async def _arun(unit: UnitOfWork[Any], steps: Steps[None], *, sends: bool) -> None:

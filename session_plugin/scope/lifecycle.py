@@ -12,18 +12,26 @@ sessions end by the same code.  Hooks run where the session reports that its tra
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.orm import Session
 
-from ..exceptions import PolicyError
+from ..engines.guard import POLL_INTERVAL, TWO_AT_ONCE
+from ..exceptions import ConcurrentUseError, PolicyError
 from ..policy import Decision, Outcome
 from .log import log_exception, logger
 from .runner import Steps
+from .transaction_state import LateConnection
 from .unit_of_work import UnitOfWork
+
+LONGEST_WAIT = 5.0
+"""Seconds for which the end of a transaction waits for a connection that another thread or task is taking."""
 
 
 def settle(unit: UnitOfWork[Any], outcome: Outcome) -> Steps[None]:
@@ -63,7 +71,11 @@ def close(unit: UnitOfWork[Any]) -> Steps[None]:
             yield from _roll_back(unit)
     finally:
         session: Any = unit.session
-        yield session.close
+        try:
+            yield session.close
+        except IllegalStateChangeError:
+            if unit.transaction.late is None:
+                raise
 
 
 def _decide(unit: UnitOfWork[Any], outcome: Outcome) -> Decision:
@@ -95,6 +107,8 @@ def _commit(unit: UnitOfWork[Any]) -> Steps[None]:
     try:
         yield unit.session.commit
     except BaseException as error:
+        if _is_being_connected(error):
+            raise ConcurrentUseError(TWO_AT_ONCE) from error
         if isinstance(error, GeneratorExit) or transaction is None or not unit.transaction.is_committed(transaction):
             unit.transaction.note_commit_failure(error)
             raise
@@ -116,13 +130,17 @@ def _roll_back(unit: UnitOfWork[Any]) -> Steps[None]:
     if unit.transaction.busy:
         yield partial(_run_sync, unit, unit.transaction.wait_alone)
         if unit.transaction.busy:
-            yield unit.session.invalidate
+            yield from _discard(unit)
             return
     loaded = [] if unit.wrote else [*session]
     if loaded:
         session.expunge_all()
     try:
-        yield unit.session.rollback
+        while not (yield from _roll_back_unless_connecting(unit)):
+            if _waits_no_longer(unit):
+                yield partial(_run_sync, unit, unit.transaction.discard)
+                return
+            yield partial(_pause, unit)
     except Exception as error:
         logger.warning(
             "%s: ROLLBACK failed (%s)",
@@ -136,6 +154,57 @@ def _roll_back(unit: UnitOfWork[Any]) -> Steps[None]:
             transaction = session.begin()
             session.add_all(loaded)
             transaction.close()
+
+
+def _roll_back_unless_connecting(unit: UnitOfWork[Any]) -> Steps[bool]:
+    """Return False if SQLAlchemy refuses since another thread or task is taking a connection for the session."""
+    try:
+        yield unit.session.rollback
+    except IllegalStateChangeError:
+        if unit.transaction.late is None:  # a listener misuses the session; else the other one rolls back its flush
+            raise
+        return False
+    except InvalidRequestError as error:
+        if not _is_being_connected(error):
+            raise
+        return False
+    return True
+
+
+def _is_being_connected(error: Exception) -> bool:
+    """Return True if ``error`` says that a connection is being taken, and not that a listener misuses the session."""
+    is_state_error = isinstance(error, InvalidRequestError) and error.code == "isce"
+    return is_state_error and not isinstance(error, IllegalStateChangeError)
+
+
+def _waits_no_longer(unit: UnitOfWork[Any]) -> bool:
+    """Have the connection that is being taken refused when it arrives; return True once it has taken too long."""
+    late = unit.transaction.late
+    if late is None:
+        unit.transaction.late = LateConnection(time.monotonic() + LONGEST_WAIT)
+        return False
+    if late.given_up or time.monotonic() < late.deadline:
+        return late.given_up and not late.arrived
+    logger.warning(
+        "%s: another thread or task has been taking a connection for %g seconds and is not waited for any longer; the "
+        "connection is discarded when it arrives",
+        str(unit),
+        LONGEST_WAIT,
+    )
+    return late.give_up()
+
+
+def _pause(unit: UnitOfWork[Any]) -> Any:
+    """Sleep for a moment; returns an awaitable on an async database."""
+    return (asyncio if unit.database.is_async else time).sleep(POLL_INTERVAL)
+
+
+def _discard(unit: UnitOfWork[Any]) -> Steps[None]:
+    """Discard the connections of the session, also while it is setting a savepoint."""
+    try:
+        yield unit.session.invalidate
+    except IllegalStateChangeError:
+        yield partial(_run_sync, unit, unit.transaction.discard)
 
 
 def _begun_session(unit: UnitOfWork[Any]) -> Session:

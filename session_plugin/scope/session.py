@@ -90,9 +90,15 @@ def _note_begin(session: ScopeSession, transaction: SessionTransaction) -> None:
 @event.listens_for(ScopeSession, "after_begin")
 def _guard_connection(session: ScopeSession, transaction: SessionTransaction, connection: Connection) -> None:
     unit = session._unit_of_work
-    if unit is not None:
-        unit.in_transaction = unit.has_begun = True  # even if another listener raised when it was created
-        unit.transaction.connection_taken(connection)
+    if unit is None:
+        return
+    late = unit.transaction.late
+    if late is not None or unit.closed:  # the connection was being taken when the transaction was to end
+        if late is not None:
+            late.refuse(connection)
+        raise ScopeClosedError(unit.closed_message)
+    unit.in_transaction = unit.has_begun = True  # even if another listener raised when it was created
+    unit.transaction.connection_taken(connection)
 
 
 @event.listens_for(ScopeSession, "before_flush")

@@ -20,6 +20,37 @@ from .hooks import Event
 MANY_RESULTS = 100
 
 
+class LateConnection:
+    """A connection that another thread or task is taking while the transaction ends.
+
+    The two flags are set before the other one is read, so a connection that arrives as the ending gives up is
+    released by one of the two sides.
+
+    Attributes:
+        deadline: until when the ending waits for it, by `time.monotonic`.
+        arrived: True once it has arrived and was refused; the end of the transaction releases it.
+        given_up: True once the ending waits no longer; the connection is then discarded where it arrives.
+    """
+
+    __slots__ = ("arrived", "deadline", "given_up")
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.arrived = False
+        self.given_up = False
+
+    def refuse(self, connection: Connection) -> None:
+        """Note that ``connection`` has arrived; discard it if the ending does not wait any more."""
+        self.arrived = True
+        if self.given_up:
+            connection.invalidate()
+
+    def give_up(self) -> bool:
+        """Wait no longer; return False if it has just arrived, and is released a moment later."""
+        self.given_up = True
+        return not self.arrived
+
+
 class TransactionState:
     """The state of a session's transaction.
 
@@ -27,6 +58,7 @@ class TransactionState:
         committed: the transaction or savepoint that was committed last.
         saved: True if a transaction has committed what it wrote since the last settlement looked.
         flushing: the thread or the task that flushes, or None.
+        late: the connection that another thread or task was still taking when the transaction was to end, or None.
         open_results: the results that still read from the connection: those opened with ``yield_per`` or
             ``stream``, also for the whole engine, and on SQLite, whose cursors are lazy, those of Core.
         report: what a COMMIT that failed has left on each engine, for the log, or None.
@@ -35,8 +67,8 @@ class TransactionState:
     """
 
     __slots__ = (
-        "_current_owner", "_doomed", "_first", "_guards", "_ids", "committed", "flushing", "open_results", "report",
-        "saved", "unknown", "variants",
+        "_current_owner", "_doomed", "_first", "_guards", "_ids", "committed", "flushing", "late", "open_results",
+        "report", "saved", "unknown", "variants",
     )  # fmt: skip
 
     def __init__(self, doomed: str | None = None, *, is_async: bool = False) -> None:
@@ -50,6 +82,7 @@ class TransactionState:
         self.report: str | None = None
         self.unknown: bool = False
         self.flushing: object = None
+        self.late: LateConnection | None = None
         self.open_results: list[Result[Any]] = []
         self.variants: dict[Engine, Engine] = {}
 
@@ -99,6 +132,14 @@ class TransactionState:
         """Wait for the statements of other threads or tasks, for a limited time."""
         for guard in self._guards.values():
             guard.wait_alone()
+
+    def discard(self) -> None:
+        """Discard the connections, where the session cannot: it is still taking another one."""
+        guards, self._guards = self._guards, {}
+        for connection, guard in guards.items():
+            guard.release()
+            if not connection.closed:
+                connection.invalidate()
 
     def check_first(self) -> None:
         """Raise `ConcurrentUseError` if another task is taking the connection.
@@ -165,7 +206,7 @@ class TransactionState:
             self.saved = self.saved or any(guard.wrote for guard in guards.values())
         elif guards:
             self._report(guards, ended_by)
-        self._first = None
+        self._first = self.late = None
         self.open_results.clear()
         for guard in guards.values():
             guard.release()

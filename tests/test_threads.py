@@ -1,6 +1,7 @@
 """Many sync requests on a small pool: they are served at the pool's speed, and no permit or thread leaks."""
 
 import asyncio
+import gc
 import os
 import sys
 import threading
@@ -11,24 +12,24 @@ from typing import Annotated, Any
 
 import pytest
 from anyio import to_thread
-from fastapi import BackgroundTasks, Depends, FastAPI
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
-from session_plugin import Database, Outcome
+from session_plugin import ConfigurationError, Database, Outcome
 from session_plugin.database.interface import core_of
-from session_plugin.engines.semaphore import FairSemaphore, allow_threads
+from session_plugin.engines.semaphore import SPARE_THREADS, ExtraThreads, FairSemaphore
 from session_plugin.exceptions import ScopeClosedError
 from session_plugin.scope import ending
 from session_plugin.scope.current import Entered
 from session_plugin.scope.opening import open_unit_of_work
-from session_plugin.scope.permits import wait_for_permit
+from session_plugin.scope.permits import wait_for_permit, wait_for_place
 from session_plugin.scope.threads import WORKERS, in_thread
 
-from .asgi_site import Site, stores
-from .harness import POOL, Base, Parent, Store, add, count, insert
+from .asgi_site import Gate, Site, stores
+from .harness import POOL, Base, Parent, Store, add, count, insert, wait_for
 
 CROWD = 150
 
@@ -211,19 +212,20 @@ def test_waiting_too_long_for_a_permit_raises_a_timeout() -> None:
         loop = asyncio.get_running_loop()
         limiter = to_thread.current_default_thread_limiter()
         threads = limiter.total_tokens
+        threads_of_loop = ExtraThreads(loop, 5)
         release = await permits.acquire()
         assert release is not None
         with pytest.raises(PoolTimeoutError, match=r"pool_timeout of 0\.05 seconds"):
             await permits.acquire()
         with pytest.raises(PoolTimeoutError, match="all 1 connections of the pool are in use"):
-            await asyncio.to_thread(permits.acquire_in_thread, loop)
+            await asyncio.to_thread(permits.acquire_in_thread, threads_of_loop)
         assert not permits._queue
         async with asyncio.timeout(5):
             while limiter.total_tokens != threads:
                 await asyncio.sleep(0.01)
         release()
-        assert permits.acquire_in_thread(loop) is None  # the event loop's own thread must not wait
-        last = await asyncio.to_thread(permits.acquire_in_thread, loop)
+        assert permits.acquire_in_thread(threads_of_loop) is None  # the event loop's own thread must not wait
+        last = await asyncio.to_thread(permits.acquire_in_thread, threads_of_loop)
         assert last is not None
         with pytest.raises(PoolTimeoutError):  # there is only one permit, and it is taken
             await permits.acquire()
@@ -258,7 +260,9 @@ def test_a_waiting_thread_does_not_count_against_anyios_limit() -> None:
         to_thread.current_default_thread_limiter().total_tokens = 1
         release = await permits.acquire()
         assert release is not None
-        waiting = asyncio.create_task(to_thread.run_sync(permits.acquire_in_thread, asyncio.get_running_loop()))
+        waiting = asyncio.create_task(
+            to_thread.run_sync(permits.acquire_in_thread, ExtraThreads(asyncio.get_running_loop(), 5))
+        )
         while not permits._queue:
             await asyncio.sleep(0.01)
         async with asyncio.timeout(3):
@@ -276,7 +280,9 @@ def test_a_waiting_thread_without_anyio(monkeypatch: pytest.MonkeyPatch) -> None
     async def scenario() -> None:
         release = await permits.acquire()
         assert release is not None
-        waiting = asyncio.create_task(asyncio.to_thread(permits.acquire_in_thread, asyncio.get_running_loop()))
+        waiting = asyncio.create_task(
+            asyncio.to_thread(permits.acquire_in_thread, ExtraThreads(asyncio.get_running_loop(), 5))
+        )
         while not permits._queue:
             await asyncio.sleep(0.01)
         release()
@@ -293,7 +299,7 @@ def test_a_thread_that_outlives_its_request_keeps_no_permit(store: Store, use: A
     async def scenario() -> None:
         holding, ended = (open_unit_of_work(core_of(database), origin="test") for _ in range(2))
         holding.loop = ended.loop = asyncio.get_running_loop()
-        await wait_for_permit(holding)
+        holding.permit = await core_of(database).semaphore.acquire()
         late = asyncio.create_task(asyncio.to_thread(use, ended.session))
         while not core_of(database).semaphore._queue:
             await asyncio.sleep(0.01)
@@ -334,7 +340,7 @@ def test_a_unit_of_work_inside_one_with_a_permit_waits_for_none() -> None:
     async def scenario() -> None:
         outer = open_unit_of_work(core_of(first), origin="test")
         outer.loop = asyncio.get_running_loop()
-        await wait_for_permit(outer)
+        outer.permit = await core_of(first).semaphore.acquire()
         with Entered(outer):
             inside, beside = (
                 open_unit_of_work(core_of(first), origin="test"),
@@ -354,8 +360,12 @@ def test_a_unit_of_work_inside_one_with_a_permit_waits_for_none() -> None:
 
 def test_a_thread_that_outlives_its_event_loop_changes_no_limit() -> None:
     loop = asyncio.new_event_loop()
+    threads = ExtraThreads(loop, 5)
     loop.close()
-    allow_threads(loop, -1)
+    threads.count(waiting=1)
+    del loop
+    gc.collect()
+    threads.count(waiting=-1)
 
 
 def test_a_forked_child_starts_with_all_permits() -> None:
@@ -452,3 +462,211 @@ def test_settling_returns_the_permit(tmp_path: Path, work: Any) -> None:
 
     asyncio.run(main())
     db.dispose()
+
+
+# -- sessions that were asked for and are not in use ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["def", "async"])
+def test_those_who_only_ask_keep_nobody_waiting(store: Store, kind: str) -> None:
+    """Many more than there are connections have a session and do not use it: the next one that does is served."""
+    site = Site(store, sync=True, pool_size=2, max_overflow=0, pool_timeout=5)
+    SessionDep = Annotated[Session, Depends(site.db.get_session)]
+    asked: list[str] = []
+    gate = threading.Event()
+
+    @site.app.get("/def")
+    def idle(session: SessionDep) -> None:
+        asked.append("def")
+        assert gate.wait(10)
+
+    @site.app.get("/async")
+    async def aidle(session: SessionDep) -> None:
+        asked.append("async")
+        while not gate.is_set():
+            await asyncio.sleep(0.01)
+
+    @site.app.get("/quick")
+    def quick(session: SessionDep) -> int:
+        return count(session)
+
+    with site.running(), ThreadPoolExecutor(12) as clients:
+        replies = [clients.submit(site.get, f"/{kind}") for _ in range(12)]
+        try:
+            assert wait_for(lambda: len(asked) == 12, 10)
+            assert site.get("/quick").status == 200
+        finally:
+            gate.set()
+        assert {reply.result().status for reply in replies} == {200}
+        semaphore, pending = core_of(site.db).semaphore, core_of(site.db).pending_sessions
+        assert wait_for(lambda: (semaphore._free, pending._free) == (2, 256))
+
+
+def test_the_dependency_of_a_router_makes_nobody_wait(store: Store) -> None:
+    """All connections are in use: an endpoint of the router that needs none is served, in a thread or not."""
+    site = Site(store, sync=True, pool_size=1, max_overflow=0, pool_timeout=5)
+    gate = Gate()
+    router = APIRouter(dependencies=[Depends(site.db.get_session)])
+
+    @router.get("/slow")
+    def slow() -> int:
+        rows = count(site.db.session)
+        gate.pass_through()
+        return rows
+
+    @router.get("/version")
+    def version() -> str:
+        return "1.0"
+
+    @router.get("/aversion")
+    async def aversion() -> str:
+        return "1.0"
+
+    site.app.include_router(router)
+    with site.running(), ThreadPoolExecutor(1) as clients:
+        holding = clients.submit(site.get, "/slow")
+        try:
+            assert gate.reached.wait(10)
+            assert [site.get(path).status for path in ("/version", "/aversion")] == [200, 200]
+            assert not holding.done()
+        finally:
+            gate.opened.set()
+        assert holding.result().status == 200
+
+
+def test_slow_statements_on_a_large_pool_leave_threads_for_others(store: Store) -> None:
+    """More of them than anyio has threads: an endpoint that needs a thread and no database is served."""
+    site = Site(store, sync=True, pool_size=50, max_overflow=0)
+    held = threading.Semaphore(0)
+    gate = threading.Event()
+
+    @site.app.get("/slow")
+    def slow(session: Annotated[Session, Depends(site.db.get_session)]) -> None:
+        count(session)
+        held.release()
+        assert gate.wait(20)
+
+    @site.app.get("/ping")
+    def ping() -> str:
+        return "pong"
+
+    with site.running(), ThreadPoolExecutor(45) as clients:
+        replies = [clients.submit(site.get, "/slow") for _ in range(45)]
+        try:
+            assert all(held.acquire(timeout=10) for _ in range(45))
+            assert site.get("/ping").status == 200
+        finally:
+            gate.set()
+        assert {reply.result().status for reply in replies} == {200}
+
+
+def test_extra_threads_have_a_limit() -> None:
+    """One for each thread that waits, and one for each beyond a few that holds a connection; then no more."""
+
+    async def scenario() -> None:
+        limiter = to_thread.current_default_thread_limiter()
+        own = limiter.total_tokens
+        threads = ExtraThreads(asyncio.get_running_loop(), 4)
+
+        async def allowed(**more: int) -> float:
+            threads.count(**more)
+            for _ in range(3):
+                await asyncio.sleep(0)
+            return limiter.total_tokens - own
+
+        assert await allowed(waiting=2) == 2
+        assert await allowed(holding=SPARE_THREADS) == 2
+        assert await allowed(holding=1) == 3
+        assert await allowed(waiting=2) == 4
+        threads.count(waiting=-1)
+        assert await allowed(waiting=-3) == 1  # two changes at once are one
+        assert await allowed(holding=-1 - SPARE_THREADS) == 0
+
+    asyncio.run(scenario())
+
+
+def test_past_the_limit_of_pending_sessions_asking_waits() -> None:
+    """Without a thread, until one of them gets its connection or ends; whoever waits too long is refused."""
+    database = Database("sqlite://", max_pending_sessions=1, pool_timeout=0.05)
+    core = core_of(database)
+
+    async def scenario() -> None:
+        first, second, third = (open_unit_of_work(core, origin="test") for _ in range(3))
+        for unit in (first, second, third):
+            unit.loop = asyncio.get_running_loop()
+        await wait_for_place(first)
+        await wait_for_place(first)
+        with pytest.raises(PoolTimeoutError, match="max_pending_sessions"):
+            await wait_for_place(second)
+        waiting = [asyncio.create_task(wait_for_place(second)) for _ in range(2)]
+        await asyncio.sleep(0)
+        await asyncio.to_thread(first.session.execute, text("SELECT 1"))
+        with pytest.raises(PoolTimeoutError):  # two calls have waited, and one place is enough
+            await asyncio.gather(*waiting)
+        assert first.place is None
+        assert second.place is not None
+        leaves = asyncio.create_task(wait_for_place(third))
+        await asyncio.sleep(0)
+        await ending.aclose(third)
+        await ending.aclose(second)
+        await leaves
+        assert core.pending_sessions._free == 1
+        await ending.aclose(first)
+
+    asyncio.run(scenario())
+    database.dispose()
+
+
+@pytest.mark.parametrize("limit", [0, "many"])
+def test_a_limit_of_pending_sessions_is_a_number(limit: Any) -> None:
+    """Else the database says so when it is made."""
+    with pytest.raises(ConfigurationError, match="max_pending_sessions must be a whole number above 0"):
+        Database("sqlite://", max_pending_sessions=limit)
+
+
+def test_a_permit_that_is_not_used_is_given_back() -> None:
+    """An endpoint on the event loop has waited for one, and then does something else; one in use stays."""
+    database = Database("sqlite://", pool_size=2, max_overflow=0)
+    semaphore = core_of(database).semaphore
+
+    async def scenario() -> None:
+        idle, used = (open_unit_of_work(core_of(database), origin="test") for _ in range(2))
+        await wait_for_permit(idle)
+        await wait_for_permit(used)
+        used.session.execute(text("SELECT 1"))
+        async with asyncio.timeout(5):
+            while idle.permit is not None:
+                await asyncio.sleep(0.01)
+        assert semaphore._free == 1
+        assert used.permit is not None
+        await ending.aclose(used)
+        await ending.aclose(idle)
+        assert semaphore._free == 2
+
+    asyncio.run(scenario())
+    database.dispose()
+
+
+def test_an_endpoint_on_the_event_loop_waits_before_it_runs(store: Store) -> None:
+    """Its session could only wait in the thread of the loop; so does one that depends on a coroutine function."""
+    site = Site(store, sync=True, pool_size=1, max_overflow=0, pool_timeout=5)
+    SessionDep = Annotated[Session, Depends(site.db.get_session)]
+
+    @site.app.get("/itself/{number}")
+    async def itself(number: int, session: SessionDep) -> int:
+        rows = count(session)
+        await asyncio.sleep(0.001)  # with the connection, and in need of the loop
+        return rows
+
+    async def counted(session: SessionDep) -> int:
+        rows = count(session)
+        await asyncio.sleep(0.001)
+        return rows
+
+    @site.app.get("/dependency/{number}")
+    def dependency(number: int, counted: Annotated[int, Depends(counted)]) -> int:
+        return counted
+
+    with site.running(), ThreadPoolExecutor(20) as clients:
+        paths = [f"/{('itself', 'dependency')[number % 2]}/{number}" for number in range(20)]
+        assert {reply.status for reply in clients.map(site.get, paths)} == {200}

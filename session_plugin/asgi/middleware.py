@@ -97,6 +97,7 @@ class SessionScopeMiddleware:
         )
         if not core.is_async:
             unit.loop = asyncio.get_running_loop()
+            unit.asgi_scope = scope
         kind = HttpCycle if scope["type"] == "http" else WebSocketCycle
         return kind(unit, client)
 

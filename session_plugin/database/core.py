@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Engine, MetaData, Table
 from sqlalchemy.orm import Mapper, Session, sessionmaker
 
 from ..engines.making import require_greenlet
 from ..engines.registry import DEFAULT, Engines
+from ..engines.semaphore import MAX_PENDING_SESSIONS, ExtraThreads
 from ..exceptions import ConfigurationError
 from ..policy import Policy, as_policy
 from ..scope.blocks import asession_scope, session_scope
@@ -46,10 +47,12 @@ class DatabaseCore(ABC):
         metadata: as given, or None.
         default_policy: of units of work that choose no other one.
         semaphore: with a permit for each connection, for sync sessions under an event loop.
+        pending_sessions: with a place for each of these sessions that has no permit yet.
         closes_itself: True if the user's session class has a ``close()`` of its own.
     """
 
     is_async: bool
+    _max_pending_sessions: int = MAX_PENDING_SESSIONS
 
     def __init__(self, configuration: Configuration) -> None:
         """Make the engines and the session factory; nothing connects yet.
@@ -67,6 +70,7 @@ class DatabaseCore(ABC):
             )
         self.default_policy: Policy = as_policy(configuration.policy)
         self.metadata: MetaData | None = configuration.metadata
+        configuration = self.with_own_options(configuration)
         session_class = configuration.session_class(self.default_session_class())
         session_options, engine_options = configuration.divided_options(session_class)
         binds = configuration.binds or {}
@@ -78,8 +82,25 @@ class DatabaseCore(ABC):
         self.maker: Any = self.make_maker(session_class, self.engines.named.get(DEFAULT), session_options)
         classes = (session_class, self.maker.kw.get("sync_session_class", session_class))
         self.closes_itself: bool = any(not each.close.__module__.startswith("sqlalchemy.") for each in classes)
-        self.semaphore = self.engines.make_semaphore()
+        self.make_permits()
         alive.add(self)
+
+    def with_own_options(self, configuration: Configuration) -> Configuration:
+        """Return ``configuration`` without the options that are neither the session's nor the engine's."""
+        return configuration
+
+    def make_permits(self) -> None:
+        """Make the permits and places of sync sessions under an event loop; nobody has one yet."""
+        self.semaphore = self.engines.make_semaphore()
+        self.pending_sessions = self.engines.make_pending_sessions(self._max_pending_sessions)
+        self._extra_threads: WeakKeyDictionary[asyncio.AbstractEventLoop, ExtraThreads] = WeakKeyDictionary()
+
+    def extra_threads(self, loop: asyncio.AbstractEventLoop) -> ExtraThreads:
+        """Return what counts the threads of ``loop`` that wait for a connection or hold one."""
+        threads = self._extra_threads.get(loop)
+        if threads is None:  # of two threads that make one at once, both get the first
+            threads = self._extra_threads.setdefault(loop, ExtraThreads(loop, self._max_pending_sessions))
+        return threads
 
     @abstractmethod
     def default_session_class(self) -> type[Any]:
@@ -132,6 +153,18 @@ class SyncCore(DatabaseCore):
     """The core of a `Database`."""
 
     is_async: bool = False
+
+    def with_own_options(self, configuration: Configuration) -> Configuration:
+        """Return ``configuration`` without ``max_pending_sessions``."""
+        options = dict(configuration.options)
+        limit = options.pop("max_pending_sessions", MAX_PENDING_SESSIONS)
+        if not isinstance(limit, int) or limit < 1:
+            raise ConfigurationError(
+                f"max_pending_sessions must be a whole number above 0, and what was given, of type "
+                f"{type(limit).__name__}, is not one. Leave it out for {MAX_PENDING_SESSIONS}."
+            )
+        self._max_pending_sessions = limit
+        return replace(configuration, options=options)
 
     def default_session_class(self) -> type[Any]:
         """Return `Session`."""

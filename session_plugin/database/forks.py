@@ -24,7 +24,7 @@ def forget_inherited_connections() -> None:
     forget_open_units()
     for core in list(alive):
         core.engines.forget_connections()
-        core.semaphore = core.engines.make_semaphore()
+        core.make_permits()
 
 
 def dispose_at_exit() -> None:

@@ -61,7 +61,9 @@ class DatabaseInterface(ABC, Generic[S]):
             policy: how units of work begin and end unless they choose otherwise.
             metadata: for ``create_all()`` and for migration tools.
             binds: from a mapped class, a mapper or a table to an engine or the name of one.
-            **options: of the session class and of ``create_engine()``, under SQLAlchemy's names.
+            **options: of the session class and of ``create_engine()``, under SQLAlchemy's names; and for a
+                sync database ``max_pending_sessions``: how many sessions may be asked for under ASGI and have
+                no connection yet, before requests wait when they ask.
 
         Raises:
             ConfigurationError: any of it cannot work.

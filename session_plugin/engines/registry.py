@@ -11,7 +11,7 @@ from sqlalchemy.orm import Mapper
 from ..exceptions import ConfigurationError
 from .backends import backend_for
 from .making import check_engine, connection_limit, prepare, resolve, sync_engine
-from .semaphore import FairSemaphore
+from .semaphore import DEFAULT_TIMEOUT, FairSemaphore, PendingSessions
 from .variants import EngineVariants
 
 DEFAULT = "default"
@@ -112,6 +112,15 @@ class Engines:
             if (limit := connection_limit(engine, self._made_with[engine])) is not None
         ]
         return FairSemaphore(*min(limits, default=(None, None)))
+
+    def make_pending_sessions(self, limit: int) -> PendingSessions:
+        """Make ``limit`` places for sessions that have no connection yet; one waits for a place as for a connection."""
+        timeouts = [
+            found[1]
+            for name, engine in self.named.items()
+            if (found := connection_limit(sync_engine(engine), self._options[name])) is not None
+        ]
+        return PendingSessions(limit, min(timeouts, default=DEFAULT_TIMEOUT))
 
     def forget_connections(self) -> None:
         """Replace the pools by empty ones, and leave their connections to whoever else uses them."""

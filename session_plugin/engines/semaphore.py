@@ -1,8 +1,9 @@
 """`FairSemaphore`: a permit for each connection, and a queue for those who find none left.
 
 Each pool hands out its connections by permits (`pools`).  A sync unit of work under an event loop also
-takes a permit of its database before it takes a connection, and keeps it until the connection is back:
-so threads never wait for a connection while those that hold one wait for a thread.
+takes a permit of its database before it takes a connection, and keeps it until the connection is back.
+A thread that waits for one is replaced by another one (`ExtraThreads`), up to a limit: so threads never
+wait for a connection while those that hold one wait for a thread.
 """
 
 from __future__ import annotations
@@ -14,8 +15,16 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
+from weakref import ref
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+MAX_PENDING_SESSIONS = 256
+"""How many sync sessions may be pending under an event loop: asked for, and without a connection yet."""
+SPARE_THREADS = 20
+"""Half of anyio's 40 threads: as many connections may be held before further threads are allowed for the rest."""
+DEFAULT_TIMEOUT = 30.0
+"""SQLAlchemy's ``pool_timeout``, for a pool that has no limit and so none of its own."""
 
 
 class WaitingThread:
@@ -135,21 +144,28 @@ class FairSemaphore:
         await self.await_one()
         return None if self._capacity is None else self.release
 
-    def acquire_in_thread(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None] | None:
-        """As `acquire`, in a worker thread of ``loop``, which is not counted as one while it waits.
+    def acquire_in_thread(self, threads: ExtraThreads) -> Callable[[], None] | None:
+        """As `acquire`, in a worker thread, which is not counted as one while it waits.
 
         If it were, those that wait would take all the threads that anyio allows, and those that hold a
-        connection could not go on.  The thread of ``loop`` itself must not wait, and takes no permit.
+        connection could not go on.  The thread of the event loop itself must not wait, and takes no permit.
         """
-        if self._capacity is None or _is_running_here(loop):
+        if threads.is_loop_thread():
             return None
         if not self.take():
-            allow_threads(loop, 1)
+            threads.count(waiting=1)
             try:
                 self.wait()
             finally:
-                allow_threads(loop, -1)
-        return self.release
+                threads.count(waiting=-1)
+        threads.count(holding=1)
+
+        def give_back() -> None:
+            threads.count(holding=-1)
+            if self._capacity is not None:
+                self.release()
+
+        return give_back
 
     @contextmanager
     def _queued(self, waiting: Waiting) -> Generator[bool]:
@@ -195,20 +211,77 @@ class FairSemaphore:
         )
 
 
+class PendingSessions(FairSemaphore):
+    """A place for each sync session that was asked for and has no connection yet, and a queue for the requests beyond.
+
+    A place is taken without a thread, and given back when the session gets its permit or ends.
+    """
+
+    def _timed_out(self) -> PoolTimeoutError:
+        return PoolTimeoutError(
+            f"{self._capacity} requests have asked for a session and have no connection yet, as many as "
+            f"max_pending_sessions allows, and none of them went on within the pool_timeout of {self._timeout:g} "
+            "seconds. Ask for the session where it is used, make transactions shorter, or raise max_pending_sessions.",
+            code="3o7r",
+        )
+
+
+class ExtraThreads:
+    """The worker threads that anyio runs beyond its own limit, for those that a database makes wait.
+
+    There is one for each thread that waits for a connection, and one for each that holds a connection beyond
+    `SPARE_THREADS`: where a pool has many connections or no limit, slow statements would take all threads.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        """Allow no thread yet.
+
+        Args:
+            loop: the event loop whose threads they are.
+            limit: how many there may be.
+        """
+        self._loop = ref(loop)
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._holding = 0
+        self._allowed = 0
+        self._changing = False
+
+    def is_loop_thread(self) -> bool:
+        """Return True in the thread of the event loop."""
+        return _running_loop() is self._loop()
+
+    def count(self, *, waiting: int = 0, holding: int = 0) -> None:
+        """Count so many more threads that wait for a connection, or hold one; the event loop acts on it soon."""
+        loop = self._loop()
+        to_thread: Any = sys.modules.get("anyio.to_thread")
+        can_change = to_thread is not None and loop is not None and not loop.is_closed()
+        with self._lock:
+            self._waiting += waiting
+            self._holding += holding
+            if not can_change or self._changing or self._wanted() == self._allowed:
+                return
+            self._changing = True
+        asyncio.run_coroutine_threadsafe(self._change(to_thread), loop)  # type: ignore[arg-type]
+
+    def _wanted(self) -> int:
+        return min(self._waiting + max(self._holding - SPARE_THREADS, 0), self._limit)
+
+    async def _change(self, to_thread: Any) -> None:
+        limiter = to_thread.current_default_thread_limiter()
+        with self._lock:
+            more, self._allowed = self._wanted() - self._allowed, self._wanted()
+            self._changing = False
+        limiter.total_tokens += more
+
+
 def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
+    return _running_loop() is loop
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
-        return asyncio.get_running_loop() is loop
+        return asyncio.get_running_loop()
     except RuntimeError:
-        return False
-
-
-def allow_threads(loop: asyncio.AbstractEventLoop, more: int) -> None:
-    """Let anyio, where it is used, run ``more`` worker threads on ``loop``; fewer if it is negative."""
-    to_thread: Any = sys.modules.get("anyio.to_thread")
-    if to_thread is None or loop.is_closed():
-        return
-
-    async def allow() -> None:
-        to_thread.current_default_thread_limiter().total_tokens += more
-
-    asyncio.run_coroutine_threadsafe(allow(), loop)
+        return None

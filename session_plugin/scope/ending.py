@@ -21,7 +21,7 @@ def settle_if_idle(unit: UnitOfWork[Any]) -> bool:
     if unit.in_transaction or (unit.has_session and (unit.hooks.waiting or unit.transaction.unknown)):
         return False
     unit.settled = True
-    if unit.permit is not None:
+    if unit.permit is not None or unit.place is not None:
         unit.return_permit()
     return True
 
@@ -53,7 +53,7 @@ def close_if_idle(unit: UnitOfWork[Any]) -> bool:
         if unit.has_begun:
             unit.sync_session.close()
         _release(unit)
-    elif unit.permit is not None:
+    elif unit.permit is not None or unit.place is not None:
         unit.return_permit()
     return True
 

@@ -171,7 +171,7 @@ def _roll_back_unless_connecting(unit: UnitOfWork[Any]) -> Steps[bool]:
     return True
 
 
-def _is_being_connected(error: Exception) -> bool:
+def _is_being_connected(error: BaseException) -> bool:
     """Return True if ``error`` says that a connection is being taken, and not that a listener misuses the session."""
     is_state_error = isinstance(error, InvalidRequestError) and error.code == "isce"
     return is_state_error and not isinstance(error, IllegalStateChangeError)

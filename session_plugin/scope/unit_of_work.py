@@ -16,7 +16,7 @@ from weakref import WeakSet
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from ..engines.semaphore import FairSemaphore
+from ..engines.semaphore import ExtraThreads, FairSemaphore, PendingSessions
 from ..exceptions import PolicyError, ScopeClosedError
 from ..policy import SAFE_METHODS, Decision, Outcome, Policy, as_policy
 from .hooks import Event, Hook, Hooks
@@ -33,6 +33,7 @@ class ScopeDatabase(Protocol):
         is_async: True if its sessions are `AsyncSession` instances.
         default_policy: of units of work that choose no other one.
         semaphore: with a permit for each connection, for sync sessions under an event loop.
+        pending_sessions: with a place for each of these sessions that has no permit yet.
         has_lazy_cursors: True if rows are read from the database as they are fetched.
         streams_results: True if an engine streams every result.
         closes_itself: True if the user's session class has a ``close()`` of its own.
@@ -41,6 +42,7 @@ class ScopeDatabase(Protocol):
     is_async: bool
     default_policy: Policy
     semaphore: FairSemaphore
+    pending_sessions: PendingSessions
     has_lazy_cursors: bool
     streams_results: bool
     closes_itself: bool
@@ -50,6 +52,9 @@ class ScopeDatabase(Protocol):
 
     def engine_for(self, engine: Engine, policy: Policy, *, may_write: bool) -> Engine:
         """Return ``engine``, or its variant that begins as ``policy`` says."""
+
+    def extra_threads(self, loop: asyncio.AbstractEventLoop) -> ExtraThreads:
+        """Return what counts the threads of ``loop`` that wait for a connection or hold one."""
 
     def run_hooks(self, calls: list[Callable[[], Any]]) -> KeyboardInterrupt | None:
         """Make the calls that are due, each in a unit of work of its own, and return a Ctrl-C that came meanwhile."""
@@ -74,7 +79,9 @@ class UnitOfWork(Generic[S]):
         doomed: why it will roll back, whatever happens, or None.
         interrupt: a Ctrl-C that came in a hook, after the COMMIT; a ``session_scope()`` raises it once it has ended.
         loop: the event loop that serves its request with threads, or an outer one's, or None.
-        permit: gives back its permit to hold a connection, or None; see `permits`.
+        asgi_scope: of the request that has a sync session under an event loop, or None.
+        place: gives back its place among the sessions that have no permit yet, or None; see `permits`.
+        permit: gives back its permit to hold a connection, or None.
         sync_session: the `Session`, also where ``session`` is an `AsyncSession`; set while there is one.
         hooks, transaction: what waits for its transaction to end, and what was done in it; set once it has a session.
     """
@@ -91,6 +98,8 @@ class UnitOfWork(Generic[S]):
     doomed: str | None = None
     interrupt: KeyboardInterrupt | None = None
     loop: asyncio.AbstractEventLoop | None = None
+    asgi_scope: Any = None
+    place: Callable[[], None] | None = None
     _policy: Policy | None = None
 
     def __init__(
@@ -237,11 +246,19 @@ class UnitOfWork(Generic[S]):
     # -- what it holds -------------------------------------------------------------------------
 
     def return_permit(self) -> None:
-        """Give the permit back once the connection is, for the next in line."""
+        """Give the permit back once the connection is, for the next in line; and the place of a session unused."""
         permit = self.permit
         if permit is not None and not self.connected:
             self.permit = None
             permit()
+        self.return_place()
+
+    def return_place(self) -> None:
+        """Give back the place among the sessions that have no permit yet."""
+        place = self.place
+        if place is not None:
+            self.place = None
+            place()
 
     def detach_after_fork(self) -> tuple[S | None, list[Any]]:
         """End in a forked child without touching the session, which the parent goes on with.

@@ -17,13 +17,14 @@ from ..database.sync_database import Database
 from ..database.sync_interface import SyncInterface
 from ..exceptions import ConfigurationError
 from ..plugin import Plugin
-from ..policy import Policy, endpoint_policy
-from ..scope.permits import wait_for_permit
+from ..policy import Policy, endpoint_policy, is_coroutine_function
+from ..scope.permits import wait_for_permit, wait_for_place
 from ..scope.typevars import AsyncS, S, SyncS
+from .endpoints import is_taken_by_coroutine
 from .settling import settle_inside
 
 if TYPE_CHECKING:
-    from ..database.configuration import Source
+    from ..database.configuration import Configuration, Source
 
 
 class StarlettePlugin(Plugin[S]):
@@ -90,10 +91,41 @@ class SessionPlugin(StarlettePlugin[SyncS], SyncInterface[SyncS]):
         database: Database[SyncS] = self._current_database()
         return database
 
+    def _set_up(self, configuration: Configuration) -> None:
+        super()._set_up(configuration)
+        self._on_event_loop: dict[int, tuple[Any, bool]] = {}
+
+    def _runs_on_event_loop(self, scope: Scope) -> bool:
+        """Return True if the endpoint of the request, or a dependency of it, is a coroutine function with the session.
+
+        Without a route of FastAPI's, the endpoint itself has called `get_session`.
+        """
+        dependant = getattr(scope.get("route"), "dependant", None)
+        if dependant is None:
+            return is_coroutine_function(scope.get("endpoint"))
+        known = self._on_event_loop.get(id(dependant))
+        if known is None:  # kept with what has that id, so that nothing else can get it
+            known = (dependant, is_taken_by_coroutine(dependant, self.get_session))
+            self._on_event_loop[id(dependant)] = known
+        return known[1]
+
     async def get_session(self) -> SyncS:
-        """Return the session of this request, as soon as the pool has a connection for it; a dependency."""
+        """Return the session of this request; a dependency.
+
+        It waits, without a thread, if more than ``max_pending_sessions`` have been asked for and have no
+        connection yet.  For an ``async def`` endpoint that takes the session as a parameter, it waits until the
+        pool has a connection, since the session itself could only wait on the event loop.
+
+        Raises:
+            NoScopeError: there is no unit of work here.
+            ScopeClosedError: the one that was inherited here has ended.
+            sqlalchemy.exc.TimeoutError: it has waited for the pool's time-out.
+        """
         unit = self._unit_of_work()
-        await wait_for_permit(unit)
+        if unit.asgi_scope is not None and self._runs_on_event_loop(unit.asgi_scope):
+            await wait_for_permit(unit)
+        else:
+            await wait_for_place(unit)
         return unit.session
 
 

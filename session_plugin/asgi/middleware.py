@@ -71,12 +71,12 @@ class SessionScopeMiddleware:
         client = Client(receive)
         cycle = cycles[core] = self._open(core, scope, client)
         self._open_cycles += 1
-        token = innermost.set(cycle.unit)
+        innermost.set(cycle.unit)
         try:
             try:
                 await Layer(cycle, send).run(self.app, scope, client.receive)
             finally:
-                leave(token)
+                leave(cycle.unit)
         finally:
             del cycles[core]
             try:
@@ -97,7 +97,6 @@ class SessionScopeMiddleware:
         )
         if not core.is_async:
             unit.loop = asyncio.get_running_loop()
-            unit.asgi_scope = scope
         kind = HttpCycle if scope["type"] == "http" else WebSocketCycle
         return kind(unit, client)
 

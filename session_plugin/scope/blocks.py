@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
 from typing import Any
 
 from ..exceptions import ConcurrentUseError, ScopeClosedError
 from ..policy import Outcome
 from .current import Entered, find
 from .ending import aclose, asettle, close, settle
+from .frames import first_caller
 from .opening import open_unit_of_work
 from .transaction_state import has_changes
 from .unit_of_work import ScopeDatabase, UnitOfWork
@@ -30,8 +31,9 @@ def session_scope(database: ScopeDatabase, *, new: bool) -> Generator[Any]:
         with joined(outer) as session:
             yield session
         return
-    unit = open_unit_of_work(database, origin=_caller())
-    with Entered(unit):
+    frame = sys._getframe(1)
+    unit = open_unit_of_work(database, origin=_origin(frame))
+    with Entered(unit, frame):
         try:
             yield unit.session
         except BaseException as error:
@@ -53,8 +55,9 @@ async def asession_scope(database: ScopeDatabase, *, new: bool) -> AsyncGenerato
         with _joining_task(outer), joined(outer) as session:
             yield session
         return
-    unit = open_unit_of_work(database, origin=_caller())
-    with Entered(unit):
+    frame = sys._getframe(1)
+    unit = open_unit_of_work(database, origin=_origin(frame))
+    with Entered(unit, frame):
         try:
             yield unit.session
             _check_joining_tasks(unit)
@@ -102,9 +105,7 @@ def _check_joining_tasks(unit: UnitOfWork[Any]) -> None:
         )
 
 
-def _caller() -> str:
-    """Return where the ``session_scope()`` that calls this was opened."""
-    frame = sys._getframe(2)  # past this function and the generator that calls it
-    while frame.f_back is not None and frame.f_code.co_filename == contextlib.__file__:
-        frame = frame.f_back
+def _origin(frame: FrameType) -> str:
+    """Return where the ``session_scope()`` that ``frame`` enters was opened."""
+    frame = first_caller(frame)
     return f"session_scope() at {frame.f_code.co_filename}:{frame.f_lineno}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..policy import Policy
-from .current import find_open, innermost
+from .current import find_open, held, innermost
 from .unit_of_work import ScopeDatabase, UnitOfWork
 
 
@@ -25,5 +25,11 @@ def open_unit_of_work(
         method: the HTTP method, or None outside HTTP.
         find_policy: called once, at the first statement, for the policy of the endpoint.
     """
-    outer = innermost.get() and find_open()
-    return UnitOfWork(database, outer=outer, origin=origin, method=method, find_policy=find_policy)
+    inherited = innermost.get()
+    outer = None if inherited is None and not held else find_open()
+    unit: UnitOfWork[Any] = UnitOfWork(database, outer=outer, origin=origin, method=method, find_policy=find_policy)
+    while inherited is not None and inherited.closed:
+        inherited = inherited.inherited
+    if inherited is not None:
+        unit.inherited = inherited
+    return unit

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from ..engines.semaphore import ExtraThreads, FairSemaphore, PendingSessions
 from ..exceptions import PolicyError, ScopeClosedError
 from ..policy import SAFE_METHODS, Decision, Outcome, Policy, as_policy
+from .frames import Holder
 from .hooks import Event, Hook, Hooks
 from .transaction_state import TransactionState, has_changes
 from .typevars import S
@@ -67,6 +68,8 @@ class UnitOfWork(Generic[S]):
         database: whose session it has.
         method: the HTTP method, or None outside HTTP.
         outer: the unit of work, on any database, in which it was opened, or None.
+        inherited: the one that the context showed when it was opened, or None; see `current`.
+        holder: what holds its block, if that is a generator.
         find_policy: returns the policy of the endpoint, or None.
         error: the exception that the response reports; an adapter sets it.
         has_session: True once the session was asked for.
@@ -79,7 +82,6 @@ class UnitOfWork(Generic[S]):
         doomed: why it will roll back, whatever happens, or None.
         interrupt: a Ctrl-C that came in a hook, after the COMMIT; a ``session_scope()`` raises it once it has ended.
         loop: the event loop that serves its request with threads, or an outer one's, or None.
-        asgi_scope: of the request that has a sync session under an event loop, or None.
         place: gives back its place among the sessions that have no permit yet, or None; see `permits`.
         permit: gives back its permit to hold a connection, or None.
         sync_session: the `Session`, also where ``session`` is an `AsyncSession`; set while there is one.
@@ -98,8 +100,9 @@ class UnitOfWork(Generic[S]):
     doomed: str | None = None
     interrupt: KeyboardInterrupt | None = None
     loop: asyncio.AbstractEventLoop | None = None
-    asgi_scope: Any = None
     place: Callable[[], None] | None = None
+    inherited: UnitOfWork[Any] | None = None
+    holder: Holder | None = None
     _policy: Policy | None = None
 
     def __init__(

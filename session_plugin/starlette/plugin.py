@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.requests import HTTPConnection
 
-from ..asgi.middleware import SessionScopeMiddleware
+from ..asgi.middleware import SessionScopeMiddleware, find_cycle
 from ..asgi.types import ASGIApp, Receive, Scope, Send
 from ..database.async_database import AsyncDatabase
 from ..database.async_interface import AsyncInterface
 from ..database.interface import DatabaseInterface
 from ..database.sync_database import Database
 from ..database.sync_interface import SyncInterface
-from ..exceptions import ConfigurationError
+from ..exceptions import ConfigurationError, ScopeClosedError
 from ..plugin import Plugin
 from ..policy import Policy, endpoint_policy, is_coroutine_function
 from ..scope.permits import wait_for_permit, wait_for_place
 from ..scope.typevars import AsyncS, S, SyncS
+from ..scope.unit_of_work import UnitOfWork
 from .endpoints import is_taken_by_coroutine
 from .settling import settle_inside
 
@@ -62,6 +64,11 @@ class StarlettePlugin(Plugin[S]):
     def _find_policy(self, scope: Scope) -> Policy | None:
         """Return the policy that ``@db.policy`` set on the endpoint which the router chose."""
         return endpoint_policy(scope.get("endpoint"), self)
+
+    def _unit_of_request(self, connection: HTTPConnection | None) -> UnitOfWork[S]:
+        """Return the unit of work of ``connection``; without it, the one that the running code is inside."""
+        cycle = None if connection is None else find_cycle(connection.scope, self)
+        return self._unit_of_work() if cycle is None else cycle.unit
 
 
 class OutermostMiddleware(ServerErrorMiddleware):
@@ -109,20 +116,24 @@ class SessionPlugin(StarlettePlugin[SyncS], SyncInterface[SyncS]):
             self._on_event_loop[id(dependant)] = known
         return known[1]
 
-    async def get_session(self) -> SyncS:
+    async def get_session(self, connection: HTTPConnection = None) -> SyncS:  # type: ignore[assignment]
         """Return the session of this request; a dependency.
 
         It waits, without a thread, if more than ``max_pending_sessions`` have been asked for and have no
-        connection yet.  For an ``async def`` endpoint that takes the session as a parameter, it waits until the
-        pool has a connection, since the session itself could only wait on the event loop.
+        connection yet.  For an ``async def`` endpoint that takes the session as a parameter, and for a call by
+        hand, it waits until the pool has a connection, since the session itself could only wait on the event loop.
+
+        Args:
+            connection: the request or the WebSocket, whose session it is, whatever other units of work are open;
+                FastAPI passes it.  Without it, as ``db.session``: that of the unit of work that the code is inside.
 
         Raises:
             NoScopeError: there is no unit of work here.
-            ScopeClosedError: the one that was inherited here has ended.
+            ScopeClosedError: it has ended, and had no session.
             sqlalchemy.exc.TimeoutError: it has waited for the pool's time-out.
         """
-        unit = self._unit_of_work()
-        if unit.asgi_scope is not None and self._runs_on_event_loop(unit.asgi_scope):
+        unit = self._unit_of_request(connection)
+        if connection is None or self._runs_on_event_loop(connection.scope):
             await wait_for_permit(unit)
         else:
             await wait_for_place(unit)
@@ -148,6 +159,18 @@ class AsyncSessionPlugin(StarlettePlugin[AsyncS], AsyncInterface[AsyncS]):
         database: AsyncDatabase[AsyncS] = self._current_database()
         return database
 
-    async def get_session(self) -> AsyncS:
-        """Return the session of this request; a dependency."""
-        return self.session
+    async def get_session(self, connection: HTTPConnection = None) -> AsyncS:  # type: ignore[assignment]
+        """Return the session of this request; a dependency.
+
+        Args:
+            connection: the request or the WebSocket, whose session it is, whatever other units of work are open;
+                FastAPI passes it.  Without it, as ``db.session``: that of the unit of work that the code is inside.
+
+        Raises:
+            NoScopeError: there is no unit of work here.
+            ScopeClosedError: it has ended.
+        """
+        unit = self._unit_of_request(connection)
+        if unit.closed:
+            raise ScopeClosedError(unit.closed_message)
+        return unit.session

@@ -1,0 +1,590 @@
+"""Which unit of work is current: the innermost one whose block is really around the running code."""
+
+import asyncio
+import gc
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextvars import copy_context
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI, Request, WebSocket
+from fastapi.responses import StreamingResponse
+from flask import Flask, Response
+from greenlet import greenlet
+from starlette.requests import HTTPConnection
+
+from session_plugin import AsyncDatabase, Database, NoScopeError
+from session_plugin.database.interface import core_of
+from session_plugin.fastapi import AsyncSessionPlugin, SessionPlugin
+from session_plugin.flask import SessionPlugin as FlaskPlugin
+from session_plugin.scope import current
+from session_plugin.scope.current import entered_databases
+
+
+@pytest.fixture
+def db() -> Iterator[Database[Any]]:
+    db = Database("sqlite://")
+    yield db
+    db.dispose()
+    assert not current.held
+
+
+@pytest.fixture
+def adb() -> Iterator[AsyncDatabase[Any]]:
+    yield AsyncDatabase("sqlite+aiosqlite://")
+    assert not current.held
+
+
+def has_session(db: Any) -> bool:
+    return hasattr(db, "session")
+
+
+# -- generators ------------------------------------------------------------------------------------
+
+
+def test_a_generator_does_not_take_over_its_consumer(db: Database[Any]) -> None:
+    """Inside it `db.session` is its own; in the loop, kept, closed or abandoned, it is the consumer's."""
+    inside: list[bool] = []
+
+    def reader() -> Iterator[int]:
+        with db.session_scope(new=True) as own:
+            for number in range(2):
+                inside.append(db.session is own)
+                yield number
+            with db.session_scope() as joined:
+                inside.append(joined is own)
+
+    with db.session_scope() as outer:
+        for _ in reader():
+            assert db.session is outer
+            with db.session_scope() as joined:
+                assert joined is outer
+        assert db.session is outer
+        kept, abandoned = reader(), reader()
+        next(kept)
+        next(abandoned)
+        assert db.session is outer
+        kept.close()
+        del abandoned
+        assert db.session is outer
+        assert len(inside) == 5
+        assert all(inside)
+
+
+def test_without_a_unit_of_work_a_consumer_has_none(db: Database[Any]) -> None:
+    """A batch that reads from a generator and saves each row in a block of its own saves each row."""
+
+    def reader() -> Iterator[int]:
+        with db.session_scope():
+            yield from range(2)
+
+    sessions = []
+    for _ in reader():
+        assert not has_session(db)
+        with db.session_scope() as session:
+            sessions.append(session)
+            assert db.session is session
+    assert len(set(map(id, sessions))) == 2
+
+
+def test_nested_generators(db: Database[Any]) -> None:
+    """Of generators inside one another the nearest on the stack counts, also through `yield from`."""
+    seen: list[bool] = []
+
+    def inner() -> Iterator[int]:
+        with db.session_scope(new=True) as own:
+            yield 1
+            seen.append(db.session is own)
+            yield 2
+            seen.append(db.session is own)
+
+    def delegating() -> Iterator[int]:
+        yield from inner()
+        seen.append(not has_session(db))
+
+    def outer() -> Iterator[int]:
+        with db.session_scope(new=True) as own:
+            for number in inner():
+                seen.append(db.session is own)
+                yield number
+                seen.append(db.session is own)
+
+    for _ in outer():
+        seen.append(not has_session(db))
+    for _ in delegating():
+        seen.append(not has_session(db))
+    assert len(seen) == 13
+    assert all(seen)
+
+
+def test_the_nearest_block_counts_in_whatever_order_blocks_were_entered(db: Database[Any]) -> None:
+    """A generator that goes on inside a later block is further in than that block."""
+    other = Database("sqlite://")
+    seen: list[bool] = []
+
+    def reader() -> Iterator[None]:
+        with db.session_scope(new=True) as own:
+            yield
+            seen.append(db.session is own)
+            with db.session_scope(new=True) as further_in:
+                seen.append(db.session is further_in)
+                with other.session_scope(new=True):
+                    seen.append(db.session is further_in)
+            seen.append(db.session is own)
+            seen.append(other.session is beside)
+            yield
+
+    going_on = reader()
+    next(going_on)
+    with other.session_scope() as beside, db.session_scope() as later:
+        assert db.session is later
+        next(going_on)
+        assert db.session is later
+        going_on.close()
+        assert db.session is later
+        assert next(entered_databases()) is core_of(db)
+    assert len(seen) == 5
+    assert all(seen)
+    assert list(entered_databases()) == []
+    other.dispose()
+
+
+def test_a_generator_that_ends_inside_a_later_block_leaves_it_open(db: Database[Any]) -> None:
+    """Blocks are left in any order: what is entered stays the current one until it is left itself."""
+    with db.session_scope() as outer:
+        with ExitStack() as first, ExitStack() as second:
+            first.enter_context(db.session_scope(new=True))
+            later = second.enter_context(db.session_scope(new=True))
+            first.close()
+            assert db.session is later
+        assert db.session is outer
+    assert not has_session(db)
+
+
+def test_the_generator_finds_its_own_in_any_thread_and_context(db: Database[Any]) -> None:
+    """Its steps may run in threads and in copied contexts; a thread of the consumer inherits the consumer's."""
+
+    def reader() -> Iterator[bool]:
+        with db.session_scope(new=True) as own:
+            yield True
+            yield db.session is own
+
+    with db.session_scope() as outer:
+        running = reader()
+        seen: list[Any] = []
+        steps = [lambda: seen.append(next(running)), lambda: seen.append(db.session is outer)]
+        for step in [steps[0], steps[1], steps[0]]:
+            thread = threading.Thread(target=copy_context().run, args=(step,))
+            thread.start()
+            thread.join(10)
+        assert seen == [True, True, True]
+        running.close()
+
+
+def test_an_async_generator_does_not_take_over_its_consumer(adb: AsyncDatabase[Any]) -> None:
+    """Nor the tasks that its consumer starts; inside it, and in SQLAlchemy's greenlet there, its own counts."""
+
+    async def main() -> None:
+        inside: list[bool] = []
+
+        async def reader() -> AsyncIterator[int]:
+            async with adb.session_scope(new=True) as own:
+                for number in range(2):
+                    inside.append(adb.session is own)
+                    inside.append(await own.run_sync(lambda _: adb.session is own))
+                    yield number
+
+        async def handle() -> Any:
+            async with adb.session_scope() as session:
+                return session
+
+        async with adb.session_scope() as outer:
+            tasks = []
+            async for _ in reader():
+                assert adb.session is outer
+                tasks.append(asyncio.create_task(handle()))
+            assert await asyncio.gather(*tasks) == [outer, outer]
+            kept = reader()
+            await anext(kept)
+            assert adb.session is outer
+            await kept.aclose()  # type: ignore[attr-defined]
+            assert adb.session is outer
+        async for _ in reader():
+            assert not has_session(adb)
+        assert len(inside) == 10
+        assert all(inside)
+        await adb.dispose()
+
+    asyncio.run(main())
+
+
+def test_an_abandoned_generator_keeps_nothing(db: Database[Any]) -> None:
+    """A generator that nobody closes and that is part of a cycle ends with the garbage collector's next pass."""
+
+    def reader() -> Iterator[Any]:
+        with db.session_scope(new=True):
+            me = yield
+            yield me
+
+    abandoned: Any = reader()
+    next(abandoned)
+    abandoned.send(abandoned)
+    assert current.held
+    del abandoned
+    gc.collect()
+    assert not current.held
+
+
+# -- context managers ------------------------------------------------------------------------------
+
+
+def test_a_context_manager_is_around_the_body_of_its_with(db: Database[Any]) -> None:
+    """Nested, by an ExitStack, as a decorator, in a class of one's own: its block is around the body."""
+
+    @contextmanager
+    def inner() -> Iterator[Any]:
+        with db.session_scope(new=True) as session:
+            yield session
+
+    @contextmanager
+    def outer() -> Iterator[Any]:
+        with inner() as session:
+            assert db.session is session
+            yield session
+            assert db.session is session
+
+    class Owner:
+        def __enter__(self) -> Any:
+            self.block = outer()
+            return self.block.__enter__()
+
+        def __exit__(self, *exc_info: Any) -> None:
+            self.block.__exit__(*exc_info)
+
+    @outer()
+    def decorated() -> bool:
+        return has_session(db)
+
+    with outer() as session:
+        assert db.session is session
+        with inner() as further_in:
+            assert db.session is further_in
+        assert db.session is session
+    with ExitStack() as stack:
+        session = stack.enter_context(outer())
+        assert db.session is session
+    with Owner() as session:
+        assert db.session is session
+    assert decorated()
+    assert not has_session(db)
+
+
+def test_a_context_manager_inside_a_generator(db: Database[Any]) -> None:
+    """The generator that uses it holds its block: the consumer is outside."""
+
+    @contextmanager
+    def block() -> Iterator[Any]:
+        with db.session_scope() as session:
+            yield session
+
+    def reader() -> Iterator[bool]:
+        with block() as own:
+            yield True
+            yield db.session is own
+
+    for each in reader():
+        assert each
+        assert not has_session(db)
+
+
+def test_an_async_context_manager_is_around_its_body_and_the_tasks_started_there(adb: AsyncDatabase[Any]) -> None:
+    """Tasks and threads inherit it, as they inherit the block of a session_scope()."""
+
+    async def main() -> None:
+        @asynccontextmanager
+        async def block() -> AsyncIterator[Any]:
+            async with adb.session_scope(new=True) as session:
+                yield session
+
+        async def current() -> Any:
+            return adb.session
+
+        def current_here() -> Any:
+            return adb.session
+
+        async with block() as session:
+            assert adb.session is session
+            assert await asyncio.create_task(current()) is session
+            assert await asyncio.to_thread(current_here) is session
+        async with AsyncExitStack() as stack:
+            session = await stack.enter_async_context(block())
+            assert adb.session is session
+            assert await asyncio.create_task(current()) is session
+        assert not has_session(adb)
+        await adb.dispose()
+
+    asyncio.run(main())
+
+
+def test_a_thread_inherits_the_context_manager_of_a_thread_that_waits(db: Database[Any]) -> None:
+    """As long as the function that entered it has not returned."""
+
+    @contextmanager
+    def block() -> Iterator[Any]:
+        with db.session_scope() as session:
+            yield session
+
+    seen: list[Any] = []
+    with ExitStack() as stack:
+
+        def use() -> None:
+            with block() as session:
+                thread = threading.Thread(target=copy_context().run, args=(lambda: seen.append(db.session is session),))
+                thread.start()
+                thread.join(10)
+
+        def enter() -> None:
+            stack.enter_context(block())
+            contexts.append(copy_context())
+
+        use()
+        contexts: list[Any] = []
+        enter()
+        thread = threading.Thread(target=contexts[0].run, args=(lambda: seen.append(has_session(db)),))
+        thread.start()
+        thread.join(10)
+        ended: list[Any] = []
+        thread = threading.Thread(target=lambda: ended.append((enter(), copy_context())))
+        thread.start()
+        thread.join(10)
+        seen.append(ended[0][1].run(has_session, db))  # nothing shows whether a thread that has ended was in a greenlet
+    assert seen == [True, False, True]
+
+
+def test_a_context_manager_entered_by_a_helper_that_has_returned(adb: AsyncDatabase[Any]) -> None:
+    """As svcs and FastAPI enter the generators of their users: only these are inside."""
+
+    async def main() -> None:
+        inside: list[bool] = []
+
+        @asynccontextmanager
+        async def provide() -> AsyncIterator[Any]:
+            async with adb.session_scope(new=True) as own:
+                yield own
+                inside.append(adb.session is own)
+
+        async def get(suspend: bool) -> Any:
+            manager = provide()
+            session = await manager.__aenter__()
+            if suspend:
+                await asyncio.sleep(0)
+            return manager, session
+
+        def current_here() -> bool:
+            return adb.session is outer
+
+        async with adb.session_scope() as outer:
+            for suspend in (True, False):
+                manager, _ = await get(suspend)
+                assert adb.session is outer
+                assert await asyncio.to_thread(current_here)
+                await manager.__aexit__(None, None, None)
+                assert adb.session is outer
+        assert inside == [True, True]
+        await adb.dispose()
+
+    asyncio.run(main())
+
+
+def test_a_greenlet_inside_the_body(db: Database[Any]) -> None:
+    """Code in a greenlet that was started in the body is inside it."""
+
+    @contextmanager
+    def block() -> Iterator[Any]:
+        with db.session_scope() as session:
+            yield session
+
+    with block() as session:
+        context = copy_context()
+        assert greenlet(lambda: context.run(lambda: db.session)).switch() is session
+
+
+@pytest.fixture
+def fixture_session(db: Database[Any]) -> Iterator[Any]:
+    with db.session_scope() as session:
+        yield session
+
+
+def test_a_fixture_is_around_its_tests(db: Database[Any], fixture_session: Any) -> None:
+    assert db.session is fixture_session
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+
+def get(app: Any, db: Any, *paths: str) -> list[httpx.Response]:
+    async def main() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+            responses = [await client.get(path) for path in paths]
+        disposed = db.dispose()
+        if disposed is not None:
+            await disposed
+        return responses
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("endpoint_is_async", [True, False])
+@pytest.mark.parametrize(
+    ("plugin", "dependency_is_async"), [(SessionPlugin, True), (SessionPlugin, False), (AsyncSessionPlugin, True)]
+)
+def test_a_yield_dependency_does_not_take_over_the_request(
+    plugin: Any, dependency_is_async: bool, endpoint_is_async: bool
+) -> None:
+    """`Depends(db.get_session)`, `db.session` and a joining block mean the request's, whatever is resolved before."""
+    is_async = plugin is AsyncSessionPlugin
+    db = plugin("sqlite+aiosqlite://" if is_async else "sqlite://")
+    app = FastAPI()
+    db.init_app(app)
+    inside: list[bool] = []
+
+    async def asked(request: Request) -> Any:
+        return await db.get_session(request)
+
+    async def audit() -> AsyncIterator[Any]:
+        if is_async:
+            async with db.session_scope(new=True) as session:
+                inside.append(db.session is session)
+                yield session
+                inside.append(db.session is session)
+        else:
+            with db.session_scope(new=True) as session:
+                inside.append(db.session is session)
+                yield session
+                inside.append(db.session is session)
+
+    def audit_in_threads() -> Iterator[Any]:
+        with db.session_scope(new=True) as session:
+            inside.append(db.session is session)
+            yield session
+            inside.append(db.session is session)
+
+    First = Annotated[Any, Depends(asked)]
+    Audit = Annotated[Any, Depends(audit if dependency_is_async else audit_in_threads)]
+    Requests = Annotated[Any, Depends(db.get_session)]
+
+    def check(first: Any, audit: Any, session: Any) -> list[bool]:
+        return [first is session, session is not audit, db.session is session]
+
+    @app.get("/async")
+    async def endpoint(first: First, audit: Audit, session: Requests) -> Any:
+        joined = []
+        if is_async:
+            async with db.session_scope() as inner:
+                joined.append(inner is session)
+        return check(first, audit, session) + joined
+
+    @app.get("/sync")
+    def endpoint_in_a_thread(first: First, audit: Audit, session: Requests) -> Any:
+        return check(first, audit, session)
+
+    answer, schema = get(app, db, "/async" if endpoint_is_async else "/sync", "/openapi.json")
+    assert set(answer.json()) == {True}
+    assert inside == [True, True]
+    assert "connection" not in schema.text
+
+
+def test_get_session_is_that_of_the_websocket() -> None:
+    """FastAPI passes the connection of a WebSocket too; called by hand it needs none."""
+    db = AsyncSessionPlugin("sqlite+aiosqlite://")
+    app = FastAPI()
+    db.init_app(app)
+    seen: list[bool] = []
+
+    async def audit() -> AsyncIterator[Any]:
+        async with db.session_scope(new=True) as session:
+            yield session
+
+    @app.websocket("/")
+    async def endpoint(
+        socket: WebSocket, audit: Annotated[Any, Depends(audit)], session: Annotated[Any, Depends(db.get_session)]
+    ) -> None:
+        seen.append(session is not audit)
+        seen.append(await db.get_session() is session)
+        await socket.accept()
+        async with db.session_scope() as own:
+            seen.append(await db.get_session() is own)
+        await socket.close()
+
+    async def main() -> None:
+        async def receive() -> Any:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:
+            pass
+
+        scope = {"type": "websocket", "path": "/", "headers": [], "query_string": b"", "subprotocols": []}
+        await app(scope, receive, send)
+        await db.dispose()
+
+    asyncio.run(main())
+    assert seen == [True, True, True]
+
+
+def test_get_session_of_a_connection_that_came_another_way(db: Database[Any]) -> None:
+    """A connection that has no unit of work on this database does not matter."""
+    plugin = AsyncSessionPlugin("sqlite+aiosqlite://")
+    plugin.init_app(FastAPI())
+    with pytest.raises(NoScopeError):
+        asyncio.run(plugin.get_session(HTTPConnection({"type": "http"})))
+
+
+@pytest.mark.parametrize("body_is_async", [True, False])
+def test_the_generator_of_a_response_finds_its_own(body_is_async: bool) -> None:
+    """Also a plain generator, each of whose steps Starlette runs in a thread and a copied context."""
+    db = SessionPlugin("sqlite://")
+    app = FastAPI()
+    db.init_app(app)
+
+    def body() -> Iterator[str]:
+        with db.session_scope(new=True) as own:
+            for _ in range(3):
+                yield f"{db.session is own} "
+
+    async def abody() -> AsyncIterator[str]:
+        with db.session_scope(new=True) as own:
+            for _ in range(3):
+                yield f"{db.session is own} "
+
+    @app.get("/")
+    async def endpoint() -> Any:
+        return StreamingResponse(abody() if body_is_async else body())
+
+    assert get(app, db, "/")[0].text == "True True True "
+
+
+def test_a_generator_in_flask() -> None:
+    """A reader in a view and the generator of the response: each its own, and the view the request's."""
+    db = FlaskPlugin("sqlite://")
+    app = Flask(__name__)
+    db.init_app(app)
+
+    def reader() -> Iterator[str]:
+        with db.session_scope(new=True) as own:
+            for _ in range(2):
+                yield f"{db.session is own} "
+
+    @app.get("/")
+    def view() -> Any:
+        session, kept = db.session, reader()
+        next(kept)
+        assert db.session is session
+        for _ in reader():
+            assert db.session is session
+        kept.close()
+        return Response(reader())
+
+    assert app.test_client().get("/").text == "True True "

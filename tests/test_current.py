@@ -2,10 +2,12 @@
 
 import asyncio
 import gc
+import os
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from contextvars import copy_context
+from functools import partial
 from typing import Annotated, Any
 
 import httpx
@@ -14,14 +16,22 @@ from fastapi import Depends, FastAPI, Request, WebSocket
 from fastapi.responses import StreamingResponse
 from flask import Flask, Response
 from greenlet import greenlet
+from sqlalchemy import text
 from starlette.requests import HTTPConnection
 
-from session_plugin import AsyncDatabase, Database, NoScopeError
+from session_plugin import AsyncDatabase, Database, NoScopeError, ScopeClosedError
 from session_plugin.database.interface import core_of
 from session_plugin.fastapi import AsyncSessionPlugin, SessionPlugin
 from session_plugin.flask import SessionPlugin as FlaskPlugin
 from session_plugin.scope import current
 from session_plugin.scope.current import entered_databases
+from session_plugin.wsgi import SessionScopeMiddleware as WSGIMiddleware
+
+from .asgi_site import stores
+from .harness import Parent, Store
+
+file_store = stores(["sqlite+pysqlite", "postgresql+psycopg"])
+async_store = stores(["postgresql+asyncpg"])
 
 
 @pytest.fixture
@@ -588,3 +598,123 @@ def test_a_generator_in_flask() -> None:
         return Response(reader())
 
     assert app.test_client().get("/").text == "True True "
+
+
+# -- forks -----------------------------------------------------------------------------------------
+
+
+def forked(work: Any) -> int:
+    """Do ``work`` in a forked child, and return its exit code."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def serve_wsgi(db: Any, view: Any) -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        view()
+        start_response("200 OK", [])
+        return [b""]
+
+    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/"}
+    WSGIMiddleware(app, db)(environ, lambda *started: None).close()  # type: ignore[attr-defined]
+
+
+def serve_flask(database: Any, view: Any) -> None:
+    db, app = FlaskPlugin(database), Flask(__name__)
+    db.init_app(app)
+    app.post("/")(lambda: (view(), "")[1])
+    assert app.test_client().post("/").status_code == 200
+
+
+def serve_fastapi(database: Any, view: Any, *, is_async: bool) -> None:
+    db, app = (AsyncSessionPlugin if isinstance(database, AsyncDatabase) else SessionPlugin)(database), FastAPI()
+    db.init_app(app)
+    if is_async:
+
+        @app.get("/")
+        async def endpoint() -> None:
+            view()
+    else:
+
+        @app.get("/")
+        def endpoint_in_a_thread() -> None:
+            view()
+
+    assert get(app, db, "/")[0].status_code == 200
+
+
+def serve_generator(database: Any, view: Any) -> None:
+    def reader() -> Iterator[None]:
+        with database.session_scope():
+            view()
+            yield
+
+    list(reader())
+
+
+SERVERS = {
+    "wsgi": serve_wsgi,
+    "flask": serve_flask,
+    "fastapi, async def": partial(serve_fastapi, is_async=True),
+    "fastapi, def": partial(serve_fastapi, is_async=False),
+    "generator": serve_generator,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_process_forked_in_a_request_that_has_not_used_its_session(
+    file_store: Store, server: str, nested: bool
+) -> None:
+    """Its session_scope() joins nothing of the parent's, in which nothing is settled there: what it saves is saved."""
+    file_store.clear()
+    db = Database(file_store.url)
+
+    def work() -> None:
+        with pytest.raises((ScopeClosedError, NoScopeError)):
+            _ = db.session
+        with db.session_scope() as session:
+            session.add(Parent(name="child"))
+
+    def view() -> None:
+        with db.session_scope(new=True) if nested else nullcontext():
+            assert forked(work) == 0
+        db.session.add(Parent(name="parent"))
+
+    SERVERS[server](db, view)
+    assert file_store.names() == ["child", "parent"]
+    db.dispose()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("used", [False, True])
+def test_a_process_forked_in_an_async_request_has_an_event_loop_of_its_own(async_store: Store, used: bool) -> None:
+    """The parent's event loop does not exist in the child, which may use the database on its own."""
+    async_store.clear()
+    db = AsyncDatabase(async_store.url)
+
+    async def save(name: str) -> None:
+        async with db.session_scope() as session:
+            session.add(Parent(name=name))
+
+    app = FastAPI()
+    plugin = AsyncSessionPlugin(db)
+    plugin.init_app(app)
+
+    @app.get("/")
+    async def endpoint() -> None:
+        if used:
+            await db.session.execute(text("SELECT 1"))
+        assert forked(lambda: asyncio.run(save("child"))) == 0
+        await save("parent")
+
+    assert get(app, db, "/")[0].status_code == 200
+    assert async_store.names() == ["child", "parent"]

@@ -125,6 +125,11 @@ class DatabaseCore(ABC):
             a Ctrl-C that came meanwhile.
         """
 
+    def forget_parent(self) -> None:
+        """In a forked child, start with empty pools and all permits, and leave the parent's sockets alone."""
+        self.engines.forget_connections()
+        self.make_permits()
+
     def engine_for(self, engine: Engine, policy: Policy, *, may_write: bool) -> Engine:
         """Return ``engine``, or its variant that begins as ``policy`` says."""
         return self.engines.variants.engine_for(engine, policy, may_write=may_write)
@@ -185,7 +190,7 @@ class SyncCore(DatabaseCore):
         interrupt = None
         for call in calls:
             try:
-                with session_scope(self, new=True):
+                with session_scope(self, new=True, for_hook=True):
                     result = call()
                     if inspect.iscoroutine(result):
                         result.close()

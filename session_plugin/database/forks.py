@@ -6,6 +6,7 @@ import atexit
 from typing import Any
 
 from ..engines.forks import after_fork_in_child
+from ..scope.current import entered_units
 from ..scope.unit_of_work import units_with_session
 from .core import alive
 
@@ -14,8 +15,11 @@ _inherited: list[Any] = []
 
 
 def forget_open_units() -> None:
-    """In a forked child, end the units of work that were open, and send nothing to the database."""
-    for unit in list(units_with_session):
+    """In a forked child, end the units of work that were open, and send nothing to the database.
+
+    Those that have no session yet are open only around the code that forked: the other threads do not exist here.
+    """
+    for unit in {*units_with_session, *entered_units()}:
         _inherited.append(unit.detach_after_fork())
 
 
@@ -23,8 +27,7 @@ def forget_inherited_connections() -> None:
     """In a forked child, start with empty pools and no open unit of work, and leave the parent's sockets alone."""
     forget_open_units()
     for core in list(alive):
-        core.engines.forget_connections()
-        core.make_permits()
+        core.forget_parent()
 
 
 def dispose_at_exit() -> None:

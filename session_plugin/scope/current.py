@@ -116,6 +116,18 @@ def entered_databases() -> Iterator[ScopeDatabase]:
         unit = unit.inherited
 
 
+def entered_units() -> list[UnitOfWork[Any]]:
+    """Return all units of work that the context shows or a generator holds, with those in which they were opened."""
+    found = [innermost.get(), *(holds() for several in list(held.values()) for holds in several)]
+    entered: list[UnitOfWork[Any]] = []
+    while found:
+        unit = found.pop()
+        if unit is not None and unit not in entered:
+            entered.append(unit)
+            found += (unit.inherited, unit.outer)
+    return entered
+
+
 class Entered:
     """A block in which ``unit`` is the innermost unit of work.
 

@@ -60,7 +60,8 @@ class TransactionAbortedError(SessionPluginError, PendingRollbackError):
 
     PostgreSQL turns COMMIT of an aborted transaction into a ROLLBACK and reports no error.  MySQL and
     MariaDB roll back after a deadlock and go on in a new transaction; SQLite does so after some errors.
-    The exception that was caught and ignored is ``__cause__``.
+    The exception that was caught and ignored is ``__cause__``.  A block that had joined a unit of work raises
+    it too, if that one rolled back before the block ended.
     """
 
 

@@ -256,6 +256,11 @@ class AsyncCore(DatabaseCore):
             await engine.dispose()
         self._loop = None
 
+    def forget_parent(self) -> None:
+        """As for every database; and the event loop, which runs in the parent only."""
+        super().forget_parent()
+        self._loop = None
+
     def run_hooks(self, calls: list[Callable[[], Any]]) -> KeyboardInterrupt | None:
         """Make and await the calls inside SQLAlchemy's greenlet."""
         if not calls:
@@ -269,7 +274,7 @@ class AsyncCore(DatabaseCore):
         interrupt = None
         for call in calls:
             try:
-                async with asession_scope(self, new=True):
+                async with asession_scope(self, new=True, for_hook=True):
                     result = call()
                     if inspect.isawaitable(result):
                         await result

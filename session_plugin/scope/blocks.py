@@ -4,35 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeGuard
 
-from ..exceptions import ConcurrentUseError, ScopeClosedError
+from ..exceptions import ConcurrentUseError, ScopeClosedError, TransactionAbortedError
 from ..policy import Outcome
 from .current import Entered, find
 from .ending import aclose, asettle, close, settle
 from .frames import first_caller
+from .joined import JoinedBlock
 from .opening import open_unit_of_work
-from .transaction_state import has_changes
+from .transaction_state import current_task, has_changes
 from .unit_of_work import ScopeDatabase, UnitOfWork
+
+OPEN_ANOTHER = (
+    "Await the task or thread before its unit of work ends, or open a session_scope(new=True) in what runs beside it."
+)
 
 
 @contextmanager
-def session_scope(database: ScopeDatabase, *, new: bool) -> Generator[Any]:
+def session_scope(database: ScopeDatabase, *, new: bool, for_hook: bool = False) -> Generator[Any]:
     """Open a unit of work on a sync database, or join the one around it unless ``new``.
+
+    No other task or thread joins that of a hook: what a hook starts goes on after its end.
 
     Yields:
         its session.
     """
     outer = find(database)
-    if outer is not None and outer.can_be_joined and not new:
+    if not new and _joins(outer):
         with joined(outer) as session:
             yield session
         return
     frame = sys._getframe(1)
     unit = open_unit_of_work(database, origin=_origin(frame))
+    if for_hook:
+        unit.owner = _owner()
     with Entered(unit, frame):
         try:
             yield unit.session
@@ -48,15 +58,17 @@ def session_scope(database: ScopeDatabase, *, new: bool) -> Generator[Any]:
 
 
 @asynccontextmanager
-async def asession_scope(database: ScopeDatabase, *, new: bool) -> AsyncGenerator[Any]:
+async def asession_scope(database: ScopeDatabase, *, new: bool, for_hook: bool = False) -> AsyncGenerator[Any]:
     """As `session_scope`, on an async database."""
     outer = find(database)
-    if outer is not None and outer.can_be_joined and not new:
-        with _joining_task(outer), joined(outer) as session:
+    if not new and _joins(outer):
+        with joined(outer) as session:
             yield session
         return
     frame = sys._getframe(1)
     unit = open_unit_of_work(database, origin=_origin(frame))
+    if for_hook:
+        unit.owner = _owner()
     with Entered(unit, frame):
         try:
             yield unit.session
@@ -74,31 +86,56 @@ async def asession_scope(database: ScopeDatabase, *, new: bool) -> AsyncGenerato
 
 @contextmanager
 def joined(unit: UnitOfWork[Any]) -> Generator[Any]:
-    """Work inside ``unit``; an error that leaves the block dooms it."""
+    """Work inside ``unit``; an error that leaves the block dooms it.
+
+    Raises:
+        TransactionAbortedError: ``unit`` rolled back meanwhile, from outside the block.
+        ScopeClosedError: it was settled or has ended meanwhile, and what was done since is not saved.
+    """
+    block = JoinedBlock(current_task())
+    unit.joined_blocks.append(block)
     try:
         session, sync_session = unit.session, unit.sync_session
-        yield session
+        block.enter()
+        try:
+            yield session
+        finally:
+            is_inside = block.leave()
+        if block.lost is not None and is_inside:
+            raise TransactionAbortedError(
+                f"The unit of work that this block had joined ({unit!r}) rolled back before the block ended "
+                f"({block.lost}), so what the block did is not saved. {OPEN_ANOTHER}"
+            )
         if unit.closed and has_changes(sync_session):
             raise ScopeClosedError(unit.closed_message)
+        if block.outlived and is_inside and not unit.closed and unit.wrote:
+            raise ScopeClosedError(
+                f"The unit of work that this block had joined ({unit!r}) was settled before the block ended, and what "
+                f"the block did since then is not saved. {OPEN_ANOTHER}"
+            )
     except BaseException as error:
         if not isinstance(error, GeneratorExit) and Outcome.raised(error).error is not None:  # or left unread
             unit.doom(f"{type(error).__name__} left a session_scope() inside it")
         raise
-
-
-@contextmanager
-def _joining_task(unit: UnitOfWork[Any]) -> Generator[None]:
-    task = asyncio.current_task()
-    unit.joining_tasks.append(task)
-    try:
-        yield
     finally:
-        unit.joining_tasks.remove(task)
+        unit.joined_blocks.remove(block)
+
+
+def _joins(outer: UnitOfWork[Any] | None) -> TypeGuard[UnitOfWork[Any]]:
+    """Return True if a block inside ``outer`` is part of it; that of a hook is the hook's own."""
+    if outer is None or not outer.can_be_joined:
+        return False
+    return outer.owner is None or outer.owner == _owner()
+
+
+def _owner() -> object:
+    return threading.get_ident(), current_task()
 
 
 def _check_joining_tasks(unit: UnitOfWork[Any]) -> None:
     """Raise `ConcurrentUseError` if another task is inside a block that joined ``unit``: half of it would commit."""
-    if any(task is not asyncio.current_task() and not task.done() for task in unit.joining_tasks):
+    tasks = (block.task for block in unit.joined_blocks)
+    if any(task is not None and task is not asyncio.current_task() and not task.done() for task in tasks):
         raise ConcurrentUseError(
             "This session_scope() has ended while another task was in a block that had joined it; nothing was "
             "committed. Await the task before the block ends, or open a session_scope(new=True) in the task."

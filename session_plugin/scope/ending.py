@@ -11,6 +11,7 @@ from typing import Any
 
 from ..policy import Outcome
 from . import lifecycle
+from .joined import note_settled
 from .runner import Steps, arun, run, uncancelled
 from .threads import in_thread
 from .unit_of_work import UnitOfWork
@@ -21,6 +22,8 @@ def settle_if_idle(unit: UnitOfWork[Any]) -> bool:
     if unit.in_transaction or (unit.has_session and (unit.hooks.waiting or unit.transaction.unknown)):
         return False
     unit.settled = True
+    if unit.was_joined:
+        note_settled(unit.joined_blocks)
     if unit.permit is not None or unit.place is not None:
         unit.return_permit()
     return True

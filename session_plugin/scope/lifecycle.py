@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 from ..engines.guard import POLL_INTERVAL, TWO_AT_ONCE
 from ..exceptions import ConcurrentUseError, PolicyError
 from ..policy import Decision, Outcome
+from .joined import note_settled
 from .log import log_exception, logger
 from .runner import Steps
 from .transaction_state import LateConnection
@@ -41,6 +42,8 @@ def settle(unit: UnitOfWork[Any], outcome: Outcome) -> Steps[None]:
     transaction of its own.  Raises what COMMIT raised, after rolling back.
     """
     unit.settled = True
+    if unit.was_joined:
+        note_settled(unit.joined_blocks)
     try:
         decision = _decide(unit, outcome)
         _log(unit, decision, outcome)
@@ -55,20 +58,20 @@ def settle(unit: UnitOfWork[Any], outcome: Outcome) -> Steps[None]:
             yield from _commit(unit)
             unit.saved = unit.saved or unit.transaction.saved
     except BaseException as error:
-        yield from _roll_back(unit)
+        yield from _roll_back(unit, type(error).__name__)
         if outcome.background:
             what = "may not have been saved" if unit.transaction.unknown else "was not saved"
             logger.error("%s: the work after the response %s (%s)", str(unit), what, type(error).__name__)
         raise
     if not decision.commit:
-        yield from _roll_back(unit)
+        yield from _roll_back(unit, decision.reason)
 
 
 def close(unit: UnitOfWork[Any]) -> Steps[None]:
     """Leave nothing open and nothing held."""
     try:
         if unit.sync_session.in_transaction():
-            yield from _roll_back(unit)
+            yield from _roll_back(unit, "it was closed before it was settled")
     finally:
         session: Any = unit.session
         try:
@@ -121,12 +124,15 @@ def _commit(unit: UnitOfWork[Any]) -> Steps[None]:
         session.expire_on_commit = expire_on_commit
 
 
-def _roll_back(unit: UnitOfWork[Any]) -> Steps[None]:
-    """ROLLBACK; discard a connection on which that fails, or which another thread or task still uses.
+def _roll_back(unit: UnitOfWork[Any], reason: str) -> Steps[None]:
+    """ROLLBACK because of ``reason``.
 
+    A connection on which that fails, or which another thread or task still uses, is discarded.
     If no work is discarded nothing is expired: what is not in the session meanwhile stays loaded.
     """
     session = _begun_session(unit)
+    if unit.was_joined and unit.wrote:
+        note_settled(unit.joined_blocks, lost=reason)
     if unit.transaction.busy:
         yield partial(_run_sync, unit, unit.transaction.wait_alone)
         if unit.transaction.busy:

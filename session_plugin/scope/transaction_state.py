@@ -72,7 +72,7 @@ class TransactionState:
     )  # fmt: skip
 
     def __init__(self, doomed: str | None = None, *, is_async: bool = False) -> None:
-        self._current_owner: Callable[[], object] = _current_task if is_async else threading.get_ident
+        self._current_owner: Callable[[], object] = current_task if is_async else threading.get_ident
         self._guards: dict[Connection, ConnectionGuard] = {}
         self._doomed = doomed
         self._ids: TransactionIds | None = None
@@ -148,7 +148,7 @@ class TransactionState:
         Only tasks are told apart: a thread may well go on where another one failed to connect.
         """
         if not self._guards:
-            first, self._first = self._first, _current_task()
+            first, self._first = self._first, current_task()
             if first is not None and first is not self._first and not first.done():
                 raise ConcurrentUseError(TWO_AT_ONCE)
 
@@ -229,7 +229,8 @@ def has_changes(session: Session) -> bool:
     return bool(session.new or (session.identity_map and (session.dirty or session.deleted)))
 
 
-def _current_task() -> asyncio.Task[Any] | None:
+def current_task() -> asyncio.Task[Any] | None:
+    """Return the running task, or None."""
     try:
         return asyncio.current_task()
     except RuntimeError:

@@ -21,6 +21,7 @@ from ..exceptions import PolicyError, ScopeClosedError
 from ..policy import SAFE_METHODS, Decision, Outcome, Policy, as_policy
 from .frames import Holder
 from .hooks import Event, Hook, Hooks
+from .joined import JoinedBlock
 from .transaction_state import TransactionState, has_changes
 from .typevars import S
 
@@ -70,6 +71,8 @@ class UnitOfWork(Generic[S]):
         outer: the unit of work, on any database, in which it was opened, or None.
         inherited: the one that the context showed when it was opened, or None; see `current`.
         holder: what holds its block, if that is a generator.
+        owner: the only thread and task that may join it; any may if it is None.
+        was_joined: True once a block has joined it.
         find_policy: returns the policy of the endpoint, or None.
         error: the exception that the response reports; an adapter sets it.
         has_session: True once the session was asked for.
@@ -103,6 +106,8 @@ class UnitOfWork(Generic[S]):
     place: Callable[[], None] | None = None
     inherited: UnitOfWork[Any] | None = None
     holder: Holder | None = None
+    owner: object = None
+    was_joined: bool = False
     _policy: Policy | None = None
 
     def __init__(
@@ -141,8 +146,9 @@ class UnitOfWork(Generic[S]):
         return f"The unit of work of this session ({self!r}) has ended. Later work needs a session_scope() of its own."
 
     @cached_property
-    def joining_tasks(self) -> list[Any]:
-        """The tasks that are inside an async ``session_scope()`` which joined it."""
+    def joined_blocks(self) -> list[JoinedBlock]:
+        """The blocks that have joined it and are open."""
+        self.was_joined = True
         return []
 
     def __repr__(self) -> str:

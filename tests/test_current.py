@@ -1,6 +1,7 @@
 """Which unit of work is current: the innermost one whose block is really around the running code."""
 
 import asyncio
+import ctypes
 import gc
 import os
 import threading
@@ -718,3 +719,42 @@ def test_a_process_forked_in_an_async_request_has_an_event_loop_of_its_own(async
 
     assert get(app, db, "/")[0].status_code == 200
     assert async_store.names() == ["child", "parent"]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("core_only", [False, True])
+def test_a_process_that_c_code_forked_shares_no_connection(async_store: Store, core_only: bool) -> None:
+    """uWSGI forks without the callbacks of `os`: children have connections of their own, and all of them."""
+    url = async_store.url.replace("asyncpg", "psycopg")
+    db = Database(url, pool_size=1, max_overflow=0, pool_timeout=5)
+    app = FlaskPlugin(db)
+    flask = Flask(__name__)
+    app.init_app(flask)
+    flask.get("/")(lambda: str(db.session.scalar(text("SELECT pg_backend_pid()"))))
+
+    def backend() -> int:
+        if core_only:
+            with db.engine.connect() as connection:
+                return int(connection.scalar(text("SELECT pg_backend_pid()")))
+        response = flask.test_client().get("/")
+        assert response.status_code == 200
+        return int(response.text)
+
+    parents = backend()
+    with db.engine.connect() as held:  # its permit comes back in the parent only
+        reading, writing = os.pipe()
+        child = ctypes.CDLL(None).fork()
+        if child == 0:
+            try:
+                os.write(writing, f"{backend()} {backend()}".encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            childs = pipe.read().split()
+        os.waitpid(child, 0)
+        assert held.scalar(text("SELECT pg_backend_pid()")) == parents
+    assert len(childs) == 2
+    assert childs[0] == childs[1] != str(parents)
+    assert backend() == parents
+    db.dispose()

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from sqlalchemy import Engine, MetaData, Table
 from sqlalchemy.orm import Mapper, Session, sessionmaker
 
+from ..engines.forks import check_process
 from ..engines.making import require_greenlet
 from ..engines.registry import DEFAULT, Engines
 from ..engines.semaphore import MAX_PENDING_SESSIONS, ExtraThreads
@@ -181,6 +182,7 @@ class SyncCore(DatabaseCore):
 
     def new_session(self, unit: UnitOfWork[Any] | None) -> Any:
         """Make a session."""
+        check_process()
         session = self.maker()
         session._unit_of_work = unit
         return session
@@ -227,6 +229,7 @@ class AsyncCore(DatabaseCore):
         Raises:
             ConfigurationError: another event loop that is not closed uses this database.
         """
+        check_process()
         self.adopt_running_loop()
         session = self.maker()
         session.sync_session._unit_of_work = unit

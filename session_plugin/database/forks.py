@@ -15,11 +15,14 @@ _inherited: list[Any] = []
 
 
 def forget_open_units() -> None:
-    """In a forked child, end the units of work that were open, and send nothing to the database.
+    """In a forked child, end the units of work that have a session, and send nothing to the database."""
+    for unit in list(units_with_session):
+        _inherited.append(unit.detach_after_fork())
 
-    Those that have no session yet are open only around the code that forked: the other threads do not exist here.
-    """
-    for unit in {*units_with_session, *entered_units()}:
+
+def forget_current_units() -> None:
+    """In a forked child, end those that have no session yet: they are open only around the code that forked."""
+    for unit in entered_units():
         _inherited.append(unit.detach_after_fork())
 
 
@@ -41,5 +44,6 @@ def dispose_at_exit() -> None:
                 engine.dispose()
 
 
+after_fork_in_child(forget_current_units, only_at_once=True)
 after_fork_in_child(forget_inherited_connections)
 atexit.register(dispose_at_exit)

@@ -6,6 +6,8 @@ who asks before that one runs; the first then queues anew, behind all others.
 
 from __future__ import annotations
 
+import os
+import threading
 from typing import Any
 
 from sqlalchemy import URL
@@ -13,6 +15,8 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool, Qu
 from sqlalchemy.util import await_only
 
 from .semaphore import FairSemaphore
+
+_replacing = threading.Lock()
 
 
 class FairQueuePool(QueuePool):
@@ -26,14 +30,30 @@ class FairQueuePool(QueuePool):
         super().__init__(creator, pool_size, max_overflow, timeout, **options)
         is_limited = pool_size > 0 and max_overflow >= 0
         self._semaphore = FairSemaphore(pool_size + max_overflow if is_limited else None, timeout)
+        self._pid = os.getpid()
+        self._in_child: FairQueuePool | None = None
 
     def _do_get(self) -> ConnectionPoolEntry:
+        if self._pid != os.getpid():
+            return self._pool_of_this_process()._do_get()
         self._acquire()
         try:
             return super()._do_get()
         except BaseException:
             self._semaphore.release()
             raise
+
+    def _pool_of_this_process(self) -> FairQueuePool:
+        """Return the pool that stands for this one, which is the parent's, in a child that C code has forked."""
+        with _replacing:
+            if self._in_child is None or self._in_child._pid != os.getpid():
+                self._in_child = self.recreate()
+            return self._in_child
+
+    def recreate(self) -> FairQueuePool:
+        """Return a new pool of the same kind, with no connection."""
+        pool: Any = super().recreate()
+        return pool  # type: ignore[no-any-return]
 
     def _acquire(self) -> None:
         self._semaphore.wait()

@@ -22,7 +22,7 @@ from session_plugin import ConfigurationError, Database, Outcome
 from session_plugin.database.interface import core_of
 from session_plugin.engines.semaphore import SPARE_THREADS, ExtraThreads, FairSemaphore
 from session_plugin.exceptions import ScopeClosedError
-from session_plugin.scope import ending
+from session_plugin.scope import ending, threads
 from session_plugin.scope.current import Entered
 from session_plugin.scope.opening import open_unit_of_work
 from session_plugin.scope.permits import wait_for_permit, wait_for_place
@@ -598,11 +598,11 @@ def test_past_the_limit_of_pending_sessions_asking_waits() -> None:
         await wait_for_place(first)
         with pytest.raises(PoolTimeoutError, match="max_pending_sessions"):
             await wait_for_place(second)
-        waiting = [asyncio.create_task(wait_for_place(second)) for _ in range(2)]
+        core.pending_sessions._timeout = 30
+        waiting = asyncio.create_task(wait_for_place(second))
         await asyncio.sleep(0)
         await asyncio.to_thread(first.session.execute, text("SELECT 1"))
-        with pytest.raises(PoolTimeoutError):  # two calls have waited, and one place is enough
-            await asyncio.gather(*waiting)
+        await waiting
         assert first.place is None
         assert second.place is not None
         leaves = asyncio.create_task(wait_for_place(third))
@@ -610,8 +610,30 @@ def test_past_the_limit_of_pending_sessions_asking_waits() -> None:
         await ending.aclose(third)
         await ending.aclose(second)
         await leaves
-        assert core.pending_sessions._free == 1
         await ending.aclose(first)
+        assert core.pending_sessions._free == 1
+
+    asyncio.run(scenario())
+    database.dispose()
+
+
+def test_places_asked_for_twice_at_once() -> None:
+    """Two dependencies that wait side by side for the place of one session take one."""
+    database = Database("sqlite://", max_pending_sessions=2)
+    pending = core_of(database).pending_sessions
+
+    async def scenario() -> None:
+        unit = open_unit_of_work(core_of(database), origin="test")
+        assert pending.take()
+        assert pending.take()
+        waiting = [asyncio.create_task(wait_for_place(unit)) for _ in range(2)]
+        await asyncio.sleep(0)
+        pending.release()
+        pending.release()
+        await asyncio.gather(*waiting)
+        assert pending._free == 1
+        await ending.aclose(unit)
+        assert pending._free == 2
 
     asyncio.run(scenario())
     database.dispose()
@@ -670,3 +692,110 @@ def test_an_endpoint_on_the_event_loop_waits_before_it_runs(store: Store) -> Non
     with site.running(), ThreadPoolExecutor(20) as clients:
         paths = [f"/{('itself', 'dependency')[number % 2]}/{number}" for number in range(20)]
         assert {reply.status for reply in clients.map(site.get, paths)} == {200}
+
+
+# -- no thread to be had -------------------------------------------------------------------------------
+
+
+def start_no_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The process has reached its limit whenever a thread of that name is to be started."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if name in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+def test_an_ending_without_a_thread_runs_where_it_is(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of the request is lost, and its connection and its permit are back."""
+    monkeypatch.setattr(threads, "_executors", {})
+    start_no_thread(monkeypatch, "session_plugin")
+    site = Site(store, sync=True, pool_size=1, max_overflow=0, pool_timeout=5)
+    SessionDep = Annotated[Session, Depends(site.db.get_session)]
+
+    @site.app.get("/insert/{name}")
+    def inserts(name: str, session: SessionDep) -> None:
+        insert(name)(session)
+
+    @site.app.get("/add/{name}")
+    def adds(name: str, session: SessionDep) -> None:
+        session.add(Parent(name=name))
+
+    @site.app.get("/fails")
+    def fails(session: SessionDep) -> None:
+        insert("lost")(session)
+        raise KeyError
+
+    with site.running():
+        replies = [site.get(path).status for path in ("/insert/tea", "/fails", "/add/milk", "/insert/coffee")]
+        assert replies == [200, 500, 200, 200]
+        assert store.names() == ["coffee", "milk", "tea"]
+        assert wait_for(lambda: core_of(site.db).semaphore._free == 1)
+    assert "No thread could be started" in caplog.text
+
+
+def test_an_endpoint_without_a_thread_keeps_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The framework cannot run it: an error, and what was asked for before is back."""
+    site = Site(store, sync=True, pool_size=1, max_overflow=0, pool_timeout=5)
+
+    @site.app.get("/")
+    def endpoint(session: Annotated[Session, Depends(site.db.get_session)]) -> int:
+        return count(session)
+
+    with site.running():
+        with monkeypatch.context() as patch:
+            start_no_thread(patch, "AnyIO")
+            assert site.get().status == 500
+        core = core_of(site.db)
+        assert wait_for(lambda: (core.semaphore._free, core.pending_sessions._free) == (1, 256))
+        assert site.get().status == 200
+
+
+def test_a_call_without_a_thread_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An executor that cannot start a thread keeps the call in its queue, for the workers that it has already."""
+    monkeypatch.setattr(threads, "_executors", {})
+    gate = threading.Event()
+    made: list[str] = []
+
+    def call() -> str:
+        made.append(threading.current_thread().name)
+        return "made"
+
+    def fail() -> None:
+        raise KeyError
+
+    async def scenario() -> None:
+        busy = in_thread(lambda: gate.wait(10), can_wait=True)
+        with monkeypatch.context() as patch:
+            start_no_thread(patch, "session_plugin")
+            assert await in_thread(call, can_wait=True) == "made"
+            with pytest.raises(KeyError):
+                await in_thread(fail, can_wait=True)
+        gate.set()
+        await busy
+        await in_thread(lambda: None, can_wait=True)
+
+    asyncio.run(scenario())
+    threads._executors.pop(True).shutdown()
+    assert made == [threading.current_thread().name]
+
+
+def test_a_call_that_outlives_its_event_loop_reports_to_nobody() -> None:
+    """Its loop was closed meanwhile."""
+    gate, ended = threading.Event(), threading.Event()
+
+    def call() -> None:
+        assert gate.wait(10)
+        ended.set()
+
+    async def scenario() -> None:
+        in_thread(call, can_wait=True)
+
+    asyncio.run(scenario())
+    gate.set()
+    assert ended.wait(10)

@@ -42,7 +42,6 @@ from session_plugin import (
 )
 from session_plugin.database.forks import forget_open_units
 from session_plugin.database.interface import core_of
-from session_plugin.engines.guard import WRITING
 from session_plugin.scope import ending
 from session_plugin.scope.lifecycle import settle
 from session_plugin.scope.opening import open_unit_of_work
@@ -1031,22 +1030,6 @@ def test_a_hook_that_raises_cancelled_error_changes_nothing(units: Units) -> Non
 
     units.run(work)
     assert (log, units.store.names()) == (["second"], ["tea"])
-
-
-@pytest.mark.parametrize(
-    ("statement", "writes"),
-    [
-        ("SELECT 1", False),
-        ("WITH a AS (SELECT 1) SELECT * FROM a", False),
-        ("WITH a AS (INSERT INTO t VALUES (1) RETURNING n) SELECT * FROM a", True),
-        ("/* route=/orders */ INSERT INTO t VALUES (1)", True),
-        ("-- a comment\n  update t set n = 1", True),
-        ("CREATE TABLE more (n INTEGER)", True),
-        ("SET LOCAL app.user = 'me'", False),
-    ],
-)
-def test_what_counts_as_writing(statement: str, writes: bool) -> None:
-    assert (WRITING.match(statement) is not None) is writes
 
 
 def test_a_partial_commit_is_noted_on_the_error(postgresql: Any) -> None:

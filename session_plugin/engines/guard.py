@@ -11,7 +11,6 @@ a dispatcher for each step of each connection, which costs a tenth of a small qu
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from . import commits
 from .autocommit import is_autocommit
 from .backends import backend_for
 from .commits import CommitState, Guards
+from .statements import may_write
 from .twophase import wrap_create_xid
 
 KEY = "session_plugin.guard"
@@ -39,11 +39,6 @@ LONGEST_WAIT = 5.0
 TWO_AT_ONCE = (
     "Two threads or tasks used one session at the same time. Give each its own: open a "
     "session_scope(new=True) in every branch."
-)
-WRITING = re.compile(
-    r"(?:\s|/\*.*?\*/|--[^\n]*\n)*(?:INSERT|UPDATE|DELETE|MERGE|REPLACE|COPY|CALL|DO|CREATE|ALTER|DROP|TRUNCATE"
-    r"|WITH\b.*\b(?:INSERT|UPDATE|DELETE|MERGE))\b",
-    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -60,12 +55,12 @@ class ConnectionGuard:
         error: the error of the last statement that failed, until it is known whether it aborted the transaction.
         fellows: the guards of the session's other connections and this one.
         inherited: True in a forked child, where the connection is the parent's.
-        wrote: True once a statement was an INSERT, UPDATE, DELETE or the like.
+        wrote: True once a statement was executed that is not known to be a plain read.
         xid: the id of its prepared transaction once PREPARE was sent, or None.
     """
 
     __slots__ = (
-        "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_options", "_owner", "commit_error",
+        "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_options", "_owner", "_syntax", "commit_error",
         "commit_state", "doomed", "error", "fellows", "inherited", "wrote", "xid",
     )  # fmt: skip
 
@@ -80,6 +75,7 @@ class ConnectionGuard:
         self.wrote = False
         self._info = connection.info
         self._dialect = connection.dialect
+        self._syntax = backend_for(connection.dialect.name).syntax
         self._options = connection.get_execution_options()
         self._lock = threading.Lock()
         self._owner: object = None
@@ -113,8 +109,8 @@ class ConnectionGuard:
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(TWO_AT_ONCE)
         self._owner = self._current_owner()
-        if not self.wrote and not statement.startswith("SELECT"):  # the most frequent, sooner than by the expression
-            self.wrote = WRITING.match(statement) is not None
+        if not self.wrote:
+            self.wrote = may_write(statement, self._syntax)
         try:
             call(cursor, statement, *rest)
         except BaseException as error:

@@ -11,6 +11,8 @@ from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
+from .syntax import Syntax
+
 CommitFailure: TypeAlias = Literal["integrity", "serialization"]
 
 
@@ -24,6 +26,7 @@ class Backend:
             cannot be done.
         goes_on_after_abort: True if statements that follow the loss of a transaction are executed, in a
             new transaction, instead of being refused.
+        syntax: how it reads the text of a statement.
         has_lazy_cursors: True if rows are read from the database as they are fetched.
 
     For the test kit:
@@ -42,7 +45,8 @@ class Backend:
     async_driver: str | None = None
     read_only_statement: str | None = None
     goes_on_after_abort: bool = False
-    has_lazy_cursors: bool = False
+    syntax: Syntax = Syntax()
+    has_lazy_cursors: bool = True
     implicit_commit: Pattern[str] | None = None
     enforces_read_only_in_savepoint: bool = False
     cancellation_closes_connection: bool = False

@@ -11,6 +11,37 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
 from .interface import Backend, CommitFailure
+from .syntax import HARMLESS, Syntax, words
+
+SYNTAX = Syntax(
+    hash_comments=True,
+    nested_comments=False,
+    dollar_quotes=False,
+    backticks=True,
+    brackets=False,
+    dashes_need_space=True,
+    harmless=HARMLESS
+    | words("""
+        acos adddate addtime any_value ascii asin atan atan2 bin bit_and bit_count bit_length bit_or bit_xor char
+        charset coercibility collation compress connection_id conv convert convert_tz cos cot crc32 curdate
+        current_user curtime database date_add date_format date_sub datediff day dayname dayofmonth dayofweek dayofyear
+        degrees elt field find_in_set format found_rows from_base64 from_days from_unixtime get_format group_concat hex
+        hour if ifnull inet6_aton inet6_ntoa inet_aton inet_ntoa instr is_ipv4 is_ipv6 is_uuid isnull json_array
+        json_array_append json_array_insert json_arrayagg json_compact json_contains json_contains_path json_depth
+        json_detailed json_exists json_extract json_insert json_keys json_length json_merge_patch json_merge_preserve
+        json_object json_objectagg json_overlaps json_pretty json_query json_quote json_remove json_replace json_search
+        json_set json_table json_type json_unquote json_valid json_value last_day lcase left locate log10 log2 lpad
+        make_set makedate maketime match md5 microsecond mid minute month monthname nvl nvl2 oct ord period_add
+        period_diff pi pow quarter quote radians rand regexp_instr regexp_like regexp_replace regexp_substr repeat
+        reverse right row_count rpad schema sec_to_time second session_user sha sha1 sha2 sin sleep space std stddev
+        stddev_pop stddev_samp str_to_date strcmp subdate substring_index subtime sysdate system_user tan time_format
+        time_to_sec timediff timestampadd timestampdiff to_base64 to_days to_seconds truncate ucase uncompress unhex
+        unix_timestamp user utc_date utc_time utc_timestamp uuid uuid_short var_pop var_samp variance week weekday
+        weekofyear year yearweek
+    """),
+    operators=words("against binary columns div index key partition regexp rlike straight_join xor"),
+)
+"""What a backslash means depends on the mode NO_BACKSLASH_ESCAPES, and a double quote on ANSI_QUOTES."""
 
 _READ_ONLY_OPTION = "session_plugin_mysql_read_only"
 _ENDS_TRANSACTION = {1020, 1206, 1213}
@@ -34,6 +65,8 @@ class MySQL(Backend):
     """
 
     names = ("mysql", "mariadb")
+    syntax = SYNTAX
+    has_lazy_cursors = False
     async_driver = "asyncmy"
     read_only_statement = "SET SESSION TRANSACTION READ ONLY"
     goes_on_after_abort = True

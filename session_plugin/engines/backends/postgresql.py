@@ -12,6 +12,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from ..autocommit import is_autocommit
 from .interface import Backend, CommitFailure
+from .syntax import HARMLESS, Syntax, words
 
 CHECK_CONSTRAINTS = """DO $$ BEGIN
     BEGIN
@@ -22,6 +23,50 @@ CHECK_CONSTRAINTS = """DO $$ BEGIN
     END;
 END $$"""
 """Checks all deferred constraints, and leaves them deferred: the error that ends the inner block restores that."""
+
+SYNTAX = Syntax(
+    hash_comments=False,
+    nested_comments=True,
+    dollar_quotes=True,
+    backticks=False,
+    brackets=False,
+    dashes_need_space=False,
+    line_ends="\r\n",
+    escape_strings=True,
+    local_ends_with_transaction=True,
+    harmless=HARMLESS
+    | words("""
+        acos age any_value array_agg array_append array_cat array_dims array_length array_lower array_ndims
+        array_position array_positions array_prepend array_remove array_replace array_to_json array_to_string
+        array_upper ascii asin atan atan2 bit_and bit_length bit_or bool_and bool_or btrim cardinality cbrt chr
+        clock_timestamp col_description corr cos covar_pop covar_samp current_database current_schema current_schemas
+        current_setting currval date_bin date_part date_trunc daterange decode degrees div encode format format_type
+        gen_random_uuid generate_series generate_subscripts has_column_privilege has_schema_privilege
+        has_table_privilege inet_client_addr initcap int4range int8range isempty isfinite json_agg json_array_elements
+        json_array_elements_text json_array_length json_build_array json_build_object json_each json_each_text
+        json_extract_path json_extract_path_text json_object json_object_agg json_object_keys json_to_record
+        json_to_recordset json_typeof jsonb_agg jsonb_array_elements jsonb_array_elements_text jsonb_array_length
+        jsonb_build_array jsonb_build_object jsonb_each jsonb_each_text jsonb_extract_path jsonb_extract_path_text
+        jsonb_insert jsonb_object jsonb_object_agg jsonb_object_keys jsonb_path_exists jsonb_path_match
+        jsonb_path_query jsonb_path_query_array jsonb_path_query_first jsonb_pretty jsonb_set jsonb_strip_nulls
+        jsonb_to_record jsonb_to_recordset jsonb_typeof justify_days justify_hours justify_interval lastval left
+        lower_inc lower_inf lpad make_date make_interval make_time make_timestamp make_timestamptz md5 mode num_nonnulls
+        num_nulls numnode numrange obj_description percentile_cont percentile_disc pg_backend_pid pg_column_size
+        pg_current_xact_id_if_assigned pg_database_size pg_encoding_to_char pg_get_constraintdef pg_get_expr
+        pg_get_indexdef pg_get_serial_sequence pg_get_userbyid pg_get_viewdef pg_indexes_size pg_is_in_recovery
+        pg_postmaster_start_time pg_relation_size pg_size_pretty pg_sleep pg_sleep_for pg_table_is_visible pg_table_size
+        pg_total_relation_size pg_type_is_visible pg_typeof phraseto_tsquery pi plainto_tsquery quote_ident
+        quote_literal quote_nullable radians random range_agg range_merge regexp_count regexp_instr regexp_like
+        regexp_match regexp_matches regexp_replace regexp_split_to_array regexp_split_to_table regexp_substr
+        regr_intercept regr_r2 regr_slope repeat reverse right row_to_json rpad session_user setweight sha224 sha256
+        sha384 sha512 sin split_part starts_with statement_timestamp stddev stddev_pop stddev_samp string_agg
+        string_to_array string_to_table strpos tan timeofday to_char to_date to_json to_jsonb to_number to_regclass
+        to_timestamp to_tsquery to_tsvector transaction_timestamp translate trunc ts_headline ts_rank ts_rank_cd
+        tsrange tstzrange txid_current_if_assigned unnest upper_inc upper_inf var_pop var_samp variance
+        websearch_to_tsquery width_bucket
+    """),
+    operators=words("bernoulli similar system"),
+)
 
 _IN_ERROR = 3
 """libpq's PQTRANS_INERROR."""
@@ -34,6 +79,8 @@ class PostgreSQL(Backend):
     """Refuses every statement of an aborted transaction until ROLLBACK."""
 
     names = ("postgresql",)
+    syntax = SYNTAX
+    has_lazy_cursors = False
     async_driver = "asyncpg"
     read_only_statement = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
     enforces_read_only_in_savepoint = True

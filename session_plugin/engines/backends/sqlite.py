@@ -23,6 +23,28 @@ from sqlalchemy.pool import PoolProxiedConnection
 from ...exceptions import ConfigurationError
 from ..autocommit import is_autocommit
 from .interface import Backend, CommitFailure
+from .syntax import HARMLESS, Syntax, words
+
+SYNTAX = Syntax(
+    backslash_escapes=False,
+    hash_comments=False,
+    nested_comments=False,
+    dollar_quotes=False,
+    backticks=True,
+    brackets=True,
+    dashes_need_space=False,
+    harmless=HARMLESS
+    | words("""
+        acos asin atan atan2 bm25 changes char cos datetime degrees format generate_series glob group_concat hex
+        highlight ifnull iif instr json json_array json_array_length json_each json_extract json_group_array
+        json_group_object json_insert json_object json_patch json_quote json_remove json_replace json_set json_tree
+        json_type json_valid jsonb julianday last_insert_rowid like likelihood likely log10 log2 pi pow
+        pragma_foreign_key_list pragma_index_info pragma_index_list pragma_table_info pragma_table_list
+        pragma_table_xinfo printf quote radians random randomblob sin snippet soundex sqlite_version strftime
+        string_agg tan timediff total total_changes trunc typeof unhex unicode unixepoch unlikely zeroblob
+    """),
+    operators=words("glob match regexp"),
+)
 
 _BEGIN_OPTION = "session_plugin_sqlite_begin"
 _IMMEDIATE = "IMMEDIATE"
@@ -40,10 +62,10 @@ class SQLite(Backend):
     """A file, or a database in memory that all threads share."""
 
     names = ("sqlite",)
+    syntax = SYNTAX
     async_driver = "aiosqlite"
     read_only_statement = "PRAGMA query_only = ON"
     goes_on_after_abort = True
-    has_lazy_cursors = True
     enforces_read_only_in_savepoint = True
     create_statement = None
     drop_statement = None

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from ...engines.backends import backend_for
 from ...engines.backends.postgresql import CHECK_CONSTRAINTS
-from ...engines.guard import WRITING
+from ...engines.statements import effects
 from ...exceptions import IsolationError, ReadOnlyError
 from ...scope.unit_of_work import UnitOfWork
 
@@ -28,7 +28,7 @@ def controls(statement: str) -> bool:
 
 
 def check(connection: Connection, statement: str, unit: UnitOfWork[Any] | None) -> bool:
-    """Return True if ``statement`` writes.
+    """Return True if ``statement`` may write.
 
     Raises:
         IsolationError: it would end the transaction of the test.
@@ -41,9 +41,9 @@ def check(connection: Connection, statement: str, unit: UnitOfWork[Any] | None) 
             "This statement commits or ends the transaction in which the test is isolated. Call commit() or rollback() "
             f"on the session; create tables before the test: {statement.strip()[:80]}"
         )
-    writes = WRITING.match(statement) is not None
-    if writes and not backend.enforces_read_only_in_savepoint and unit is not None and unit.policy.read_only:
+    found = effects(statement, backend.syntax)
+    if found.writes and not backend.enforces_read_only_in_savepoint and unit is not None and unit.policy.read_only:
         raise ReadOnlyError(
             f"The policy {unit.policy.name} is read-only, and this statement writes. Choose another policy."
         )
-    return writes
+    return found.may_write

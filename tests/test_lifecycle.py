@@ -42,11 +42,12 @@ from session_plugin import (
 )
 from session_plugin.database.forks import forget_open_units
 from session_plugin.database.interface import core_of
+from session_plugin.engines.guard import MANY_RESULTS
 from session_plugin.scope import ending
 from session_plugin.scope.lifecycle import settle
 from session_plugin.scope.opening import open_unit_of_work
 from session_plugin.scope.runner import run
-from session_plugin.scope.transaction_state import MANY_RESULTS, LateConnection
+from session_plugin.scope.transaction_state import LateConnection
 
 from .drivers import ASYNC, POSTGRESQL, SYNC
 from .harness import POOL, Base, Child, Parent, Sibling, add, add_orphan, insert

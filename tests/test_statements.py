@@ -316,7 +316,8 @@ def steps(statement: str, syntax: Any) -> int:
     "part",
     [
         "/* a line of a header */\n", "-- a comment\n", "# a comment\n", "/*", "/* ", "*/", "'", '"', "`", "[", "$$",
-        "$a$", "$a", "(", ")", "''", "\\'", "E'", "(SELECT ", "WITH a AS (", "WITH INSERT ", "a.", "%(a)s, ", "?, ", "1", "1 ",
+        "$a$", "$a", "(", ")", "''", "\\'", "E'", "(SELECT ", "WITH a AS (", "WITH INSERT ", "a.", "%(a)s, ",
+        "?, ", "1", "1 ",
         "f(", ", a AS (", "\r", "--", "/*!", ";", "a ", "€", "set_config(", "SELECT 1;", "EXPLAIN ", "PRAGMA x.",
     ],
 )  # fmt: skip

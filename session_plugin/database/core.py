@@ -76,12 +76,11 @@ class DatabaseCore(ABC):
         session_options, engine_options = configuration.divided_options(session_class)
         binds = configuration.binds or {}
         self.engines = Engines(configuration.source, binds, engine_options, self, is_async=self.is_async)
-        self.has_lazy_cursors: bool = self.engines.have_lazy_cursors
-        self.streams_results: bool = self.engines.stream_results
         if self.engines.binds:
             session_options["binds"] = self.engines.binds
         self.maker: Any = self.make_maker(session_class, self.engines.named.get(DEFAULT), session_options)
         classes = (session_class, self.maker.kw.get("sync_session_class", session_class))
+        self.streams_results: bool = self.engines.stream_results
         self.closes_itself: bool = any(not each.close.__module__.startswith("sqlalchemy.") for each in classes)
         self.make_permits()
         alive.add(self)

@@ -19,8 +19,9 @@ from typing import Any
 from weakref import WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.engine import Dialect, ExceptionContext, ExecutionContext
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.engine import CursorResult, Dialect, ExceptionContext, ExecutionContext, Result
+from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
+from sqlalchemy.exc import DBAPIError, ResourceClosedError
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
@@ -34,12 +35,27 @@ from .twophase import wrap_create_xid
 
 KEY = "session_plugin.guard"
 POLL_INTERVAL = 0.01
+MANY_RESULTS = 100
 LONGEST_WAIT = 5.0
 """Seconds for which a ROLLBACK waits for a statement of another thread or task on the same connection."""
+_NO_CURSOR = object()
 TWO_AT_ONCE = (
     "Two threads or tasks used one session at the same time. Give each its own: open a "
     "session_scope(new=True) in every branch."
 )
+
+
+class _ClosedCursor:
+    """Stands for the cursor of a result that was closed while a loop over its rows was under way."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ResourceClosedError("This result object is closed.")
+
+
+_CLOSED_CURSOR = _ClosedCursor()
 
 
 class ConnectionGuard:
@@ -55,13 +71,15 @@ class ConnectionGuard:
         error: the error of the last statement that failed, until it is known whether it aborted the transaction.
         fellows: the guards of the session's other connections and this one.
         inherited: True in a forked child, where the connection is the parent's.
+        has_lazy_cursors: True if the driver reads rows from the database as they are fetched.
         wrote: True once a statement was executed that is not known to be a plain read.
         xid: the id of its prepared transaction once PREPARE was sent, or None.
     """
 
     __slots__ = (
-        "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_options", "_owner", "_syntax", "commit_error",
-        "commit_state", "doomed", "error", "fellows", "inherited", "wrote", "xid",
+        "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_many", "_mark", "_options", "_owner",
+        "_results", "_syntax", "commit_error", "commit_state", "doomed", "error", "fellows", "has_lazy_cursors",
+        "inherited", "wrote", "xid",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, fellows: Guards) -> None:
@@ -75,7 +93,12 @@ class ConnectionGuard:
         self.wrote = False
         self._info = connection.info
         self._dialect = connection.dialect
-        self._syntax = backend_for(connection.dialect.name).syntax
+        backend = backend_for(self._dialect.name)
+        self._syntax = backend.syntax
+        self.has_lazy_cursors = backend.has_lazy_cursors and not self._dialect.is_async
+        self._results: list[Result[Any]] = []
+        self._many = MANY_RESULTS
+        self._mark: Any = _NO_CURSOR
         self._options = connection.get_execution_options()
         self._lock = threading.Lock()
         self._owner: object = None
@@ -86,6 +109,8 @@ class ConnectionGuard:
 
     def release(self) -> None:
         """Leave the connection, which the session has given back."""
+        if self._results:
+            self.close_results(discarded=True)  # no COMMIT or ROLLBACK has done it
         if (held := self._info.get(KEY)) is not None and held() is self:
             del self._info[KEY]
 
@@ -118,6 +143,52 @@ class ConnectionGuard:
             raise
         finally:
             self._lock.release()
+
+    @property
+    def streams(self) -> bool:
+        """True if every result of the connection is to be streamed."""
+        return bool(self._options.get("stream_results"))
+
+    def handed_out(self, pooled: PoolProxiedConnection) -> None:
+        """Note that the user has the connection, and may use the driver's own cursors from now on."""
+        if self._mark is _NO_CURSOR:
+            self._mark = backend_for(self._dialect.name).write_mark(pooled)
+
+    @property
+    def may_have_raw_writes(self) -> bool:
+        """True if only `ask_whether_wrote` shows whether something was written."""
+        return self._mark is not _NO_CURSOR and not self.wrote and not self.inherited
+
+    def ask_whether_wrote(self, pooled: PoolProxiedConnection) -> None:
+        """Ask the driver or the server whether something was written through raw cursors."""
+        self.wrote = backend_for(self._dialect.name).has_written(pooled, self._mark, self._dialect)
+
+    def keep_result(self, result: Result[Any]) -> None:
+        """Keep ``result``, to be closed before the transaction ends."""
+        if len(self._results) >= self._many:
+            self._results = self.open_results
+            self._many = max(MANY_RESULTS, 2 * len(self._results))
+        if _is_open(result):
+            self._results.append(result)
+
+    @property
+    def open_results(self) -> list[Result[Any]]:
+        """The results that still read from the connection: streams, and where cursors are lazy, every other one."""
+        return [result for result in self._results if _is_open(result)]
+
+    def close_results(self, *, discarded: bool = False) -> None:
+        """Close the results that would otherwise go on reading from a connection that somebody else has by then.
+
+        If the connection was ``discarded``, nothing is sent on it.
+        """
+        if not self.inherited:
+            results, self._results = self._results, []
+            for result in results:
+                core_result: Any = getattr(result, "raw", result)
+                if discarded:
+                    core_result.cursor = _CLOSED_CURSOR
+                result.close()
+                core_result.cursor = _CLOSED_CURSOR  # a loop over its rows that has begun reads on from there
 
     def _check_own(self) -> None:
         if self.inherited:
@@ -165,6 +236,8 @@ class ConnectionGuard:
                 "saved all the same belongs in a session_scope(new=True)."
             )
         self.check_alone()
+        if self._results:
+            self.close_results()  # first: on SQLite nothing is committed while a statement is being read
         self.check_alive(pooled)
 
     def commit_failed(self, error: BaseException, raised: BaseException, dialect: Dialect) -> bool:
@@ -234,14 +307,39 @@ def _execute_without_parameters(cursor: Any, statement: str, context: Any) -> bo
     return _guarded_execute(context, context.dialect.do_execute_no_params, cursor, statement, context)
 
 
-def _guarded_execute(context: ExecutionContext, call: Callable[..., None], *arguments: Any) -> bool | None:
+def _guarded_execute(context: Any, call: Callable[..., None], *arguments: Any) -> bool | None:
     """Return True if the statement was executed here; None leaves it to SQLAlchemy."""
     pooled = context.root_connection.connection
     guard = guard_of(pooled)
     if guard is None:
         return None
     guard.execute(pooled, call, *arguments)
+    if guard.has_lazy_cursors or context._is_server_side:
+        _keep_result(context, guard)
     return True
+
+
+def _keep_result(context: Any, guard: ConnectionGuard) -> None:
+    """Have ``guard`` keep the result that ``context`` is about to make of the statement that was executed.
+
+    SQLAlchemy has no event that shows every result: ``after_execute`` leaves out ``exec_driver_sql()``, and
+    ``do_orm_execute`` whatever a session's connection executes, and both slow down statements without one.  So
+    the method of this one context is replaced until it was called; ``_is_server_side``, too, is not public.
+    """
+
+    def make_result() -> CursorResult[Any]:
+        del context._setup_result_proxy
+        result: CursorResult[Any] = context._setup_result_proxy()
+        if not isinstance(result.cursor_strategy, FullyBufferedCursorFetchStrategy):  # it has all its rows
+            guard.keep_result(result)
+        return result
+
+    context._setup_result_proxy = make_result
+
+
+def _is_open(result: Any) -> bool:
+    """Return False once a result was read to its end: Core's has no cursor then; an ORM result contains one of Core."""
+    return getattr(getattr(result, "raw", result), "cursor", None) is not None
 
 
 def _handle_error(context: ExceptionContext) -> None:
@@ -351,6 +449,8 @@ def _alone(rollback: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolP
             if guard.busy:
                 pooled.invalidate()
                 return
+        if guard is not None:
+            guard.close_results()
         rollback(pooled)
 
     return alone

@@ -9,7 +9,6 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Mapper
 
 from ..exceptions import ConfigurationError
-from .backends import backend_for
 from .making import check_engine, connection_limit, prepare, resolve, sync_engine
 from .semaphore import DEFAULT_TIMEOUT, FairSemaphore, PendingSessions
 from .variants import EngineVariants
@@ -25,7 +24,6 @@ class Engines:
         named: the engines by name.
         binds: from a mapped class, a mapper or a table to its engine.
         variants: how transactions begin on them.
-        have_lazy_cursors: True if rows of a sync engine are read from the database as they are fetched.
         stream_results: True if an engine has the execution option of that name.
     """
 
@@ -57,9 +55,6 @@ class Engines:
         self.variants = EngineVariants(self._made_with, owner, is_async=is_async)
         for engine in self.known:
             prepare(engine)
-        self.have_lazy_cursors: bool = not is_async and any(
-            backend_for(engine.dialect.name).has_lazy_cursors for engine in self.known
-        )
         self.stream_results: bool = any(engine.get_execution_options().get("stream_results") for engine in self.known)
 
     def _bind(self, bind: Any) -> Any:

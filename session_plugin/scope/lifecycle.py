@@ -46,6 +46,8 @@ def settle(unit: UnitOfWork[Any], outcome: Outcome) -> Steps[None]:
         note_settled(unit.joined_blocks)
     try:
         decision = _decide(unit, outcome)
+        if unit.transaction.may_have_raw_writes and not unit.transaction.busy:
+            yield partial(_run_sync, unit, unit.transaction.ask_whether_wrote)
         _log(unit, decision, outcome)
         if unit.transaction.unknown:
             _check_claim(unit, outcome)

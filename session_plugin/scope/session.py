@@ -48,10 +48,14 @@ class ScopeSession(Session):
         return engine
 
     def connection(self, bind_arguments: Any = None, execution_options: Any = None) -> Connection:
-        """As SQLAlchemy's, but the transaction has begun on the server: the driver's own connection may be used."""
+        """As SQLAlchemy's, but the transaction has begun on the server: the driver's own connection may be used.
+
+        From now on, what is written through the driver's own cursors is looked for too.
+        """
         connection = super().connection(bind_arguments, execution_options)
         if self._unit_of_work is not None:
             backend_for(connection.dialect.name).begin_now(connection)
+            self._unit_of_work.transaction.handed_out(connection)
         return connection
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
@@ -128,11 +132,11 @@ def _before_statement(state: ORMExecuteState) -> Any:
     unit.transaction.check_alone()
     if unit.policy.read_only and (state.is_insert or state.is_update or state.is_delete):
         raise _read_only(unit, "the statement is an INSERT, UPDATE or DELETE")
-    options, database = state.execution_options, unit.database
-    streams = options.get("stream_results", database.streams_results) or options.get("yield_per")
-    if streams or (database.has_lazy_cursors and not state.is_orm_statement):
+    options = state.execution_options
+    streams = options.get("stream_results", unit.database.streams_results or unit.transaction.streams)
+    if streams and state.is_orm_statement and not options.get("yield_per"):
         result = state.invoke_statement()
-        unit.transaction.keep_open_result(result)
+        unit.transaction.keep_result(result)
         return result
     return None
 

@@ -17,8 +17,6 @@ from ..engines.twophase import TransactionIds
 from ..exceptions import ConcurrentUseError
 from .hooks import Event
 
-MANY_RESULTS = 100
-
 
 class LateConnection:
     """A connection that another thread or task is taking while the transaction ends.
@@ -59,16 +57,14 @@ class TransactionState:
         saved: True if a transaction has committed what it wrote since the last settlement looked.
         flushing: the thread or the task that flushes, or None.
         late: the connection that another thread or task was still taking when the transaction was to end, or None.
-        open_results: the results that still read from the connection: those opened with ``yield_per`` or
-            ``stream``, also for the whole engine, and on SQLite, whose cursors are lazy, those of Core.
         report: what a COMMIT that failed has left on each engine, for the log, or None.
         unknown: True once it is not known whether a transaction was committed, until that was logged with a success.
         variants: by engine, its variant with which this transaction has begun; see `engines.variants`.
     """
 
     __slots__ = (
-        "_current_owner", "_doomed", "_first", "_guards", "_ids", "committed", "flushing", "late", "open_results",
-        "report", "saved", "unknown", "variants",
+        "_current_owner", "_doomed", "_first", "_guards", "_ids", "committed", "flushing", "late", "report", "saved",
+        "unknown", "variants",
     )  # fmt: skip
 
     def __init__(self, doomed: str | None = None, *, is_async: bool = False) -> None:
@@ -83,7 +79,6 @@ class TransactionState:
         self.unknown: bool = False
         self.flushing: object = None
         self.late: LateConnection | None = None
-        self.open_results: list[Result[Any]] = []
         self.variants: dict[Engine, Engine] = {}
 
     @property
@@ -93,6 +88,26 @@ class TransactionState:
             if guard.wrote:
                 return True
         return False
+
+    def handed_out(self, connection: Connection) -> None:
+        """Note that the user was given ``connection``, and with it the driver's own cursors."""
+        guard = self._guards.get(connection)
+        if guard is not None:
+            guard.handed_out(connection.connection)
+
+    @property
+    def may_have_raw_writes(self) -> bool:
+        """True if only `ask_whether_wrote` shows whether something was written."""
+        for guard in self._guards.values():  # noqa: SIM110  as above
+            if guard.may_have_raw_writes:
+                return True
+        return False
+
+    def ask_whether_wrote(self) -> None:
+        """Ask the drivers or the servers whether something was written through raw cursors."""
+        for connection, guard in self._guards.items():
+            if guard.may_have_raw_writes and not (connection.closed or connection.invalidated):
+                guard.ask_whether_wrote(connection.connection)
 
     @property
     def connected(self) -> bool:
@@ -164,17 +179,33 @@ class TransactionState:
             raise ConcurrentUseError(TWO_AT_ONCE)
         return outer
 
-    def keep_open_result(self, result: Result[Any]) -> None:
-        """Keep ``result``, to be closed with the transaction unless it is read to its end before."""
-        if len(self.open_results) >= MANY_RESULTS:
-            self.open_results = [kept for kept in self.open_results if _is_open(kept)]
-        if _is_open(result):
-            self.open_results.append(result)
+    @property
+    def streams(self) -> bool:
+        """True if a connection of the session streams every result."""
+        for guard in self._guards.values():  # noqa: SIM110  as above
+            if guard.streams:
+                return True
+        return False
+
+    def keep_result(self, result: Result[Any]) -> None:
+        """Keep an ORM ``result``, to be closed before the transaction ends.
+
+        Those of Core are kept by the guards, and once these are closed no ORM result reads on.  But one that was
+        opened without ``yield_per`` has fetched all its rows with the first.
+        """
+        for guard in self._guards.values():
+            guard.keep_result(result)
+            break
+
+    @property
+    def open_results(self) -> list[Result[Any]]:
+        """The results that still read from its connections."""
+        return [result for guard in self._guards.values() for result in guard.open_results]
 
     def close_results(self) -> None:
-        """Close the results that would otherwise go on reading from a connection that somebody else has by then."""
-        for result in self.open_results:
-            result.close()
+        """Close the results that still read from its connections."""
+        for guard in self._guards.values():
+            guard.close_results()
 
     def note_commit_failure(self, error: BaseException) -> None:
         """Add a note to the error of a COMMIT if the data may be saved all the same, or a part of it is."""
@@ -207,7 +238,6 @@ class TransactionState:
         elif guards:
             self._report(guards, ended_by)
         self._first = self.late = None
-        self.open_results.clear()
         for guard in guards.values():
             guard.release()
         return ended_by
@@ -235,9 +265,3 @@ def current_task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:
         return None  # no event loop runs here
-
-
-def _is_open(result: Any) -> bool:
-    """Return False once a result was read to its end: Core's has no cursor then; an ORM result contains one of Core."""
-    core_result = getattr(result, "raw", result)
-    return not result.closed and getattr(core_result, "cursor", core_result) is not None

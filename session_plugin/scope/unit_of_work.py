@@ -36,7 +36,6 @@ class ScopeDatabase(Protocol):
         default_policy: of units of work that choose no other one.
         semaphore: with a permit for each connection, for sync sessions under an event loop.
         pending_sessions: with a place for each of these sessions that has no permit yet.
-        has_lazy_cursors: True if rows are read from the database as they are fetched.
         streams_results: True if an engine streams every result.
         closes_itself: True if the user's session class has a ``close()`` of its own.
     """
@@ -45,7 +44,6 @@ class ScopeDatabase(Protocol):
     default_policy: Policy
     semaphore: FairSemaphore
     pending_sessions: PendingSessions
-    has_lazy_cursors: bool
     streams_results: bool
     closes_itself: bool
 

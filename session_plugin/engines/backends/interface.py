@@ -107,6 +107,17 @@ class Backend:
         """
         return isinstance(error, dialect.loaded_dbapi.IntegrityError)
 
+    def write_mark(self, pooled: PoolProxiedConnection) -> Any:
+        """Return what `has_written` compares with, without asking the server; None if it compares with nothing."""
+        return None
+
+    def has_written(self, pooled: PoolProxiedConnection, mark: Any, dialect: Dialect) -> bool:
+        """Return True if something was written in this transaction since ``mark``, through raw cursors too.
+
+        Only what the driver or one question to the server shows; by default, nothing does.
+        """
+        return False
+
     def deferred_constraints_check(self, connection: Connection) -> Callable[[Connection], None]:
         """Return a function that raises what COMMIT would raise for deferred constraints.
 

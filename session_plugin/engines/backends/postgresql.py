@@ -113,6 +113,19 @@ class PostgreSQL(Backend):
         sqlstate: str | None = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
         return sqlstate is not None and not _NO_REFUSAL.match(sqlstate) and _severity_of(error) == "ERROR"
 
+    def has_written(self, pooled: PoolProxiedConnection, mark: Any, dialect: Dialect) -> bool:
+        """A transaction gets its number with the first row that it writes or locks; True if the server cannot say."""
+        if self.is_known_to_be_aborted(pooled):
+            return True
+        cursor: Any = pooled.cursor()
+        try:
+            cursor.execute("SELECT txid_current_if_assigned()")
+            return cursor.fetchone()[0] is not None
+        except dialect.loaded_dbapi.Error:
+            return True
+        finally:
+            cursor.close()
+
     def deferred_constraints_check(self, connection: Connection) -> Callable[[Connection], None]:
         """The same statement checks the constraints of any transaction."""
         return _check_constraints

@@ -126,6 +126,14 @@ class SQLite(Backend):
         code: int | None = getattr(error, "sqlite_errorcode", None)
         return code is not None and code & 0xFF in _REFUSALS
 
+    def write_mark(self, pooled: PoolProxiedConnection) -> Any:
+        """SQLite counts the rows that a connection has changed."""
+        return getattr(pooled.driver_connection, "total_changes", None)
+
+    def has_written(self, pooled: PoolProxiedConnection, mark: Any, dialect: Dialect) -> bool:
+        """Compare the counts; tables that are created or dropped change none."""
+        return bool(self.write_mark(pooled) != mark)
+
     def deferred_constraints_check(self, connection: Connection) -> Callable[[Connection], None]:
         """Compare the violated foreign keys with those that were violated before."""
         if not connection.exec_driver_sql("PRAGMA foreign_keys").scalar():

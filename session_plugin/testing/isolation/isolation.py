@@ -260,6 +260,9 @@ class Isolation:
             return
         self._turns.wait_for_those_inside(turn)
         self._savepoints.rolls_back(connection, name)
+        guard = guard_of(connection)
+        if guard is not None:
+            guard.close_results()
         if turn.kept and (turn.wrote or turn.failed or turn.executing):
             self._warnings.append(
                 f"{turn!r} rolled back, which also undid what was committed inside it in a transaction of its own. A "

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from session_plugin import AsyncDatabase, Database, TransactionAbortedError
 from session_plugin.asgi import SessionScopeMiddleware
+from session_plugin.engines import commits
 from session_plugin.engines.backends import backend_for
 from session_plugin.flask import SessionPlugin as FlaskPlugin
 from session_plugin.scope.hooks import Event
@@ -560,3 +561,59 @@ def test_the_test_kit_can_lose_an_answer(units: Units) -> None:
     else:
         with units.db.isolated():
             check()
+
+
+@pytest.mark.parametrize("kind", [TimeLimit, Interrupted])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_an_exception_right_after_the_answer(units: Units, kind: type[BaseException], explicit: bool) -> None:
+    """The server has committed, and SQLAlchemy has not yet reported it: that is a commit."""
+    ran: list[Any] = []
+    dialect = units.sync_engine.dialect
+    commit = dialect.do_commit
+
+    def commits_and_raises(connection: Any) -> None:
+        dialect.do_commit = commit
+        commit(connection)
+        raise kind
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        ran.append(register_hooks(units.db))
+        dialect.do_commit = commits_and_raises
+        if explicit:
+            with pytest.raises(kind):
+                session.commit()
+            session.rollback()
+
+    units.run(work)
+    assert ran == [["commit"]]
+    assert units.store.names() == ["tea"]
+
+
+class Guard:
+    """What `commits` looks at."""
+
+    def __init__(self, state: Any, *, wrote: bool = True, xid: Any = None) -> None:
+        self.commit_state, self.wrote, self.xid = state, wrote, xid
+
+
+@pytest.mark.parametrize(
+    ("guards", "result"),
+    [
+        ([], "rollback"),
+        ([Guard(commits.OPEN)], "rollback"),
+        ([Guard(commits.COMMITTED)], "commit"),
+        ([Guard(commits.COMMITTED), Guard(commits.COMMITTED)], "commit"),
+        ([Guard(commits.UNKNOWN)], "unknown"),
+        ([Guard(commits.UNKNOWN), Guard(commits.COMMITTED)], "unknown"),
+        ([Guard(commits.UNKNOWN), Guard(commits.OPEN)], "unknown"),
+        ([Guard(commits.COMMITTED), Guard(commits.OPEN)], "unknown"),
+        ([Guard(commits.COMMITTED, wrote=False), Guard(commits.OPEN)], "rollback"),
+        ([Guard(commits.COMMITTED, wrote=False), Guard(commits.COMMITTED), Guard(commits.OPEN)], "unknown"),
+        ([Guard(commits.COMMITTING_PREPARED), Guard(commits.PREPARED)], "unknown"),
+        ([Guard(commits.PREPARED), Guard(commits.PREPARING), Guard(commits.ROLLED_BACK)], "rollback"),
+    ],
+)
+def test_the_outcome_of_several_engines(guards: list[Guard], result: str) -> None:
+    """One unknown makes the whole unknown, and so does a part that is durable, unless it only read."""
+    assert commits.outcome(dict(enumerate(guards))) == result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -12,6 +12,7 @@ from sqlalchemy import MetaData
 from .database.configuration import Configuration, is_late
 from .database.interface import DatabaseInterface
 from .exceptions import ConfigurationError, NoScopeError
+from .policy import Policy, PolicyAbove, endpoint_policy, policies_above, wrapped_functions
 from .scope.current import entered_databases
 from .scope.typevars import S
 
@@ -28,6 +29,7 @@ class Plugin(DatabaseInterface[S]):
         self._configuration: Configuration = configuration
         self._databases: WeakKeyDictionary[Any, AppDatabase] = WeakKeyDictionary()
         self._number_of_apps = 0
+        self._is_endpoint: WeakKeyDictionary[PolicyAbove, bool] = WeakKeyDictionary()
         self._only_app: Callable[[], Any] = _none
         self._only_database: Callable[[], AppDatabase | None] = _none
 
@@ -57,6 +59,31 @@ class Plugin(DatabaseInterface[S]):
         """
         given = self._configuration.metadata
         return given if given is not None else super().metadata
+
+    def _endpoints(self, app: Any) -> Iterable[Any]:
+        """Return the endpoints of ``app``, as far as its adapter finds the policy of an endpoint."""
+        return ()
+
+    def _endpoint_policy(self, endpoint: object) -> Policy | None:
+        """Return the policy that ``@db.policy(...)`` set on ``endpoint``, below the decorator of its route or above."""
+        policy = endpoint_policy(endpoint, self)
+        if policy is None:
+            for above in policies_above(endpoint, self):
+                if not self._decorates_an_endpoint(above):
+                    return above.policy
+        return policy
+
+    def _decorates_an_endpoint(self, above: PolicyAbove) -> bool:
+        """Return True if a route has registered the decorated function: the one inside has its own routes then."""
+        if above not in self._is_endpoint:
+            decorated = above.decorated()
+            self._is_endpoint[above] = decorated is not None and any(
+                each is decorated
+                for app in self._databases
+                for endpoint in self._endpoints(app)
+                for each in wrapped_functions(endpoint)
+            )
+        return self._is_endpoint[above]
 
     def database_for(self, app: Any) -> Any:
         """Return the database of ``app``.

@@ -8,11 +8,12 @@ A `Policy` says how transactions begin (``read_only``, ``isolation_level``), and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, singledispatch
-from inspect import iscoroutinefunction, signature
+from inspect import iscoroutinefunction, isfunction, signature
 from typing import Any
+from weakref import ref
 
 from .exceptions import PolicyError
 
@@ -226,6 +227,45 @@ def endpoint_policy(endpoint: object, db: Any) -> Policy | None:
     """Return the policy that ``@db.policy(...)`` set on ``endpoint``, or None; for ``find_policy`` of an adapter."""
     policies: dict[Any, Policy] = getattr(endpoint, _ENDPOINT_ATTRIBUTE, {})
     return policies.get(db) or policies.get(db.database) if policies else None
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class PolicyAbove:
+    """A policy set above the decorator of a route, which has registered a function inside the decorated one.
+
+    Attributes:
+        db: the database or the plugin whose policy it is.
+        policy: the policy.
+        decorated: what ``@db.policy(...)`` returned.  If that is an endpoint, this policy is that one's only.
+    """
+
+    db: object
+    policy: Policy
+    decorated: ref[Any]
+
+
+_ABOVE_ATTRIBUTE = "__session_policies_above__"
+
+
+def set_policy_above(function: Any, db: object, policy: Policy, decorated: Any) -> None:
+    """Note on ``function``, and on the functions that it wraps, that ``decorated`` has a policy."""
+    above = PolicyAbove(db, policy, ref(decorated))
+    for each in wrapped_functions(function):
+        if each is not decorated:
+            setattr(each, _ABOVE_ATTRIBUTE, [*getattr(each, _ABOVE_ATTRIBUTE, ()), above])
+
+
+def policies_above(endpoint: object, db: Any) -> list[PolicyAbove]:
+    """Return what decorates ``endpoint`` above the decorator of its route, the outermost first."""
+    found: list[PolicyAbove] = getattr(endpoint, _ABOVE_ATTRIBUTE, [])
+    return [above for above in reversed(found) if above.db in (db, db.database)] if found else found
+
+
+def wrapped_functions(function: Any) -> Iterator[Any]:
+    """Yield ``function`` and what it wraps, as far as that are functions."""
+    while isfunction(function):
+        yield function
+        function = getattr(function, "__wrapped__", None)
 
 
 def any_endpoint_policy() -> bool:

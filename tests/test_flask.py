@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import wraps
 from io import BytesIO
 from typing import Any
 from weakref import ref
@@ -1065,6 +1066,49 @@ def test_policies_of_classes_and_blueprints(site: Site, app: Any, db: Any) -> No
     assert (saved("/methods", "PUT"), saved("/other")) == (True, True)
     with pytest.raises(PolicyError):
         db.policy("manual")
+
+
+def test_policy_above_the_route(site: Site, app: Any, db: Any) -> None:
+    """The decorator of the policy may stand above that of the route, and other decorators between them."""
+
+    def other(function: Any) -> Any:
+        return wraps(function)(lambda: function())
+
+    @db.policy(manual)
+    @app.post("/above")
+    def above() -> Any:
+        insert("above")(db.session)
+        return {}, 201
+
+    @db.policy(manual)
+    @other
+    @app.post("/between")
+    def between() -> Any:
+        insert("between")(db.session)
+        return {}, 201
+
+    @db.policy(manual)
+    @app.post("/outer")
+    @other
+    @db.policy(commit_on_success)
+    def inner() -> Any:
+        insert("inner")(db.session)
+        return {}, 201
+
+    def view() -> Any:
+        insert("view")(db.session)
+        return {}, 201
+
+    app.post("/plain", endpoint="plain")(view)
+    app.post("/decorated", endpoint="decorated")(db.policy(manual)(view))
+
+    def saved(path: str) -> bool:
+        site.store.clear()
+        assert site.ask(path).status == 201
+        return site.store.names() != []
+
+    paths = ["/above", "/between", "/outer", "/plain", "/decorated"]
+    assert [saved(path) for path in paths * 2] == [False, False, True, True, False] * 2
 
 
 def test_policy_can_depend_on_the_method(store: Store) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
+from fastapi import APIRouter, FastAPI
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -17,7 +18,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import JSONResponse
 from starlette.routing import Host, Mount, Route, Router
 
-from session_plugin import AsyncDatabase, ConfigurationError, Database, NoScopeError
+from session_plugin import AsyncDatabase, ConfigurationError, Database, NoScopeError, read_only
 from session_plugin.asgi import SessionScopeMiddleware
 from session_plugin.starlette import AsyncSessionPlugin, SessionPlugin
 
@@ -397,19 +398,46 @@ def test_rebuilding_the_stack_does_not_add_layers(file_store: Store) -> None:
 
 def test_policy_of_a_mounted_apps_endpoint(store: Store) -> None:
     """`@db.policy` on an endpoint applies wherever the endpoint is mounted."""
-    from session_plugin import read_only
-
     site = Site(store, Starlette())
 
     @site.db.policy(read_only)
     async def endpoint(request: Any) -> Any:
-        from sqlalchemy import text
-
         return JSONResponse((await site.db.session.execute(text("SHOW transaction_read_only"))).scalar())
 
     site.app.router.routes.append(Mount("/in", Starlette(routes=[Route("/", endpoint)])))
     with site.running():
         assert site.get("/in/").json == "on"
+
+
+def test_policy_above_the_route(store: Store) -> None:
+    """The policy may be set after the route has taken the function, also where that one has a second route."""
+    site, other = Site(store), FastAPI()
+    router = APIRouter()
+    decorated: list[Any] = []
+
+    async def shared() -> Any:
+        return (await site.db.session.execute(text("SHOW transaction_read_only"))).scalar()
+
+    for app in (site.app, router, other):
+        kept = site.db.policy(read_only)(app.get("/kept")(of(shared)))
+        decorated.append(kept)  # as a module keeps it by name
+        site.db.policy(read_only)(app.get("/dropped")(of(shared)))
+        plain = of(shared)
+        app.get("/plain")(plain)
+        app.get("/decorated")(site.db.policy(read_only)(plain))
+    site.app.include_router(router, prefix="/router")
+    site.app.mount("/mounted", other)
+    with site.running():
+        for prefix in ("", "/router", "/mounted"):
+            paths = ("/kept", "/dropped", "/plain", "/decorated", "/plain")
+            assert [site.get(prefix + path).json for path in paths] == ["on", "on", "off", "on", "off"]
+
+
+def of(function: Any) -> Any:
+    async def endpoint() -> Any:
+        return await function()
+
+    return endpoint
 
 
 def test_an_app_without_exception_handling(file_store: Store) -> None:

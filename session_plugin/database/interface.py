@@ -17,7 +17,7 @@ from sqlalchemy import MetaData
 from sqlalchemy.util import ScopedRegistry
 
 from ..exceptions import ConfigurationError, NoScopeError, ScopeClosedError
-from ..policy import Policy, as_policy, commit_on_success, is_coroutine_function, set_endpoint_policy
+from ..policy import Policy, as_policy, commit_on_success, is_coroutine_function, set_endpoint_policy, set_policy_above
 from ..scope.current import find
 from ..scope.session_scope import SessionScope
 from ..scope.typevars import S
@@ -200,8 +200,13 @@ class DatabaseInterface(ABC, Generic[S]):
         """Decorate an endpoint, a class of endpoints or a function: its unit of work is under ``policy``.
 
         The adapters for Flask, FastAPI and Starlette look at the endpoint before the first
-        statement of the request, a dependency's included; elsewhere the policy is chosen when
-        the function is called.
+        statement of the request, a dependency's included, and there the decorator may stand above
+        that of the route or below it; elsewhere the policy is chosen when the function is called,
+        so it stands directly above the function.
+
+        Raises:
+            ConfigurationError: it decorates something that is not callable.
+            PolicyError: ``policy`` is not a policy.
         """
         chosen = as_policy(policy)
 
@@ -214,6 +219,7 @@ class DatabaseInterface(ABC, Generic[S]):
             as_it_is = isinstance(function, type) or _is_generator(function)
             decorated = function if as_it_is else self._using(chosen, function)
             set_endpoint_policy(decorated, self, chosen)
+            set_policy_above(function, self, chosen, decorated)
             return decorated
 
         return decorate

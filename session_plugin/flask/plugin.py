@@ -28,7 +28,7 @@ from ..database.sync_database import Database
 from ..database.sync_interface import SyncInterface
 from ..exceptions import ConfigurationError
 from ..plugin import Plugin
-from ..policy import Outcome, Policy, any_endpoint_policy, as_policy, endpoint_policy, manual, set_endpoint_policy
+from ..policy import Outcome, Policy, any_endpoint_policy, as_policy, manual, set_endpoint_policy
 from ..scope.current import find
 from ..scope.ending import close, settle
 from ..scope.opening import open_unit_of_work
@@ -154,7 +154,10 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
         view_class = getattr(view, "view_class", None)
         blueprints = (app.blueprints.get(name) for name in served.blueprints)
         places = (getattr(view_class, served.method.lower(), None), view, view_class, *blueprints)
-        return next((policy for place in places if (policy := endpoint_policy(place, self)) is not None), None)
+        return next((policy for place in places if (policy := self._endpoint_policy(place)) is not None), None)
+
+    def _endpoints(self, app: Flask) -> Iterable[Any]:
+        return app.view_functions.values()
 
     def _release_app_context(self) -> None:
         """End what the app context around a request has read, which would lock the request out on SQLite.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -18,12 +18,12 @@ from ..database.sync_database import Database
 from ..database.sync_interface import SyncInterface
 from ..exceptions import ConfigurationError, ScopeClosedError
 from ..plugin import Plugin
-from ..policy import Policy, endpoint_policy, is_coroutine_function
+from ..policy import Policy, is_coroutine_function
 from ..scope.permits import wait_for_permit, wait_for_place
 from ..scope.typevars import AsyncS, S, SyncS
 from ..scope.unit_of_work import UnitOfWork
 from .endpoints import is_taken_by_coroutine
-from .settling import settle_inside
+from .settling import endpoints_of, settle_inside
 
 if TYPE_CHECKING:
     from ..database.configuration import Configuration, Source
@@ -63,7 +63,10 @@ class StarlettePlugin(Plugin[S]):
 
     def _find_policy(self, scope: Scope) -> Policy | None:
         """Return the policy that ``@db.policy`` set on the endpoint which the router chose."""
-        return endpoint_policy(scope.get("endpoint"), self)
+        return self._endpoint_policy(scope.get("endpoint"))
+
+    def _endpoints(self, app: Starlette) -> Iterable[Any]:
+        return endpoints_of(app.routes)
 
     def _unit_of_request(self, connection: HTTPConnection | None) -> UnitOfWork[S]:
         """Return the unit of work of ``connection``; without it, the one that the running code is inside."""

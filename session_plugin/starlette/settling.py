@@ -35,13 +35,29 @@ def settle_inside(app: Starlette, db: HasDatabase) -> None:
 def mounted_apps(routes: Iterable[Any]) -> Iterator[Starlette]:
     """Yield the apps mounted in ``routes``, in the routers among them, and behind a mount's own middleware."""
     for route in routes:
-        app = getattr(route, "original_router", None) or getattr(route, "app", None)
-        while app is not None and not isinstance(app, Starlette | Router):
-            app = getattr(app, "app", None)
+        app = _app_of(route)
         if isinstance(app, Starlette):
             yield app
         elif app is not None:
             yield from mounted_apps(app.routes)
+
+
+def endpoints_of(routes: Iterable[Any]) -> Iterator[Any]:
+    """Yield the endpoints of ``routes``, and of the routers and apps among them."""
+    for route in routes:
+        app = _app_of(route)
+        if app is None:
+            yield getattr(route, "endpoint", None)
+        else:
+            yield from endpoints_of(app.routes)
+
+
+def _app_of(route: Any) -> Starlette | Router | None:
+    """Return the app or the router that ``route`` passes requests on to, behind its middleware, or None."""
+    app = getattr(route, "original_router", None) or getattr(route, "app", None)
+    while app is not None and not isinstance(app, Starlette | Router):
+        app = getattr(app, "app", None)
+    return app
 
 
 class SettlingMiddleware:

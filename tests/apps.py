@@ -34,6 +34,10 @@ DONE = {"done": True}
 JSON = [("Content-Type", "application/json")]
 
 
+def before_of(act: Act, run: Any) -> Any:
+    return lambda: run(act.before)
+
+
 def background_of(act: Act, run: Any) -> Any:
     def background() -> None:
         try:
@@ -101,6 +105,8 @@ class FlaskHarness(WSGIHarness):
                 response = app.response_class(stream_with_context(chunks(act)), act.status)
             else:
                 response = app.response_class(json.dumps(DONE), act.status)
+            if act.before is not None:
+                response.call_on_close(before_of(act, lambda work: work(plugin.session)))
             if act.background is not None:
                 response.call_on_close(background_of(act, lambda work: work(plugin.session)))
             return response
@@ -124,6 +130,7 @@ class FlaskHarness(WSGIHarness):
 class PlainWSGIHarness(WSGIHarness):
     drivers = ("sqlite+pysqlite", "postgresql+psycopg")
     answers_failed_commits = False
+    shows_background_callables = False
 
     def make_app(self) -> None:
         self.db = db = session_plugin.Database(self.store.url, **POOL)
@@ -220,6 +227,8 @@ class AsyncFastAPIHarness(ASGIHarness):
             act = self.act
             if act.use_session:
                 await session.run_sync(act.work)
+            if act.before is not None:
+                background.add_task(session.run_sync, act.before)
             if act.background is not None:
                 background.add_task(run_background, act, session)
             if act.error is not None:
@@ -272,6 +281,8 @@ class SyncFastAPIHarness(ASGIHarness):
             act = self.act
             if act.use_session:
                 act.work(session)
+            if act.before is not None:
+                background.add_task(before_of(act, lambda work: work(session)))
             if act.background is not None:
                 background.add_task(background_of(act, lambda work: work(session)))
             if act.error is not None:
@@ -315,6 +326,8 @@ class StarletteHarness(ASGIHarness):
             if act.redirect:
                 raise StarletteHTTPException(302, headers={"Location": "/elsewhere"})
             background = None if act.background is None else BackgroundTask(run_background, act)
+            if act.before is not None:
+                background = BackgroundTasks([BackgroundTask(run_before, act), background])
             if act.stream:
                 return StreamingResponse(chunks(act), act.status, background=background)
             return JSONResponse(DONE, act.status, background=background)
@@ -323,6 +336,9 @@ class StarletteHarness(ASGIHarness):
             for work in act.stream:
                 yield b"chunk"
                 await plugin.session.run_sync(work)
+
+        async def run_before(act: Act) -> None:
+            await plugin.session.run_sync(act.before)
 
         async def run_background(act: Act) -> None:
             try:
@@ -349,6 +365,7 @@ class StarletteHarness(ASGIHarness):
 class PlainASGIHarness(ASGIHarness):
     drivers = ("sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg")
     answers_failed_commits = False
+    shows_background_callables = False
 
     def make_app(self) -> None:
         self.db = db = session_plugin.AsyncDatabase(self.store.url, **POOL)

@@ -368,6 +368,35 @@ class Contract:
         app.settle_down()
         assert app.store.names() == ["early", "late"]
 
+    @pytest.mark.parametrize("stream", [(), (insert("streamed"),)], ids=["whole", "stream"])
+    def test_each_background_callable_is_a_unit_of_work(self, app: Harness, stream: Any) -> None:
+        """One that fails keeps what those before it did, and each begins with the connection given back."""
+        held: list[int] = []
+
+        def broken(session: Session) -> None:
+            held.append(app.sync_engine.pool.checkedout())
+            insert("lost")(session)
+            raise RuntimeError("boom")
+
+        if app.shows_background_callables:
+            act = Act(insert("early"), stream=stream, before=insert("kept"), background=broken)
+            assert app.request(act).status == 201
+            assert act.done.wait(20)
+            app.settle_down()
+            assert held == [0]
+            assert app.store.names() == ["early", "kept", *(["streamed"] if stream else [])]
+
+    def test_background_callable_that_fails_at_commit(self, app: Harness, caplog: pytest.LogCaptureFixture) -> None:
+        """Its own work is lost, which is an error in the log, and counts as an exception of the callable."""
+        if app.shows_background_callables:
+            act = Act(insert("early"), before=add_orphan, background=insert("never"))
+            assert app.request(act).status == 201
+            assert wait_for(lambda: errors(caplog))
+            app.settle_down()
+            assert not act.done.is_set()
+            assert app.store.names() == ["early"]
+            assert len(errors(caplog)) == 1
+
     def test_failing_background_work_rolls_back(self, app: Harness, caplog: pytest.LogCaptureFixture) -> None:
         """A failing background task rolls back, leaves the response unchanged, and is logged as an error."""
 

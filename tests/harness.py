@@ -177,6 +177,7 @@ class Act:
         error: the exception that the endpoint raises after the work.
         redirect: whether to raise the framework's own exception for a redirect.
         stream: the work that runs after each chunk of a streamed body, with the session.
+        before: runs with the session after the response, in a callable before that of ``background``.
         background: runs with the session after the response, as a background task of the framework.
         use_session: False for an endpoint that does not use a session.
     """
@@ -186,6 +187,7 @@ class Act:
     error: Exception | None = None
     redirect: bool = False
     stream: Sequence[Work] = ()
+    before: Work | None = None
     background: Work | None = None
     use_session: bool = True
     done: threading.Event = field(default_factory=threading.Event)
@@ -294,6 +296,8 @@ class Harness:
     _counting = threading.Lock()
     answers_failed_commits = True
     """False if the framework's error handlers do not see a failed commit."""
+    shows_background_callables = True
+    """False if one callable after the response cannot be distinguished from the next."""
 
     def __init__(self, store: Store) -> None:
         self.store = store

@@ -34,6 +34,8 @@ LONGEST_WAIT = 5.0
 class SessionScopeMiddleware:
     """Gives every request, and every WebSocket handshake, a unit of work on ``database``."""
 
+    layer_class: type[Layer] = Layer
+
     def __init__(
         self,
         app: ASGIApp,
@@ -66,7 +68,7 @@ class SessionScopeMiddleware:
         core = core_of(self._db)
         cycles: dict[Any, RequestCycle] = scope.setdefault(KEY, {})
         if core in cycles:
-            await Layer(cycles[core], send).run(self.app, scope, receive)
+            await self.layer_class(cycles[core], send).run(self.app, scope, receive)
             return
         client = Client(receive)
         cycle = cycles[core] = self._open(core, scope, client)
@@ -74,7 +76,7 @@ class SessionScopeMiddleware:
         innermost.set(cycle.unit)
         try:
             try:
-                await Layer(cycle, send).run(self.app, scope, client.receive)
+                await self.layer_class(cycle, send).run(self.app, scope, client.receive)
             finally:
                 leave(cycle.unit)
         finally:

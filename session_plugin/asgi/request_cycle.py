@@ -37,13 +37,16 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakMethod
 
 from ..policy import Outcome
 from ..scope.current import depth
 from ..scope.ending import aclose, asettle, settle_if_idle
+from ..scope.late import run_late
+from ..scope.runner import arun
 from ..scope.unit_of_work import UnitOfWork
 from .client import Client
 from .types import ASGIApp, Message, Receive, Scope, Send
@@ -64,7 +67,10 @@ class RequestCycle(ABC):
         client: its client.
         innermost: the layer that was entered last, and has not returned.
         complete: True once the outermost layer has settled the whole response.
+        start: the message that starts the response, once a layer has looked for its background tasks.
     """
+
+    start: Message | None = None
 
     def __init__(self, unit: UnitOfWork[Any], client: Client) -> None:
         self.unit = unit
@@ -135,11 +141,12 @@ class HttpCycle(RequestCycle):
         return asettle(self.unit, self._outcome())
 
     def _last_sent(self, layer: Layer) -> Awaitable[None] | None:
+        unit = self.unit
         layer.complete = True
-        layer.left_unsettled = self.unit.active
+        layer.left_unsettled = unit.active and not unit.late_calls
         if layer.outer is not None:
             return None
-        if not settle_if_idle(self.unit):
+        if not unit.late_calls and not settle_if_idle(unit):  # a background task may run already, and settles itself
             return self._settle_last()
         self.complete = True
         return None
@@ -219,6 +226,7 @@ class Layer:
     """One middleware's part in a request cycle.
 
     Attributes:
+        cycle: the request cycle.
         outer: the next layer of this cycle further out.
         complete: True once the app inside has sent its whole response.
         left_unsettled: True if work of that response was unsettled then: without it, the response is no success.
@@ -230,18 +238,18 @@ class Layer:
         self.left_unsettled: bool = False
         self._depth: int = 0 if self.outer is None else depth.get() + 1
         self._inner_depth: int | None = None
-        self._cycle = cycle
+        self.cycle = cycle
         self._send = send
         self._refusal: Exception | None = None
 
     def has_begun_transaction(self) -> bool:
         """Return False if the transaction is that of a middleware further out, which runs beside the app."""
-        unit = self._cycle.unit
+        unit = self.cycle.unit
         return self.outer is None or not unit.settled or unit.begun_at >= self._depth
 
     def inner_app_goes_on(self) -> bool:
         """Return True if the transaction is that of an app inside a further layer, which still runs."""
-        unit = self._cycle.unit
+        unit = self.cycle.unit
         return unit.settled and self._inner_depth is not None and unit.begun_at >= self._inner_depth
 
     async def run(self, app: ASGIApp, scope: Scope, receive: Receive) -> None:
@@ -249,7 +257,7 @@ class Layer:
 
         A response that was refused ends in the exception that refused it, whatever the app made of it.
         """
-        cycle, outer = self._cycle, self.outer
+        cycle, outer = self.cycle, self.outer
         cycle.innermost = self
         if outer is not None:
             outer._inner_depth = self._depth
@@ -270,11 +278,43 @@ class Layer:
         if (settling := cycle.app_returned(self)) is not None:
             await settling
 
+    def finds_late_calls(self) -> None:
+        """Let `scope.late.late_runner` find this layer's `run_late` for what the app inside it runs after the response.
+
+        The reference is weak: a cycle would wait for the garbage collector.
+        """
+        unit = self.cycle.unit
+        unit.late_runners = {**(unit.late_runners or {}), self._depth: WeakMethod(self.run_late)}
+
+    async def run_late(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Run ``call``, which follows the response, as a unit of work of its own.
+
+        If there is work of the response that cannot be settled yet, because a middleware still holds the
+        response back, then ``call`` adds to it.
+        """
+        unit = self.cycle.unit
+        if unit.late_calls or await self._response_ended():
+            await arun(run_late(unit, call, self._settle_late))
+        else:
+            await call()
+
+    async def _response_ended(self) -> bool:
+        """Return True if the response has ended, complete or because the client left; settle what it has left."""
+        if not self.complete and not await self.cycle.client.has_left():
+            return False
+        if (settling := self.cycle.app_returned(self)) is not None:
+            await settling
+        return not self.cycle.unit.active
+
+    async def _settle_late(self, unit: UnitOfWork[Any], outcome: Outcome) -> None:
+        if self.has_begun_transaction():
+            await asettle(unit, outcome)
+
     async def send(self, message: Message) -> None:
         """Pass ``message`` on, once what it says is true."""
         if self._refusal is not None:
             raise Refused
-        cycle = self._cycle
+        cycle = self.cycle
         if not cycle.complete:
             try:
                 settling = cycle.message_sent(message, self)

@@ -18,6 +18,7 @@ from ..scope.current import is_session_open
 from ..scope.ending import settle, settle_if_idle
 from ..scope.unit_of_work import UnitOfWork
 from ..wsgi.middleware import open_units
+from .late_calls import separate_late_calls
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -84,7 +85,7 @@ class SettlingMiddleware:
         def finalize_and_settle(*args: Any, **kwargs: Any) -> Response:
             response = finalize(*args, **kwargs)
             if not is_session_open():
-                return response
+                return separate_late_calls(response)
             units = _current_units()
             try:
                 _settle_all(units, response.status_code)
@@ -92,10 +93,10 @@ class SettlingMiddleware:
                 for unit in units:
                     unit.error = error
                 try:
-                    return self._app.process_response(self._app.make_response(self._app.handle_user_exception(error)))
+                    return separate_late_calls(_handled(self._app, error))
                 finally:
                     response.close()
-            return response
+            return separate_late_calls(response)
 
         return finalize_and_settle
 
@@ -128,9 +129,13 @@ def _handle(error: Exception) -> Response:
     """Return the response that the app would have sent if the view had raised ``error``."""
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
     try:
-        return app.process_response(app.make_response(app.handle_user_exception(error)))
+        return separate_late_calls(_handled(app, error))
     except Exception as unhandled:
         return app.handle_exception(unhandled)
+
+
+def _handled(app: Flask, error: Exception) -> Response:
+    return app.process_response(app.make_response(app.handle_user_exception(error)))
 
 
 def _discard(data: bytes) -> None:

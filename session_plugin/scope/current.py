@@ -95,6 +95,14 @@ def _is_inside(unit: UnitOfWork[Any], other: UnitOfWork[Any]) -> bool:
     return around is other
 
 
+def is_inside(unit: UnitOfWork[Any]) -> bool:
+    """Return True if the running code is inside ``unit``."""
+    around = innermost.get()
+    while around is not None and around is not unit:
+        around = around.outer
+    return around is not None
+
+
 def is_session_open() -> bool:
     """Return True if a unit of work that the running code is inside has a session."""
     unit = innermost.get()

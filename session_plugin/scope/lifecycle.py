@@ -48,7 +48,9 @@ def settle(unit: UnitOfWork[Any], outcome: Outcome) -> Steps[None]:
         decision = _decide(unit, outcome)
         if unit.transaction.may_have_raw_writes and not unit.transaction.busy:
             yield partial(_run_sync, unit, unit.transaction.ask_whether_wrote)
-        _log(unit, decision, outcome)
+        discards = not decision.commit and unit.wrote
+        _log(unit, decision, outcome, discards=discards)
+        unit.discarded = unit.discarded or discards
         if unit.transaction.unknown:
             _check_claim(unit, outcome)
             if not unit.active:
@@ -248,8 +250,8 @@ def _check_claim(unit: UnitOfWork[Any], outcome: Outcome) -> None:
     )
 
 
-def _log(unit: UnitOfWork[Any], decision: Decision, outcome: Outcome) -> None:
-    if decision.commit or not unit.wrote:
+def _log(unit: UnitOfWork[Any], decision: Decision, outcome: Outcome, *, discards: bool) -> None:
+    if not discards:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s: %s (%s)", str(unit), "COMMIT" if decision.commit else "ROLLBACK", decision.reason)
     else:

@@ -127,8 +127,8 @@ class TransactionState:
             self._guards[connection] = guard = ConnectionGuard(connection, self._guards)
             guard.doomed = self._doomed
 
-    def doom(self, reason: str) -> None:
-        """Let no connection commit any more, including those that are yet to be taken."""
+    def doom(self, reason: str | None) -> None:
+        """Let no connection commit any more, including those that are yet to be taken; None ends that."""
         self._doomed = reason
         for guard in self._guards.values():
             guard.doomed = reason

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Generic, Protocol
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
@@ -79,9 +79,13 @@ class UnitOfWork(Generic[S]):
         begun_at: the `current.depth` at which its transaction began.
         settled: True once its transaction was settled; what follows is late work.
         saved: True once a settlement has committed work.
+        discarded: True once a settlement has rolled work back.
         closed: True once it has ended; its session refuses further use.
         doomed: why it will roll back, whatever happens, or None.
         interrupt: a Ctrl-C that came in a hook, after the COMMIT; a ``session_scope()`` raises it once it has ended.
+        interrupted: under WSGI, once the response is closed, True if it was cut short; None before.
+        late_calls: how many callables that follow the response run now; see `late`.
+        late_runners: by the `current.depth` at which such a callable runs, what runs it; an adapter sets it.
         loop: the event loop that serves its request with threads, or an outer one's, or None.
         place: gives back its place among the sessions that have no permit yet, or None; see `permits`.
         permit: gives back its permit to hold a connection, or None.
@@ -96,6 +100,10 @@ class UnitOfWork(Generic[S]):
     error: BaseException | None = None
     settled: bool = False
     saved: bool = False
+    discarded: bool = False
+    interrupted: bool | None = None
+    late_calls: int = 0
+    late_runners: Mapping[int, WeakMethod[Callable[..., Any]]] | None = None
     closed: bool = False
     begun_at: int = 0
     doomed: str | None = None

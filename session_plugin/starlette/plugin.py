@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import HTTPConnection
 
-from ..asgi.middleware import SessionScopeMiddleware, find_cycle
+from ..asgi.middleware import find_cycle
 from ..asgi.types import ASGIApp, Receive, Scope, Send
 from ..database.async_database import AsyncDatabase
 from ..database.async_interface import AsyncInterface
@@ -22,6 +22,7 @@ from ..policy import Policy, is_coroutine_function
 from ..scope.permits import wait_for_permit, wait_for_place
 from ..scope.typevars import AsyncS, S, SyncS
 from ..scope.unit_of_work import UnitOfWork
+from .background import ResponseScopeMiddleware
 from .endpoints import is_taken_by_coroutine
 from .settling import endpoints_of, settle_inside
 
@@ -56,7 +57,7 @@ class StarlettePlugin(Plugin[S]):
 
         def build_with_scope() -> ASGIApp:
             settle_inside(app, db)
-            scoped = SessionScopeMiddleware(build(), db, find_policy=self._find_policy)
+            scoped = ResponseScopeMiddleware(build(), db, find_policy=self._find_policy)
             return OutermostMiddleware(scoped)
 
         app.build_middleware_stack = build_with_scope  # type: ignore[method-assign]

@@ -12,10 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Router
 
 from ..asgi.middleware import find_cycle
-from ..asgi.request_cycle import Layer
 from ..asgi.types import ASGIApp, Receive, Scope, Send
 from ..database.core import HasDatabase
 from ..policy import Outcome, response_status
+from .background import ResponseLayer
 
 
 @response_status.register
@@ -90,7 +90,7 @@ class SettlingMiddleware:
         handlers = scope.get("starlette.exception_handlers")
         if handlers is not None:
             scope["starlette.exception_handlers"] = self._wrap_handlers(handlers)
-        await Layer(cycle, send).run(self.app, scope, receive)
+        await ResponseLayer(cycle, send).run(self.app, scope, receive)
 
     def _wrap_handlers(self, handlers: tuple[Any, ...]) -> tuple[Any, ...]:
         by_exception, _by_status = handlers  # both tables belong to one app

@@ -106,7 +106,8 @@ class Response:
         unit = self._unit
         try:
             try:
-                if not (settle_if_idle(unit) or self._complete):
+                unit.interrupted = not self._complete
+                if not settle_if_idle(unit) and unit.interrupted:
                     settle(unit, Outcome(self._status, unit.error, unit.method, interrupted=True))
             finally:
                 self._close_body()

@@ -142,7 +142,7 @@ def test_a_plugin_shares_a_database_that_it_is_given() -> None:
             lambda: APlugin(AsyncDatabase("sqlite+aiosqlite://")),
             "needs a database of class Database, and .* AsyncDatabase",
         ),
-        (lambda: APlugin(Database("sqlite://"), echo=True), "was given a Database and further options"),
+        (lambda: APlugin(Database("sqlite://"), echo=True), "together with further options"),
     ],
 )
 def test_a_database_that_a_plugin_is_given_must_fit(make: Any, message: str) -> None:

@@ -642,7 +642,7 @@ def test_places_asked_for_twice_at_once() -> None:
 @pytest.mark.parametrize("limit", [0, "many"])
 def test_a_limit_of_pending_sessions_is_a_number(limit: Any) -> None:
     """Else the database says so when it is made."""
-    with pytest.raises(ConfigurationError, match="max_pending_sessions must be a whole number above 0"):
+    with pytest.raises(ConfigurationError, match="max_pending_sessions must be an integer of at least 1"):
         Database("sqlite://", max_pending_sessions=limit)
 
 

@@ -165,8 +165,8 @@ class SyncCore(DatabaseCore):
         limit = options.pop("max_pending_sessions", MAX_PENDING_SESSIONS)
         if not isinstance(limit, int) or limit < 1:
             raise ConfigurationError(
-                f"max_pending_sessions must be a whole number above 0, and what was given, of type "
-                f"{type(limit).__name__}, is not one. Leave it out for {MAX_PENDING_SESSIONS}."
+                "max_pending_sessions must be an integer of at least 1. Leave it out for the default of "
+                f"{MAX_PENDING_SESSIONS}."
             )
         self._max_pending_sessions = limit
         return replace(configuration, options=options)

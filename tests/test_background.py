@@ -339,6 +339,67 @@ def test_tasks_that_run_at_once_share_a_transaction(store: Store) -> None:
         assert wait_for(store.names) == ["first", "second"]
 
 
+def test_one_of_several_tasks_at_once_fails(store: Store) -> None:
+    """Then what they did together is rolled back."""
+    site = Site(store)
+
+    class Gathered(StarletteBackgroundTasks):
+        async def __call__(self) -> None:
+            await asyncio.gather(*[task() for task in self.tasks], return_exceptions=True)
+
+    async def first() -> None:
+        await site.db.session.run_sync(insert("first"))
+        begun.set()
+        await failed.wait()
+        raise LookupError
+
+    async def second() -> None:
+        await begun.wait()
+        failed.set()
+        raise RuntimeError("boom")
+
+    @site.app.get("/")
+    async def endpoint() -> Any:
+        nonlocal begun, failed
+        begun, failed = asyncio.Event(), asyncio.Event()
+        return JSONResponse({}, background=Gathered([BackgroundTask(first), BackgroundTask(second)]))
+
+    begun: Any = None
+    failed: Any = None
+    with site.running():
+        assert site.get().status == 200
+        site.settle_down()
+        assert wait_for(lambda: not site._server.server_state.tasks)
+        assert store.names() == []
+
+
+def test_a_task_after_its_request(file_store: Store) -> None:
+    """It is called as it is, where no request is; so is a response that no Starlette class sends."""
+    site = Site(file_store)
+    ran: list[int] = []
+
+    async def append() -> None:
+        ran.append(1)
+
+    async def plain(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    shared = BackgroundTask(append)
+    response = JSONResponse({}, background=shared)
+    site.app.mount("/plain", plain)
+
+    @site.app.get("/")
+    async def endpoint() -> Any:
+        return response
+
+    with site.running():
+        assert (site.get("/plain/").status, site.get().status) == (200, 200)
+        assert wait_for(lambda: ran == [1])
+    asyncio.run(response.background())  # type: ignore[arg-type, misc]
+    assert ran == [1, 1]
+
+
 def test_what_a_task_chooses_ends_with_it(store: Store) -> None:
     """Its policy, its doom() and its hooks are its own; what the request chose holds for each."""
     site = Site(store)

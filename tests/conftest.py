@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
 import shutil
@@ -121,12 +122,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    logging.root.manager.loggerDict = Loggers(logging.root.manager.loggerDict)
     if "TMPDIR" not in os.environ and is_large(MEMORY):
         os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
     if config.getoption("dist", "no") != "no":
         return  # the workers run the tests
     for name in ("COVERAGE_PROCESS_CONFIG", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
         os.environ.pop(name, None)
+
+
+class Loggers(dict[str, Any]):
+    """pytest goes through all loggers before and after each test, while a server's thread may add one."""
+
+    def values(self) -> Any:
+        return list(super().values())
 
 
 def is_large(folder: str) -> bool:

@@ -40,7 +40,7 @@ OPEN_TRANSACTIONS = {
     "mariadb": "SELECT trx_mysql_thread_id, trx_state, trx_query FROM information_schema.innodb_trx "
     "JOIN information_schema.processlist ON id = trx_mysql_thread_id WHERE db = database() AND id <> connection_id()",
 }
-POOL = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 30}
+POOL = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 100}
 """The timeout is long enough for requests that wait in line for a connection on a busy machine."""
 
 
@@ -324,7 +324,7 @@ class Harness:
         return getattr(engine, "sync_engine", engine)
 
     @contextmanager
-    def connect(self, timeout: float = 60) -> Iterator[http.client.HTTPConnection]:
+    def connect(self, timeout: float = 150) -> Iterator[http.client.HTTPConnection]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             yield connection

@@ -69,7 +69,7 @@ def run(database: AsyncDatabase[Any], scenario: Callable[[AsyncDatabase[Any]], A
     """Run ``scenario``, then check that the permit is free and that nobody waits."""
 
     async def main() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(100):
             await scenario(database)
         assert permits(database)._free == 1
         assert not permits(database)._queue
@@ -265,7 +265,7 @@ def test_a_task_that_is_cancelled_at_any_await(store: Store, connects: bool) -> 
             with suppress(asyncio.CancelledError):
                 await task
             gc.collect()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(50):
                 while permits(db)._free != 1:
                     await asyncio.sleep(0.01)
             steps += 1

@@ -78,7 +78,7 @@ class Server:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> URL:
-        self._folder = folder = Path(tempfile.mkdtemp(prefix=f"session_plugin-{self.name}-"))
+        self._folder = folder = _new_folder(self.name)
         run = _as_unprivileged(folder, self.owner)
         port = free_port()
         make, serve = self._commands(folder / "data", port)
@@ -169,7 +169,7 @@ class PgBouncer:
 
     def __init__(self, postgresql: PostgreSQL) -> None:
         program = _required_program("pgbouncer")
-        self._folder = Path(tempfile.mkdtemp(prefix="session_plugin-pgbouncer-"))
+        self._folder = _new_folder("pgbouncer")
         run = _as_unprivileged(self._folder, "postgres")
         port = free_port()
         target = make_url(postgresql.url("psycopg", "postgres"))
@@ -208,7 +208,7 @@ class Redis:
 
     def __init__(self) -> None:
         program = _required_program("redis-server")
-        self._folder = Path(tempfile.mkdtemp(prefix="session_plugin-redis-"))
+        self._folder = _new_folder("redis")
         run = _as_unprivileged(self._folder, "redis")
         port = free_port()
         settings = {"port": port, "bind": "127.0.0.1", "save": "", "appendonly": "no"}
@@ -231,6 +231,15 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+def _new_folder(server: str) -> Path:
+    """An empty folder with our process in its name; those of processes that were killed are removed."""
+    for folder in Path(tempfile.gettempdir()).glob("session_plugin-*-*-*"):
+        pid = folder.name.split("-")[2]
+        if Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"session_plugin-{server}-{os.getpid()}-"))
 
 
 def _postgresql_programs() -> Path:

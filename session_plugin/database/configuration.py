@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import URL, Engine, FromClause, MetaData
@@ -163,6 +164,7 @@ def _unfold_sync_session_class(options: dict[str, Any]) -> dict[str, Any]:
     return {**own, **options, "sync_session_class": maker.class_}
 
 
+@lru_cache(maxsize=16)
 def _session_option_names(session_class: type[Any]) -> set[str]:
     """Return the options of the session class, without ``execution_options``, which every engine has too."""
     classes = [*session_class.__mro__, *getattr(session_class, "sync_session_class", Session).__mro__]

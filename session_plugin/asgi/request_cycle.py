@@ -71,12 +71,12 @@ class RequestCycle(ABC):
     """
 
     start: Message | None = None
+    complete: bool = False
 
     def __init__(self, unit: UnitOfWork[Any], client: Client) -> None:
         self.unit = unit
         self.client = client
         self.innermost: Layer | None = None
-        self.complete: bool = False
 
     @abstractmethod
     def message_sent(self, message: Message, layer: Layer) -> Awaitable[None] | None:
@@ -154,7 +154,7 @@ class HttpCycle(RequestCycle):
     async def _settle_last(self) -> None:
         interrupted = self.unit.active and await self.client.has_left()
         await asettle(self.unit, self._outcome(interrupted=interrupted))
-        self.complete = True
+        self.complete: bool = True
 
     async def app_raised(self, error: BaseException, layer: Layer) -> None:
         """Settle by ``error``, and break off a response that has started.
@@ -215,7 +215,7 @@ class WebSocketCycle(RequestCycle):
             "message: `async with db.session_scope() as session:`."
         )
         await aclose(self.unit)
-        self.complete = True
+        self.complete: bool = True
 
     def app_returned(self, layer: Layer) -> Awaitable[None] | None:
         """Roll back a handshake that was not answered."""

@@ -121,7 +121,7 @@ class Configuration:
     def divided_options(self, session_class: type[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the options of ``session_class``, and the others, which are the engine's."""
         session_options = dict(self.options)
-        session_names = _session_option_names(session_class)
+        session_names = _session_option_names(session_class)  # type: ignore[arg-type]  # a class is hashable
         engine_options = {name: session_options.pop(name) for name in self.options if name not in session_names}
         return session_options, engine_options
 

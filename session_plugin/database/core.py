@@ -21,7 +21,7 @@ from sqlalchemy.orm import Mapper, Session, sessionmaker
 from ..engines.forks import check_process
 from ..engines.making import require_greenlet
 from ..engines.registry import DEFAULT, Engines
-from ..engines.semaphore import MAX_PENDING_SESSIONS, ExtraThreads
+from ..engines.semaphore import MAX_PENDING_SESSIONS, ExtraThreads, FairSemaphore, PendingSessions
 from ..exceptions import ConfigurationError
 from ..policy import Policy, as_policy
 from ..scope.blocks import asession_scope, session_scope
@@ -75,7 +75,7 @@ class DatabaseCore(ABC):
         session_class = configuration.session_class(self.default_session_class())
         session_options, engine_options = configuration.divided_options(session_class)
         binds = configuration.binds or {}
-        self.engines = Engines(configuration.source, binds, engine_options, self, is_async=self.is_async)
+        self.engines: Engines = Engines(configuration.source, binds, engine_options, self, is_async=self.is_async)
         if self.engines.binds:
             session_options["binds"] = self.engines.binds
         self.maker: Any = self.make_maker(session_class, self.engines.named.get(DEFAULT), session_options)
@@ -91,8 +91,8 @@ class DatabaseCore(ABC):
 
     def make_permits(self) -> None:
         """Make the permits and places of sync sessions under an event loop; nobody has one yet."""
-        self.semaphore = self.engines.make_semaphore()
-        self.pending_sessions = self.engines.make_pending_sessions(self._max_pending_sessions)
+        self.semaphore: FairSemaphore = self.engines.make_semaphore()
+        self.pending_sessions: PendingSessions = self.engines.make_pending_sessions(self._max_pending_sessions)
         self._extra_threads: WeakKeyDictionary[asyncio.AbstractEventLoop, ExtraThreads] = WeakKeyDictionary()
 
     def extra_threads(self, loop: asyncio.AbstractEventLoop) -> ExtraThreads:

@@ -85,17 +85,17 @@ class ConnectionGuard:
     def __init__(self, connection: Connection, fellows: Guards) -> None:
         self.commit_error: BaseException | None = None
         self.commit_state: CommitState = commits.OPEN
-        self.fellows = fellows
+        self.fellows: Guards = fellows
         self.xid: Any = None
         self.doomed: str | None = None
         self.error: BaseException | None = None
-        self.inherited = False
-        self.wrote = False
+        self.inherited: bool = False
+        self.wrote: bool = False
         self._info = connection.info
         self._dialect = connection.dialect
         backend = backend_for(self._dialect.name)
         self._syntax = backend.syntax
-        self.has_lazy_cursors = backend.has_lazy_cursors and not self._dialect.is_async
+        self.has_lazy_cursors: bool = backend.has_lazy_cursors and not self._dialect.is_async
         self._results: list[Result[Any]] = []
         self._many = MANY_RESULTS
         self._mark: Any = _NO_CURSOR

@@ -52,7 +52,7 @@ class Engines:
             **{sync_engine(engine): None for engine in self.binds.values()},
             **{sync_engine(engine): made_with for engine, made_with in resolved.values()},
         }
-        self.variants = EngineVariants(self._made_with, owner, is_async=is_async)
+        self.variants: EngineVariants = EngineVariants(self._made_with, owner, is_async=is_async)
         for engine in self.known:
             prepare(engine)
         self.stream_results: bool = any(engine.get_execution_options().get("stream_results") for engine in self.known)

@@ -50,7 +50,7 @@ EXTENSION = "session_plugin"
 APP_CONTEXT_METHOD = "GET"
 """An app context counts as a request that reads: an idle shell must not lock out SQLite's writers."""
 
-logger = logging.getLogger("session_plugin")
+logger: logging.Logger = logging.getLogger("session_plugin")
 
 
 class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):

@@ -37,9 +37,9 @@ class Holder:
     __slots__ = ("_thread", "body", "generators", "is_inherited")
 
     def __init__(self, generators: list[FrameType], body: FrameType | None, *, is_inherited: bool) -> None:
-        self.generators = generators
-        self.body = body
-        self.is_inherited = is_inherited
+        self.generators: list[FrameType] = generators
+        self.body: FrameType | None = body
+        self.is_inherited: bool = is_inherited
         self._thread = threading.get_ident()
 
     def is_around(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 _innermost: ContextVar[JoinedBlock | None] = ContextVar("session_plugin_joined", default=None)
 
@@ -26,7 +27,7 @@ class JoinedBlock:
     __slots__ = ("_outer", "lost", "outlived", "task")
 
     def __init__(self, task: asyncio.Task[object] | None) -> None:
-        self.task = task
+        self.task: asyncio.Task[Any] | None = task
         self.lost: str | None = None
         self.outlived: bool = False
         self._outer: JoinedBlock | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy.exc import StatementError
 
-logger = logging.getLogger("session_plugin")
+logger: logging.Logger = logging.getLogger("session_plugin")
 
 
 def log_failed_hook(call: Callable[[], Any], error: BaseException) -> KeyboardInterrupt | None:

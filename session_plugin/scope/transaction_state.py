@@ -33,9 +33,9 @@ class LateConnection:
     __slots__ = ("arrived", "deadline", "given_up")
 
     def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-        self.arrived = False
-        self.given_up = False
+        self.deadline: float = deadline
+        self.arrived: bool = False
+        self.given_up: bool = False
 
     def refuse(self, connection: Connection) -> None:
         """Note that ``connection`` has arrived; discard it if the ending does not wait any more."""

@@ -48,7 +48,7 @@ class ResponseLayer(Layer):
 class ResponseScopeMiddleware(SessionScopeMiddleware):
     """A `SessionScopeMiddleware` that also finds the responses of middlewares and of the app's error handlers."""
 
-    layer_class = ResponseLayer
+    layer_class: type[Layer] = ResponseLayer
 
 
 def responses_with_tasks(frame: FrameType | None) -> list[Response]:

@@ -64,21 +64,21 @@ class MySQL(Backend):
     COMMIT would then save the second half of the work only.
     """
 
-    names = ("mysql", "mariadb")
+    names: tuple[str, ...] = ("mysql", "mariadb")
     syntax = SYNTAX
-    has_lazy_cursors = False
-    async_driver = "asyncmy"
-    read_only_statement = "SET SESSION TRANSACTION READ ONLY"
-    goes_on_after_abort = True
-    cancellation_closes_connection = True
-    implicit_commit = re.compile(
+    has_lazy_cursors: bool = False
+    async_driver: str | None = "asyncmy"
+    read_only_statement: str | None = "SET SESSION TRANSACTION READ ONLY"
+    goes_on_after_abort: bool = True
+    cancellation_closes_connection: bool = True
+    implicit_commit: re.Pattern[str] | None = re.compile(
         r"\s*(?:(?:CREATE|DROP)(?!\s+TEMPORARY)|ALTER|TRUNCATE|RENAME|LOCK\s+TABLES|GRANT|REVOKE)\b", re.IGNORECASE
     )
     error_statements: Mapping[CommitFailure, str] = {
         "integrity": "SIGNAL SQLSTATE '23000' SET MYSQL_ERRNO = 1062, MESSAGE_TEXT = 'a test asked for this'",
         "serialization": "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'a test asked for this'",
     }
-    disconnect_statement = "KILL CONNECTION_ID()"
+    disconnect_statement: str | None = "KILL CONNECTION_ID()"
 
     def prepare(self, engine: Engine) -> None:
         """Begin READ ONLY where the execution options say so."""

@@ -78,18 +78,18 @@ crash, idle time-out), and of failures inside the server; poolers use some of th
 class PostgreSQL(Backend):
     """Refuses every statement of an aborted transaction until ROLLBACK."""
 
-    names = ("postgresql",)
+    names: tuple[str, ...] = ("postgresql",)
     syntax = SYNTAX
-    has_lazy_cursors = False
-    async_driver = "asyncpg"
-    read_only_statement = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
-    enforces_read_only_in_savepoint = True
+    has_lazy_cursors: bool = False
+    async_driver: str | None = "asyncpg"
+    read_only_statement: str | None = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
+    enforces_read_only_in_savepoint: bool = True
     error_statements: Mapping[CommitFailure, str] = {
         "integrity": "DO $$ BEGIN RAISE EXCEPTION 'a test asked for this' USING ERRCODE = '23505'; END $$",
         "serialization": "DO $$ BEGIN RAISE EXCEPTION 'a test asked for this' USING ERRCODE = '40001'; END $$",
     }
-    disconnect_statement = "SELECT pg_terminate_backend(pg_backend_pid())"
-    drop_statement = "DROP DATABASE IF EXISTS {} WITH (FORCE)"  # the app may still have connections
+    disconnect_statement: str | None = "SELECT pg_terminate_backend(pg_backend_pid())"
+    drop_statement: str | None = "DROP DATABASE IF EXISTS {} WITH (FORCE)"  # the app may still have connections
 
     def begin_options(self, *, read_only: bool, may_write: bool) -> dict[str, Any]:
         """Begin READ ONLY where the policy says so."""

@@ -55,20 +55,20 @@ _REFUSALS = {1, 5, 6, 8, 9, 13, 19}
 """SQLITE_ERROR, _BUSY, _LOCKED, _READONLY, _INTERRUPT, _FULL, _CONSTRAINT.  Not _IOERR: a COMMIT whose last
 ``fsync`` failed may be found in the file all the same."""
 
-logger = logging.getLogger("session_plugin")
+logger: logging.Logger = logging.getLogger("session_plugin")
 
 
 class SQLite(Backend):
     """A file, or a database in memory that all threads share."""
 
-    names = ("sqlite",)
+    names: tuple[str, ...] = ("sqlite",)
     syntax = SYNTAX
-    async_driver = "aiosqlite"
-    read_only_statement = "PRAGMA query_only = ON"
-    goes_on_after_abort = True
-    enforces_read_only_in_savepoint = True
-    create_statement = None
-    drop_statement = None
+    async_driver: str | None = "aiosqlite"
+    read_only_statement: str | None = "PRAGMA query_only = ON"
+    goes_on_after_abort: bool = True
+    enforces_read_only_in_savepoint: bool = True
+    create_statement: str | None = None
+    drop_statement: str | None = None
 
     def is_in_memory(self, url: URL) -> bool:
         """True for ``sqlite://`` and ``sqlite:///:memory:``."""

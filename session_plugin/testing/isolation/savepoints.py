@@ -18,7 +18,7 @@ class Savepoints:
     """
 
     def __init__(self) -> None:
-        self.last = ""
+        self.last: str = ""
         self._to_release = ""
         self._unfinished: dict[Connection, str] = {}
 

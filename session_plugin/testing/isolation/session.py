@@ -42,7 +42,7 @@ class IsolatedSession(ScopeSession):
     def __init__(self, *args: Any, isolation: SharedConnections, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.isolation = isolation
-        self.join_transaction_mode = "create_savepoint"
+        self.join_transaction_mode: Any = "create_savepoint"
         self.twophase = False
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:

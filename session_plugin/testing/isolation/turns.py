@@ -43,7 +43,7 @@ class Turn:
 
     def __init__(self, session: IsolatedSession) -> None:
         self.session = session
-        self.place = _place()
+        self.place: tuple[int, asyncio.Task[Any] | None] = _place()
         self.begins = True
         self.leaves = False
         self.savepoints: dict[Connection, str] = {}

@@ -5,11 +5,13 @@ import ctypes
 import gc
 import os
 import threading
+import unittest
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from contextvars import copy_context
 from functools import partial
 from typing import Annotated, Any
+from weakref import ref
 
 import httpx
 import pytest
@@ -249,6 +251,20 @@ def test_an_abandoned_generator_keeps_nothing(db: Database[Any]) -> None:
     assert not current.held
 
 
+def test_a_block_that_is_entered_by_hand_and_dropped_ends_at_once(db: Database[Any]) -> None:
+    """It is in no cycle, so its connection does not wait for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        block: Any = db.session_scope()
+        session = ref(block.__enter__())
+        session().execute(text("SELECT 1"))
+        del block
+        assert session() is None
+    finally:
+        gc.enable()
+
+
 # -- context managers ------------------------------------------------------------------------------
 
 
@@ -309,6 +325,58 @@ def test_a_context_manager_inside_a_generator(db: Database[Any]) -> None:
     for each in reader():
         assert each
         assert not has_session(db)
+
+
+def test_a_context_manager_that_delegates(db: Database[Any]) -> None:
+    """With `yield from` the inner generator is in the place of the outer one; a loop over it only consumes it."""
+
+    def provider() -> Iterator[Any]:
+        with db.session_scope(new=True) as session:
+            yield session
+
+    @contextmanager
+    def delegating() -> Iterator[Any]:
+        yield from provider()
+
+    @contextmanager
+    def consuming() -> Iterator[Any]:
+        for session in provider():  # noqa: UP028
+            yield session
+
+    with db.session_scope() as outer:
+        with delegating() as session:
+            assert db.session is session
+            assert session is not outer
+        with consuming():
+            assert db.session is outer
+        assert db.session is outer
+
+
+def test_a_coroutine_that_an_async_context_manager_decorates(adb: AsyncDatabase[Any]) -> None:
+    """The block is around the whole coroutine, also where that is the main function of a task."""
+
+    @asynccontextmanager
+    async def block() -> AsyncIterator[Any]:
+        async with adb.session_scope(new=True) as session:
+            yield session
+
+    @block()
+    async def decorated() -> Any:
+        session = adb.session
+        await asyncio.sleep(0)
+        assert adb.session is session
+        return session
+
+    async def main() -> None:
+        async with adb.session_scope() as outer:
+            sessions = [await decorated(), await asyncio.create_task(decorated())]
+            sessions += await asyncio.gather(decorated(), decorated())
+            assert adb.session is outer
+            assert outer not in sessions
+        await adb.dispose()
+
+    asyncio.run(decorated())
+    asyncio.run(main())
 
 
 def test_an_async_context_manager_is_around_its_body_and_the_tasks_started_there(adb: AsyncDatabase[Any]) -> None:
@@ -431,6 +499,66 @@ def fixture_session(db: Database[Any]) -> Iterator[Any]:
 
 def test_a_fixture_is_around_its_tests(db: Database[Any], fixture_session: Any) -> None:
     assert db.session is fixture_session
+
+
+@pytest.fixture
+def delegated_session(db: Database[Any]) -> Iterator[Any]:
+    def provider() -> Iterator[Any]:
+        with db.session_scope() as session:
+            yield session
+
+    yield from provider()
+
+
+def test_a_fixture_that_delegates_is_around_its_tests(db: Database[Any], delegated_session: Any) -> None:
+    assert db.session is delegated_session
+
+
+class Block:
+    """A database, and context managers of an app."""
+
+    db: Database[Any]
+    adb: AsyncDatabase[Any]
+
+    @contextmanager
+    def block(self) -> Iterator[Any]:
+        with self.db.session_scope() as session:
+            yield session
+
+    @asynccontextmanager
+    async def ablock(self) -> AsyncIterator[Any]:
+        async with self.adb.session_scope() as session:
+            yield session
+
+
+def test_a_context_that_a_unittest_enters_is_around_the_test(db: Database[Any], adb: AsyncDatabase[Any]) -> None:
+    """By `enterContext()` and its like, and by an `ExitStack` of `setUp()`."""
+
+    class Case(Block, unittest.TestCase):
+        def setUp(self) -> None:
+            self.session = self.enterContext(self.block())
+
+        def test(self) -> None:
+            assert self.db.session is self.session
+
+    class StackCase(Case):
+        def setUp(self) -> None:
+            stack = ExitStack()
+            self.session = stack.enter_context(self.block())
+            self.addCleanup(stack.close)
+
+    class AsyncCase(Block, unittest.IsolatedAsyncioTestCase):
+        async def asyncSetUp(self) -> None:
+            self.session = await self.enterAsyncContext(self.ablock())
+
+        async def test(self) -> None:
+            assert self.adb.session is self.session
+
+    for case in (Case("test"), StackCase("test"), AsyncCase("test")):
+        case.db, case.adb = db, adb
+        result = case.run()
+        assert result is not None
+        assert result.wasSuccessful(), result.errors
 
 
 # -- requests --------------------------------------------------------------------------------------

@@ -39,11 +39,10 @@ def session_scope(database: ScopeDatabase, *, new: bool, for_hook: bool = False)
         with joined(outer) as session:
             yield session
         return
-    frame = sys._getframe(1)
-    unit = open_unit_of_work(database, origin=_origin(frame))
+    unit = open_unit_of_work(database, origin=_origin(sys._getframe(1)))
     if for_hook:
         unit.owner = _owner()
-    with Entered(unit, frame):
+    with Entered(unit, sys._getframe(1)):  # in no variable: a block that is dropped would be in a cycle with it
         try:
             yield unit.session
         except BaseException as error:
@@ -65,11 +64,10 @@ async def asession_scope(database: ScopeDatabase, *, new: bool, for_hook: bool =
         with joined(outer) as session:
             yield session
         return
-    frame = sys._getframe(1)
-    unit = open_unit_of_work(database, origin=_origin(frame))
+    unit = open_unit_of_work(database, origin=_origin(sys._getframe(1)))
     if for_hook:
         unit.owner = _owner()
-    with Entered(unit, frame):
+    with Entered(unit, sys._getframe(1)):  # in no variable: a block that is dropped would be in a cycle with it
         try:
             yield unit.session
             _check_joining_tasks(unit)

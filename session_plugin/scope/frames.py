@@ -17,11 +17,13 @@ from types import FrameType
 from typing import Any
 
 GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-YIELD_VALUE = dis.opmap["YIELD_VALUE"]
+CACHE, SEND, YIELD_VALUE = (dis.opmap[name] for name in ("CACHE", "SEND", "YIELD_VALUE"))
 PROTOCOL = frozenset({"__enter__", "__aenter__"})
 """Methods that return before their block begins: the block belongs to whoever calls them."""
 FIXTURES = frozenset({"_pytest.fixtures", "pytest_asyncio.plugin", "anyio._backends._asyncio"})
 """Modules that drive the generators of pytest's fixtures, whose blocks are around the test."""
+RUNNERS = frozenset({"unittest.case", "unittest.async_case", "_pytest.python"})
+"""Modules that enter a context for a test, as ``enterContext()`` does, or call its ``setUp()``, which may."""
 
 
 class Holder:
@@ -60,14 +62,17 @@ def find_holder(frame: FrameType | None) -> Holder | None:
     while frame is not None:
         if frame.f_code.co_flags & GENERATOR:
             generators.append(frame)
-            if frame.f_back is not None and frame.f_back.f_globals.get("__name__") in FIXTURES:
+            if _module(frame.f_back) in FIXTURES:
                 return Holder(generators, None, is_inherited=True)
-            if not _is_contextlib(frame.f_back):
+            if not _is_contextlib(frame.f_back) and not _delegates(frame.f_back):
                 return Holder(generators, None, is_inherited=False)
-        elif not _is_contextlib(frame) and frame.f_code.co_name not in PROTOCOL:
+        elif _is_decorated(frame) or not (_is_contextlib(frame) or frame.f_code.co_name in PROTOCOL):
             break
         frame = frame.f_back
-    return Holder(generators, frame, is_inherited=True) if generators else None
+    if not generators:
+        return None
+    is_test = any(_module(each) in RUNNERS for each in (frame, frame and frame.f_back))
+    return Holder(generators, None if is_test else frame, is_inherited=True)
 
 
 def stack() -> Iterator[FrameType]:
@@ -93,6 +98,25 @@ def _awaits(frame: FrameType) -> bool:
         return False
     # before 3.12 a coroutine that has returned has no `f_back` either, and only its last instruction tells
     return sys.version_info >= (3, 12) or frame.f_code.co_code[frame.f_lasti] == YIELD_VALUE
+
+
+def _delegates(frame: FrameType | None) -> bool:
+    """Return True if ``frame`` is that of a generator in a ``yield from``: then the inner one is in its place."""
+    if frame is None or not frame.f_code.co_flags & inspect.CO_GENERATOR:
+        return False
+    code, last = frame.f_code.co_code, frame.f_lasti
+    while code[last] == CACHE:  # Python 3.12 points behind the instruction
+        last -= 2
+    return code[last] == SEND
+
+
+def _is_decorated(frame: FrameType) -> bool:
+    """Return True if ``frame`` runs a function that a context manager decorates: contextlib has the ``with``."""
+    return _is_contextlib(frame) and frame.f_code.co_name == "inner"
+
+
+def _module(frame: FrameType | None) -> object:
+    return None if frame is None else frame.f_globals.get("__name__")
 
 
 def _outward(frame: FrameType | None) -> Iterator[FrameType]:

@@ -120,6 +120,45 @@ def test_a_task_whose_block_rolls_back_is_refused(async_store: Store, end: str) 
     assert async_store.names() == []
 
 
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_task_whose_work_an_explicit_rollback_discards_is_refused(async_store: Store, flush: bool) -> None:
+    """The code around it called `rollback()` and went on; a block that is around that call is left as ever."""
+
+    async_store.clear()
+
+    async def main() -> None:
+        db = AsyncDatabase(async_store.url)
+        beside = Beside(db, flush=flush)
+        with pytest.raises(TransactionAbortedError, match="its transaction was rolled back"):
+            async with db.session_scope() as session:
+                await beside.start()
+                async with db.session_scope():
+                    await session.rollback()
+                await beside.result()
+        await db.dispose()
+
+    asyncio.run(main())
+    assert async_store.names() == []
+
+
+def test_a_task_whose_work_close_discards_is_refused(async_store: Store) -> None:
+    """Whatever ends the transaction without a COMMIT."""
+    async_store.clear()
+
+    async def main() -> None:
+        db = AsyncDatabase(async_store.url)
+        beside = Beside(db)
+        with pytest.raises(TransactionAbortedError, match="its transaction was rolled back"):
+            async with db.session_scope() as session:
+                await beside.start()
+                await session.close()
+                await beside.result()
+        await db.dispose()
+
+    asyncio.run(main())
+    assert async_store.names() == []
+
+
 def test_late_work_of_a_task_is_refused_and_not_saved(async_store: Store) -> None:
     """What it does once the request is settled belongs to nothing that would save it."""
     async_store.clear()

@@ -1,7 +1,7 @@
 """`ScopeSession`: the session of a unit of work, of the user's own session class, and what it reports.
 
 Only documented extension points of SQLAlchemy are used: a subclass that overrides ``get_bind()``,
-``connection()`` and ``flush()``, and session events.
+``connection()``, ``flush()`` and ``rollback()``, and session events.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 from ..engines.backends import backend_for
 from ..exceptions import ReadOnlyError, ScopeClosedError
 from .current import depth
+from .joined import note_settled
 from .log import log_commit_failure
 from .permits import take_permit
 from .transaction_state import has_changes
 from .unit_of_work import UnitOfWork
+
+ROLLED_BACK = "its transaction was rolled back"
 
 
 class ScopeSession(Session):
@@ -71,6 +74,13 @@ class ScopeSession(Session):
             super().flush(objects)
         finally:
             transaction.flushing = outer
+
+    def rollback(self) -> None:
+        """As SQLAlchemy's, but the blocks of other tasks and threads that have joined learn that their work is lost."""
+        unit = self._unit_of_work
+        if unit is not None and unit.was_joined and unit.wrote:
+            note_settled(unit.joined_blocks, lost=ROLLED_BACK)
+        super().rollback()
 
 
 def scope_session_class(session_class: type[Session]) -> type[Session]:
@@ -158,7 +168,10 @@ def _run_hooks(session: ScopeSession, transaction: SessionTransaction) -> None:
         unit.hooks.savepoint_ended(transaction, committed=committed)
     else:
         unit.in_transaction = False
+        has_joined_work = unit.was_joined and unit.transaction.wrote
         ended_by = unit.transaction.ended(committed=committed)
+        if has_joined_work and ended_by == "rollback":  # by close(), or by an explicit commit() that failed
+            note_settled(unit.joined_blocks, lost=ROLLED_BACK)
         if unit.transaction.report is not None:
             log_commit_failure(unit, unit.transaction.report, unknown=ended_by == "unknown")
             unit.transaction.report = None

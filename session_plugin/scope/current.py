@@ -12,13 +12,14 @@ holds (`frames`) is found by the stack instead:
     a generator or async generator: a reader, an   what runs inside the generator itself, in whatever thread or
     iterator of a response, a provider of a DI     task; never its consumer, whether it goes on, is kept or is
     container                                      abandoned; no task or thread that was started inside it
-    the user's own ``@contextmanager`` or          the generator itself; the body of the ``with``, also by an
-    ``@asynccontextmanager``, or a decorator made  ExitStack of that function; tasks and threads that inherit its
-    of one                                         context
+    the user's own ``@contextmanager`` or          the generator itself, and one to which it delegates by ``yield
+    ``@asynccontextmanager``, or a decorator made  from``; the body of the ``with``, also by an ExitStack of that
+    of one                                         function; tasks and threads that inherit its context
     the same, entered by a function that returns   the generator itself
     before it leaves: FastAPI's ``yield``
     dependencies, svcs
-    a ``yield`` fixture of pytest                  the fixture, and the tests that use it
+    a ``yield`` fixture of pytest, a context that  the fixture, and the tests that use it
+    a test case of unittest enters
     a sync generator whose steps run in a copied   the generator itself
     context each: StreamingResponse, dependencies
     =============================================  ==============================================================

@@ -250,10 +250,21 @@ _BEFORE_TARGET = words("INSERT REPLACE MERGE IGNORE ABORT FAIL ROLLBACK LOW_PRIO
 _IN_LIST_OF_CTES = words("RECURSIVE AS NOT MATERIALIZED")
 _BEFORE_PARENTHESIS = words("""
     ALL AND ANY ARRAY AS BETWEEN BY CASE CROSS CUBE DISTINCT ELSE END ESCAPE EXCEPT EXISTS FROM GROUP HAVING
-    ILIKE IN INNER INTERSECT IS JOIN LATERAL LIKE LIMIT MATERIALIZED MINUS NOT OFFSET ON ONLY OR ORDER OVERLAPS
+    ILIKE IN INNER INTERSECT IS JOIN LATERAL LIKE LIMIT MATERIALIZED NOT OFFSET ON ONLY OR ORDER OVERLAPS
     RETURNING ROLLUP ROW SELECT SETS SOME TABLE THEN TO UNION UNIQUE USING VALUES WHEN WHERE WITH
     BIT BPCHAR CHAR CHARACTER DEC DECIMAL FLOAT INTERVAL NCHAR NUMERIC PRECISION TIMESTAMPTZ VARBIT VARCHAR VARYING
 """)
+_ONLY_AFTER = {
+    "BERNOULLI": words("TABLESAMPLE"),
+    "BY": words("GROUP ORDER PARTITION"),
+    "COLUMNS": frozenset({STRING}),
+    "ESCAPE": words("LIKE ILIKE TO") | {STRING},
+    "MATERIALIZED": words("AS NOT"),
+    "SETS": words("GROUPING"),
+    "SYSTEM": words("TABLESAMPLE"),
+    "VARYING": words("BIT CHAR CHARACTER NCHAR"),
+}
+"""Words that are reserved nowhere, and what stands before each where it is not the name of a function."""
 _BEFORE_COLUMNS = words("CONFLICT SET INSERT UPDATE KEY")
 """As `_BEFORE_PARENTHESIS`, where rows are changed."""
 
@@ -354,8 +365,8 @@ class _Reader:
             raise _NotKnownError
 
     def _read_explain(self, token: str) -> None:
-        if token in ("ANALYZE", "ANALYSE"):
-            self._analyzes = True
+        if token in ("ANALYZE", "ANALYSE") or (token == NAME and self._before in ("(", ",")):
+            self._analyzes = True  # PostgreSQL takes a quoted "analyze" too
         elif token in _QUERIES:
             self._state = self._read_query
             self._before = ""
@@ -426,7 +437,7 @@ class _Reader:
         if before == ".":
             return False
         if name in _BEFORE_PARENTHESIS or name in self._syntax.operators:
-            return True
+            return name not in _ONLY_AFTER or before in _ONLY_AFTER[name]
         if name in ("OVER", "FILTER"):
             return before in (")", "NULLS")
         return self._changes_rows and name in _BEFORE_COLUMNS

@@ -11,6 +11,7 @@ import pytest
 from fastapi import Depends, FastAPI, Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from session_plugin import AsyncDatabase, Database, ScopeClosedError, TransactionAbortedError
 from session_plugin.asgi import SessionScopeMiddleware
@@ -19,6 +20,7 @@ from session_plugin.wsgi import SessionScopeMiddleware as WSGIMiddleware
 
 from .asgi_site import stores
 from .harness import Parent, Store
+from .proxy import Proxy
 
 async_store = stores(["sqlite+aiosqlite", "postgresql+asyncpg"])
 sync_store = stores(["sqlite+pysqlite", "postgresql+psycopg"])
@@ -77,6 +79,35 @@ def test_a_task_whose_request_rolls_back_is_refused(async_store: Store, flush: b
 
     asyncio.run(main())
     assert async_store.names() == []
+
+
+def test_a_task_whose_work_may_be_saved_receives_no_denial(postgresql: Any) -> None:
+    """If the outcome of the COMMIT is unknown, the error does not say that the work is gone."""
+    store = Store("postgresql+asyncpg", postgresql)
+    store.clear()
+    proxy = Proxy(store.url)
+
+    async def main() -> None:
+        db = AsyncDatabase(proxy.url)
+        beside = Beside(db)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await beside.start()
+            proxy.lose_answer_to(b"COMMIT")
+            await send({"type": "http.response.start", "status": 201, "headers": []})
+
+        transport = httpx.ASGITransport(SessionScopeMiddleware(app, db))
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            with pytest.raises(DBAPIError):
+                await client.get("/")
+        with pytest.raises(TransactionAbortedError, match="may or may not be saved"):
+            await beside.result()
+        await db.dispose()
+
+    asyncio.run(main())
+    assert store.names() == ["beside"]
+    proxy.close()
+    store.engine.dispose()
 
 
 def test_a_task_whose_work_the_request_has_committed_is_not_refused(async_store: Store) -> None:

@@ -204,8 +204,11 @@ def test_what_fails_before_commit_is_sent_is_a_rollback(units: Units) -> None:
     assert units.store.names() == []
 
 
+@pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("kind", [TimeLimit, Interrupted, asyncio.CancelledError])
-def test_an_exception_while_the_server_commits(units: Units, kind: type[BaseException]) -> None:
+def test_an_exception_while_the_server_commits(
+    units: Units, kind: type[BaseException], explicit: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """A time limit, by whatever exception, says nothing about the COMMIT; its connection is discarded."""
     ran: list[Any] = []
     discarded = note_discarded(units)
@@ -227,6 +230,8 @@ def test_an_exception_while_the_server_commits(units: Units, kind: type[BaseExce
             cell.cell_contents = commit
 
         event.listen(session, "after_transaction_end", lambda session, transaction: restore(session))
+        if explicit:
+            session.commit()
 
     def run() -> None:
         units.run(work)
@@ -234,6 +239,7 @@ def test_an_exception_while_the_server_commits(units: Units, kind: type[BaseExce
     with pytest.raises(kind) as caught:
         run()
     assert ran == [["unknown"]]
+    assert "its work is discarded" not in caplog.text
     assert "may or may not be saved" in notes_of(caught.value)
     assert len(discarded) == 1
     assert units.store.names() == ["tea"]

@@ -99,6 +99,12 @@ def joined(unit: UnitOfWork[Any]) -> Generator[Any]:
             yield session
         finally:
             is_inside = block.leave()
+        if block.in_doubt and is_inside:
+            raise TransactionAbortedError(
+                f"The unit of work that this block had joined ({unit!r}) ended before the block did, and the outcome "
+                f"of its COMMIT is unknown ({block.lost}), so what the block did may or may not be saved. "
+                f"{OPEN_ANOTHER}"
+            )
         if block.lost is not None and is_inside:
             raise TransactionAbortedError(
                 f"The unit of work that this block had joined ({unit!r}) rolled back before the block ended "

@@ -20,14 +20,16 @@ class JoinedBlock:
 
     Attributes:
         task: the task that is inside, or None.
+        in_doubt: True if it is not known whether that unit of work had been committed.
         lost: why its unit of work was rolled back from outside the block, or None.
         outlived: True if its unit of work was settled from outside the block.
     """
 
-    __slots__ = ("_outer", "lost", "outlived", "task")
+    __slots__ = ("_outer", "in_doubt", "lost", "outlived", "task")
 
     def __init__(self, task: asyncio.Task[object] | None) -> None:
         self.task: asyncio.Task[Any] | None = task
+        self.in_doubt: bool = False
         self.lost: str | None = None
         self.outlived: bool = False
         self._outer: JoinedBlock | None = None
@@ -45,18 +47,20 @@ class JoinedBlock:
         return is_inside
 
 
-def note_settled(blocks: list[JoinedBlock], lost: str | None = None) -> None:
+def note_settled(blocks: list[JoinedBlock], lost: str | None = None, *, in_doubt: bool = False) -> None:
     """Note for those of ``blocks`` that are not around the running code that their unit of work was settled.
 
     Args:
         blocks: those that are open.
         lost: why work was rolled back, or None.
+        in_doubt: COMMIT was sent before, and it is not known whether the server has committed.
     """
     around = list(_around())
     for block in blocks:
         if block not in around:
             block.outlived = True
             block.lost = block.lost or lost
+            block.in_doubt = block.in_doubt or in_doubt
 
 
 def _around() -> Iterator[JoinedBlock]:

@@ -48,7 +48,7 @@ def settle(unit: UnitOfWork[Any], outcome: Outcome) -> Steps[None]:
         decision = _decide(unit, outcome)
         if unit.transaction.may_have_raw_writes and not unit.transaction.busy:
             yield partial(_run_sync, unit, unit.transaction.ask_whether_wrote)
-        discards = not decision.commit and unit.wrote
+        discards = not decision.commit and unit.wrote and not unit.transaction.in_doubt
         _log(unit, decision, outcome, discards=discards)
         unit.discarded = unit.discarded or discards
         if unit.transaction.unknown:
@@ -136,7 +136,7 @@ def _roll_back(unit: UnitOfWork[Any], reason: str) -> Steps[None]:
     """
     session = _begun_session(unit)
     if unit.was_joined and unit.wrote:
-        note_settled(unit.joined_blocks, lost=reason)
+        note_settled(unit.joined_blocks, lost=reason, in_doubt=unit.transaction.in_doubt)
     if unit.transaction.busy:
         yield partial(_run_sync, unit, unit.transaction.wait_alone)
         if unit.transaction.busy:

@@ -89,6 +89,11 @@ class TransactionState:
                 return True
         return False
 
+    @property
+    def in_doubt(self) -> bool:
+        """True once COMMIT was sent and it is not known whether the server has committed."""
+        return commits.outcome(self._guards) == "unknown"
+
     def handed_out(self, connection: Connection) -> None:
         """Note that the user was given ``connection``, and with it the driver's own cursors."""
         guard = self._guards.get(connection)

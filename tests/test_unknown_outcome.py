@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from sqlalchemy import event, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
@@ -494,12 +494,21 @@ class Diagnostics:
 )  # fmt: skip
 def test_what_postgresql_proves(sqlstate: str, severity: str, refused: bool) -> None:
     backend = backend_for("postgresql")
-    dialect: Any = None
+    dialect = create_engine("postgresql+psycopg://").dialect
     psycopg = Refusal(sqlstate=sqlstate, diag=Diagnostics(severity))
     psycopg2 = Refusal(pgcode=sqlstate, diag=Diagnostics(severity))
     asyncpg = Refusal(sqlstate=sqlstate)
     asyncpg.__cause__ = Refusal(severity_en=severity)
     assert [backend.has_refused_commit(error, dialect) for error in (psycopg, psycopg2, asyncpg)] == [refused] * 3
+
+
+def test_a_server_without_room_for_prepared_transactions_has_prepared_nothing() -> None:
+    """By PostgreSQL's default; psycopg raises an error of its own for the server's, without its code."""
+    dialect = create_engine("postgresql+psycopg://").dialect
+    driver = dialect.loaded_dbapi
+    backend = backend_for("postgresql")
+    assert backend.has_refused_commit(driver.NotSupportedError("prepared transactions are disabled"), dialect)
+    assert not backend.has_refused_commit(driver.OperationalError("the connection is lost"), dialect)
 
 
 @pytest.mark.parametrize(

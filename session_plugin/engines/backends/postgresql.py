@@ -111,7 +111,9 @@ class PostgreSQL(Backend):
     def has_refused_commit(self, error: BaseException, dialect: Dialect) -> bool:
         """An ERROR says so: the server has rolled back by then.  After a FATAL one the session is gone."""
         sqlstate: str | None = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-        return sqlstate is not None and not _NO_REFUSAL.match(sqlstate) and _severity_of(error) == "ERROR"
+        if sqlstate is None:  # so psycopg reports that the server has no room for prepared transactions
+            return isinstance(error, dialect.loaded_dbapi.NotSupportedError)
+        return not _NO_REFUSAL.match(sqlstate) and _severity_of(error) == "ERROR"
 
     def has_written(self, pooled: PoolProxiedConnection, mark: Any, dialect: Dialect) -> bool:
         """A transaction gets its number with the first row that it writes or locks; True if the server cannot say."""

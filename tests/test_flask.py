@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import wraps
 from io import BytesIO
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ref
 from wsgiref.validate import validator
 
@@ -18,6 +18,7 @@ import pytest
 from flask import (
     Blueprint,
     Flask,
+    Response,
     abort,
     copy_current_request_context,
     flash,
@@ -32,9 +33,10 @@ from flask import (
     stream_with_context,
 )
 from flask.views import MethodView, View
-from sqlalchemy import MetaData, event, make_url, select
+from sqlalchemy import MetaData, delete, event, make_url, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
+from sqlalchemy.orm.exc import ObjectDeletedError
 from werkzeug.debug import DebuggedApplication
 from werkzeug.exceptions import Conflict, Forbidden, HTTPException, InternalServerError
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
@@ -1306,6 +1308,30 @@ def test_request_inside_an_app_context(site: Site, app: Any, db: Any) -> None:
         assert db.engine.pool.checkedout() == 1
 
 
+def test_object_that_a_request_deleted_knows_its_key(site: Site, app: Any, db: Any) -> None:
+    """In a test's app context, an object knows its key after a request has deleted its row, and all else is read anew."""
+
+    @app.delete("/<name>")
+    def view(name: str) -> Any:
+        db.session.execute(delete(Child))
+        db.session.execute(delete(Parent).where(Parent.name == name))
+        return {}
+
+    with app.app_context():
+        add("tea")(db.session)
+        add("coffee")(db.session)
+        db.session.add(Child(name="cup", parent="coffee"))
+        db.session.commit()
+        tea, coffee, cup = db.session.get(Parent, "tea"), db.session.get(Parent, "coffee"), db.session.get(Child, "cup")
+        assert app.test_client().delete(f"/{tea.name}").status_code == 200
+        assert (tea.name, coffee.name, cup.name) == ("tea", "coffee", "cup")
+        with pytest.raises(ObjectDeletedError):
+            cup.parent  # noqa: B018
+        assert db.session.get(Parent, tea.name) is None
+        assert db.session.get(Parent, coffee.name) is coffee
+        assert tea.name == "tea"
+
+
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///shop.db"])
 def test_reading_app_context_does_not_block_a_request(tmp_path: Any, url: str) -> None:
     """An app context that has only read does not block a request on SQLite without WAL: in memory, or in a new file."""
@@ -1678,3 +1704,105 @@ def test_drop_all_after_a_read_in_an_app_context() -> None:
         assert count(db.session) == 0
         db.drop_all()
     db.dispose()
+
+
+# -- responses that a test client never closes ------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [commit_on_success, manual], ids=["commit_on_success", "manual"])
+def test_response_that_is_not_closed(store: Store, policy: Any) -> None:
+    """Flask's test client never closes a response; the unit of work ends as soon as no code of the app can run."""
+    app, scopes, loaded = flask_app(), [], []
+    db = SessionPlugin(store.url, metadata=Base.metadata, policy=policy, **POOL)
+    app.wsgi_app = ProxyFix(app.wsgi_app)  # type: ignore[method-assign]
+    db.init_app(app)
+
+    @app.post("/<name>")
+    def view(name: str) -> Any:
+        add(name)(db.session)
+        db.session.commit()
+        scopes.append(db.scope)
+        loaded.append(db.session.get(Parent, name))
+        return {}, 201
+
+    @app.errorhandler(404)
+    def not_found(error: Exception) -> Any:
+        db.session.get(Parent, "tea")
+        scopes.append(db.scope)
+        return "not found", 404
+
+    with Site(store, app, db).checked():
+        client = app.test_client()
+        responses = [client.post("/tea"), client.post("/coffee"), client.get("/a/b/c"), client.head("/a/b")]
+        assert [response.status_code for response in responses] == [201, 201, 404, 404]
+        assert [scope.closed for scope in scopes] == [True] * 4
+        assert db.engine.pool.checkedout() == 0
+        with app.app_context():
+            db.session.delete(loaded[1])
+            db.session.commit()
+        assert store.names() == ["tea"]
+
+
+def test_response_of_a_failed_commit_that_is_not_closed(site: Site, app: Any, db: Any) -> None:
+    """The response that replaces that of a failed commit ends the unit of work too."""
+    scopes: list[Any] = []
+
+    @app.post("/")
+    def view() -> Any:
+        scopes.append(db.scope)
+        add_orphan(db.session)
+        return {}, 201
+
+    @app.errorhandler(IntegrityError)
+    def refused(error: Exception) -> Any:
+        return "refused", 409
+
+    assert app.test_client().post("/").status_code == 409
+    assert scopes[0].closed
+
+
+class Closing(Response):
+    """A response that does something when it is closed."""
+
+    closes: ClassVar[list[str]] = []
+
+    def close(self) -> None:
+        super().close()
+        self.closes.append("closed")
+
+
+def late_function(db: Any) -> Any:
+    response = Response("a")
+    response.call_on_close(lambda: insert("late")(db.session))
+    return response
+
+
+@pytest.mark.parametrize("kind", ["stream", "late function", "late function of a teardown", "subclass"])
+def test_response_that_may_run_code_is_open_until_it_is_closed(site: Site, app: Any, db: Any, kind: str) -> None:
+    """Code of the app that runs while a response is sent, or afterwards, has the session of the request."""
+    scopes: list[Any] = []
+    responses: dict[str, Callable[[], Any]] = {
+        "stream": lambda: Response(iter(["a"])),
+        "late function": lambda: late_function(db),
+        "subclass": lambda: Closing("a"),
+    }
+
+    @app.get("/")
+    def view() -> Any:
+        scopes.append(db.scope)
+        count(db.session)
+        g.response = responses.get(kind, lambda: Response("a"))()
+        return g.response
+
+    if kind == "late function of a teardown":
+
+        @app.teardown_request
+        def add_late_function(error: BaseException | None) -> None:
+            g.response.call_on_close(lambda: None)
+
+    body = app.wsgi_app(new_environ(method="GET"), Server(site.store).start_response)
+    assert (b"".join(body), scopes[0].closed) == (b"a", False)
+    body.close()
+    assert scopes[0].closed
+    assert Closing.closes == ["closed"] * (kind == "subclass")
+    Closing.closes.clear()

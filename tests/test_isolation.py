@@ -242,6 +242,16 @@ def test_the_tests_session_refreshes_objects_that_it_holds(units: Units) -> None
 
 
 @on("sqlite+pysqlite", "postgresql+asyncpg")
+def test_an_object_of_the_tests_session_knows_its_key_when_the_app_has_deleted_it(units: Units) -> None:
+    with Isolated(units) as isolated:
+        isolated.see(insert_and_commit("tea"))
+        tea = isolated.see(lambda session: session.get(Parent, "tea"))
+        units.run(lambda session: session.delete(session.get(Parent, tea.name)))
+        assert isolated.see(lambda session: session.get(Parent, tea.name)) is None
+        assert tea.name == "tea"
+
+
+@on("sqlite+pysqlite", "postgresql+asyncpg")
 def test_the_tests_session_keeps_unflushed_changes(units: Units) -> None:
     def change(session: Session) -> None:
         session.get(Child, "child").parent = "new"  # type: ignore[union-attr]

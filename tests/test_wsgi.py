@@ -23,7 +23,7 @@ from session_plugin.wsgi.middleware import open_units
 
 from .apps import PlainWSGIHarness
 from .contract import Contract, on
-from .harness import Store, add, add_orphan, count, insert, wait_for
+from .harness import Parent, Store, add, add_orphan, count, insert, wait_for
 from .wsgi_site import POOL, TEXT, Server, Site, module_store, new_environ, store
 
 __all__ = ["module_store", "store"]
@@ -356,8 +356,7 @@ def test_exc_info_is_not_kept(db: Any, store: Store) -> None:
     gc.disable()
     try:
         body: Any = SessionScopeMiddleware(app, db)(new_environ(), lambda *_: None)
-        assert next(body) == b"a"
-        body.close()
+        assert next(iter(body)) == b"a"
         assert seen[0]() is None
     finally:
         gc.enable()
@@ -664,7 +663,7 @@ def test_close_that_raises_saves_nothing(db: Any, store: Store) -> None:
 
 def test_never_iterated_body_keeps_what_was_settled(db: Any, store: Store) -> None:
     """A body that the server never reads does not undo the commit, which came before the status was sent."""
-    app = SessionScopeMiddleware(responding([b"a"], work=lambda: insert("tea")(db.session)), db)
+    app = SessionScopeMiddleware(responding(iter([b"a"]), work=lambda: insert("tea")(db.session)), db)
     server = Server(store)
     body: Any = app(new_environ(), server.start_response)
     assert store.names() == ["tea"]
@@ -943,7 +942,7 @@ def test_an_environ_that_outlives_its_request_has_no_scopes(db: Any, store: Stor
     """After the request its environ lists no units of work, whether they are still referenced or not."""
     kept: list[Any] = []
     environ = new_environ()
-    app = SessionScopeMiddleware(responding([b"a"], work=lambda: kept.append(db._unit_of_work())), db)
+    app = SessionScopeMiddleware(responding(iter([b"a"]), work=lambda: kept.append(db._unit_of_work())), db)
     body: Any = app(environ, Server(store).start_response)
     assert open_units(environ) == kept
     body.close()
@@ -1065,3 +1064,34 @@ def test_policy_chosen_in_the_app(db: Any, store: Store) -> None:
         Server(store).serve(SessionScopeMiddleware(app, db), method=method)
     assert store.names() == ["PUT"]
     assert commit_on_success.name == "commit_on_success"
+
+
+@pytest.mark.parametrize("body", [[b"a", b"b"], (b"a",), []])
+def test_whole_body_closes_the_unit_of_work(db: Any, site: Site, body: Any) -> None:
+    """A body that is a list or a tuple is sent by the server alone, and many test clients never close a response."""
+    sessions: list[Any] = []
+    loaded: list[Any] = []
+
+    def work() -> None:
+        sessions.append(db.scope)
+        add("tea")(db.session)
+        db.session.flush()
+        loaded.append(db.session.get(Parent, "tea"))
+
+    app = SessionScopeMiddleware(responding(body, work=work), db)
+    assert app(new_environ(), Server(site.store).start_response) == body
+    assert (sessions[0].closed, site.store.names()) == (True, ["tea"])
+    with db.session_scope() as session:
+        session.delete(loaded[0])
+
+
+def test_work_after_write_is_settled_before_a_whole_body_ends(db: Any, site: Site) -> None:
+    """Work that an app does between its ``write()`` and its body, a list, is committed before the last byte."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", TEXT)(b"a")
+        insert("late")(db.session)
+        return [b"b"]
+
+    served = Server(site.store).serve(SessionScopeMiddleware(app, db))
+    assert (served.complete, site.store.names()) == (True, ["late"])

@@ -32,6 +32,7 @@ from ..policy import Outcome, Policy, any_endpoint_policy, as_policy, manual, se
 from ..scope.current import find
 from ..scope.ending import close, settle
 from ..scope.opening import open_unit_of_work
+from ..scope.session import read_anew
 from ..scope.typevars import SyncS
 from ..scope.unit_of_work import UnitOfWork
 from ..wsgi.middleware import SessionScopeMiddleware
@@ -162,7 +163,7 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
     def _release_app_context(self) -> None:
         """End what the app context around a request has read, which would lock the request out on SQLite.
 
-        What that context has loaded is read anew after the request.
+        What that context has loaded is read anew after the request, except primary keys.
         """
         unit = self._used_in_app_context()
         if unit is None:
@@ -174,7 +175,7 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
             )
         elif not unit.hooks.waiting:
             settle(unit, Outcome())
-            unit.session.expire_all()
+            read_anew(unit.session)
 
     def session_scope(self, *, new: bool = False) -> _GeneratorContextManager[SyncS, None, None]:
         """As `Database.session_scope`; on SQLite, an app context that has only read does not lock it out."""

@@ -18,7 +18,7 @@ from ..scope.current import is_session_open
 from ..scope.ending import settle, settle_if_idle
 from ..scope.unit_of_work import UnitOfWork
 from ..wsgi.middleware import open_units
-from .late_calls import separate_late_calls
+from .late_calls import WholeBody, finished
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -72,11 +72,11 @@ class SettlingMiddleware:
             return start_response(status, headers, exc_info)
 
         body = self._wsgi_app(environ, settle_and_start)
-        if error_response is None:
-            return body
-        if (close := getattr(body, "close", None)) is not None:
-            close()
-        return error_response
+        if error_response is not None:
+            if (close := getattr(body, "close", None)) is not None:
+                close()
+            body = error_response
+        return body.chunks() if isinstance(body, WholeBody) else body
 
     def _settle_after(self, finalize: Callable[..., Response]) -> Callable[..., Response]:
         """Wrap ``finalize_request``: no middleware around the app sees a response that a failed commit replaces."""
@@ -85,7 +85,7 @@ class SettlingMiddleware:
         def finalize_and_settle(*args: Any, **kwargs: Any) -> Response:
             response = finalize(*args, **kwargs)
             if not is_session_open():
-                return separate_late_calls(response)
+                return finished(response)
             units = _current_units()
             try:
                 _settle_all(units, response.status_code)
@@ -93,10 +93,10 @@ class SettlingMiddleware:
                 for unit in units:
                     unit.error = error
                 try:
-                    return separate_late_calls(_handled(self._app, error))
+                    return finished(_handled(self._app, error))
                 finally:
                     response.close()
-            return separate_late_calls(response)
+            return finished(response)
 
         return finalize_and_settle
 
@@ -129,7 +129,7 @@ def _handle(error: Exception) -> Response:
     """Return the response that the app would have sent if the view had raised ``error``."""
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
     try:
-        return separate_late_calls(_handled(app, error))
+        return finished(_handled(app, error))
     except Exception as unhandled:
         return app.handle_exception(unhandled)
 

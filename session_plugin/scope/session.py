@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Engine, event
-from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
+from sqlalchemy import Connection, Engine, event, inspect
+from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
 
 from ..engines.backends import backend_for
 from ..exceptions import ReadOnlyError, ScopeClosedError
@@ -86,6 +86,22 @@ class ScopeSession(Session):
 def scope_session_class(session_class: type[Session]) -> type[Session]:
     """Return the subclass of ``session_class`` whose sessions belong to units of work."""
     return type(session_class.__name__, (ScopeSession, session_class), {"__module__": session_class.__module__})
+
+
+def read_anew(session: Session) -> None:
+    """Expire what ``session`` has loaded; an object whose row is gone still knows its primary key."""
+    states = [inspect(loaded) for loaded in session]
+    keys = [
+        (state.dict, {name: state.dict[name] for name in _names_of_key(state.mapper) if name in state.dict})
+        for state in states
+    ]
+    session.expire_all()
+    for values, key in keys:
+        values.update(key)  # they are read without a query, and a refresh replaces them with the rest
+
+
+def _names_of_key(mapper: Mapper[Any]) -> list[str]:
+    return [mapper.get_property_by_column(column).key for column in mapper.primary_key]
 
 
 @event.listens_for(ScopeSession, "after_transaction_create", insert=True)  # a listener before it may raise

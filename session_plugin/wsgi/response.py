@@ -54,7 +54,14 @@ class Response:
         if isinstance(file_wrapper, type) and isinstance(self._body, file_wrapper):
             close(self._unit)
             return self._body  # the server may send it by sendfile(2) if it gets it as it is
+        if type(self._body) in (list, tuple) and self._is_settled:
+            self.close()  # no code of the app can run any more, and many test clients never close a response
+            return self._body
         return self
+
+    @property
+    def _is_settled(self) -> bool:
+        return self._server_write is not None and self._failure is None and not self._unit.active
 
     def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
         """Note the status and the headers, and pass them on later, once they are true: the app's ``start_response``.

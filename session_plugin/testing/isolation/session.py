@@ -9,7 +9,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 
 from ...exceptions import IsolationError
-from ...scope.session import ScopeSession
+from ...scope.session import ScopeSession, read_anew
 
 
 class SharedConnections(Protocol):
@@ -91,7 +91,12 @@ class SessionOfTheTest(IsolatedSession):
                 "The test's session has uncommitted work, which the app could not see. Call commit() on it before the "
                 "app goes on."
             )
-        self.commit()
+        read_anew(self)
+        expire_on_commit, self.expire_on_commit = self.expire_on_commit, False
+        try:
+            self.commit()
+        finally:
+            self.expire_on_commit = expire_on_commit
 
 
 @event.listens_for(SessionOfTheTest, "do_orm_execute")

@@ -1309,7 +1309,7 @@ def test_request_inside_an_app_context(site: Site, app: Any, db: Any) -> None:
 
 
 def test_object_that_a_request_deleted_knows_its_key(site: Site, app: Any, db: Any) -> None:
-    """In a test's app context, an object knows its key after a request has deleted its row, and all else is read anew."""
+    """In an app context, an object knows its key after a request has deleted its row; all else is read anew."""
 
     @app.delete("/<name>")
     def view(name: str) -> Any:

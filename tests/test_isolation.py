@@ -808,3 +808,122 @@ def test_only_one_waiter_makes_the_tests_session_step_aside() -> None:
     turn = Turn(OfTheTest())  # type: ignore[arg-type]
     turns._let_step_aside(turn)
     assert asked == [turn]
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+TENANT = "SELECT current_setting('app.tenant', true)"
+SHOW = (TENANT, "SHOW statement_timeout", "SELECT current_user", "SHOW search_path")
+
+
+def executing(*statements: str, **parameters: Any) -> Callable[[Session], list[Any]]:
+    """Return work that executes ``statements``, and returns the first value of each that has one."""
+
+    def work(session: Session) -> list[Any]:
+        results = [session.execute(text(statement), parameters) for statement in statements]
+        return [result.scalar() or None for result in results if result.returns_rows]
+
+    return work
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "SELECT set_config('app.tenant', '1', true)",
+        "SELECT set_config('app.tenant', '1', false)",
+        "SET app.tenant = '1'",
+        "SET /* the tenant */ LOCAL app.tenant = '1'",
+        "DO $$ BEGIN PERFORM set_config('app' || '.tenant', '1', true); END $$",
+        "SET LOCAL statement_timeout = '5s'",
+        "SET LOCAL ROLE pg_monitor",
+        "SET LOCAL search_path TO pg_catalog",
+    ],
+)
+@on(*POSTGRESQL)
+def test_settings_end_with_their_unit_of_work(units: Units, setting: str) -> None:
+    """What a committed unit of work has set is not seen by the next one, nor by one nested in it, as in production."""
+    with Isolated(units) as isolated:
+        before = units.run(executing(*SHOW))
+
+        def work(session: Session) -> None:
+            session.execute(text(setting))
+            during = executing(*SHOW)(session)
+            assert during != before
+            assert nested(units, executing(*SHOW)) == before
+            if not setting.startswith("DO"):
+                assert executing(*SHOW)(session) == during
+
+        units.run(work)
+        assert units.run(executing(*SHOW)) == before
+        assert isolated.see(executing(*SHOW)) == before
+
+
+@on(*POSTGRESQL)
+def test_settings_made_by_parameters_and_by_the_connection(units: Units) -> None:
+    """A name may be a parameter; what the connection was set up with, and the app has overridden, comes back."""
+    set_tenant = "SELECT set_config(:name, :value, true)"
+
+    def set_up(connection: Any, record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("SET app.tenant = 'it''s \\'")
+        cursor.execute("SET statement_timeout = '7s'")
+        cursor.close()
+        connection.commit()
+
+    event.listen(units.sync_engine, "connect", set_up)
+    with Isolated(units):
+        before = units.run(executing(TENANT, "SHOW statement_timeout"))
+        assert before == ["it's \\", "7s"]
+        units.run(executing("SET LOCAL statement_timeout = 0", set_tenant, name="app.tenant", value="1"))
+        assert units.run(executing(TENANT, "SHOW statement_timeout")) == before
+
+
+@on(*POSTGRESQL)
+def test_set_constraints_ends_with_its_unit_of_work(units: Units) -> None:
+    def late_parent(session: Session) -> None:
+        session.add(Child(name="child", parent="late"))
+        session.flush()
+        session.add(Parent(name="late"))
+
+    with Isolated(units):
+        units.run(executing("SET CONSTRAINTS ALL IMMEDIATE"))
+        units.run(late_parent)
+
+
+@on(*POSTGRESQL)
+def test_setting_in_an_aborted_transaction(units: Units) -> None:
+    """A statement that would set something in an aborted transaction fails as ever."""
+
+    def work(session: Session) -> None:
+        with pytest.raises(DBAPIError):
+            session.execute(text("SELECT 1/0"))
+        session.execute(text("SET LOCAL statement_timeout = 0"))
+
+    with Isolated(units), pytest.raises(DBAPIError):
+        units.run(work)
+
+
+@on(*POSTGRESQL)
+def test_settings_of_a_reader_that_fails_after_work_inside_it(units: Units) -> None:
+    """A unit of work whose rollback keeps what was committed inside it keeps none of its settings."""
+
+    def work(session: Session) -> None:
+        executing("SELECT set_config('app.tenant', '1', true)")(session)
+        nested(units, insert("kept"))
+        raise KeyError
+
+    with Isolated(units) as isolated:
+        with pytest.raises(KeyError):
+            units.run(work)
+        assert (isolated.names(), units.run(executing(TENANT))) == (["kept"], [None])
+
+
+@on("sqlite+pysqlite", "mariadb+pymysql")
+def test_other_databases_keep_the_settings_of_the_connection(units: Units) -> None:
+    """Where a setting does not end with the transaction, it stays on the connection, as in production."""
+    sqlite = units.driver.startswith("sqlite")
+    change, show = ("PRAGMA cache_size = 77", "PRAGMA cache_size") if sqlite else ("SET @tenant = 77", "SELECT @tenant")
+    with Isolated(units):
+        units.run(executing(change))
+        assert units.run(executing(show)) == [77]

@@ -51,7 +51,7 @@ def _overrides(response_class: type[Response]) -> bool:
 
 
 class WholeBody:
-    """The body of a response that runs no code of the app any more, unless a middleware or a teardown function adds some.
+    """The body of a response that runs no code of the app any more, unless a teardown function adds some.
 
     A body that a middleware wraps is no `WholeBody` any more.
     """

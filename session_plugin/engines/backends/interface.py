@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from re import Pattern
 from typing import Any, Literal, TypeAlias
@@ -130,6 +130,16 @@ class Backend:
 
     def end_read_only_savepoint(self, connection: Connection) -> None:
         """Undo `begin_read_only_savepoint`, where the end of the savepoint does not."""
+
+    def settings(self, pooled: PoolProxiedConnection, names: Iterable[str]) -> dict[str, str]:
+        """Return the settings of the session that it has made itself, and those custom ones of these ``names``."""
+        return {}
+
+    def restore_settings(self, pooled: PoolProxiedConnection, settings: Mapping[str, str]) -> None:
+        """Set back what `settings` returned, and reset all others, until the transaction ends."""
+
+    def restore_constraints(self, pooled: PoolProxiedConnection) -> None:
+        """Undo SET CONSTRAINTS."""
 
     def raise_commit_failure(self, connection: Connection, failure: CommitFailure) -> None:
         """Raise the error of a failed COMMIT as the driver would.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection
@@ -23,6 +23,23 @@ CHECK_CONSTRAINTS = """DO $$ BEGIN
     END;
 END $$"""
 """Checks all deferred constraints, and leaves them deferred: the error that ends the inner block restores that."""
+
+_SETTINGS = """SELECT name, setting FROM pg_catalog.pg_settings
+WHERE source = 'session' AND context IN ('user', 'superuser') AND left(name, 12) <> 'transaction_'
+UNION ALL
+SELECT name, pg_catalog.current_setting(name, true) FROM unnest(ARRAY[{}]::text[]) AS name"""
+_ROLES = ("session_authorization", "role")
+"""In this order, since the first resets the second; pg_settings does not show them, nor custom settings."""
+_RESTORE_CONSTRAINTS = """DO $$ DECLARE found record; BEGIN
+    FOR found IN
+        SELECT format('%I.%I', nspname, conname) AS name, 
+            CASE WHEN condeferred THEN 'DEFERRED' ELSE 'IMMEDIATE' END AS mode
+        FROM pg_catalog.pg_constraint JOIN pg_catalog.pg_namespace ON pg_namespace.oid = connamespace
+        WHERE condeferrable
+    LOOP
+        EXECUTE 'SET CONSTRAINTS ' || found.name || ' ' || found.mode;
+    END LOOP;
+END $$"""
 
 SYNTAX = Syntax(
     hash_comments=False,
@@ -132,9 +149,42 @@ class PostgreSQL(Backend):
         """The same statement checks the constraints of any transaction."""
         return _check_constraints
 
+    def settings(self, pooled: PoolProxiedConnection, names: Iterable[str]) -> dict[str, str]:
+        """Ask the server; custom settings can only be asked for by name."""
+        rows = _execute(pooled, _SETTINGS.format(", ".join(_quoted(name) for name in [*_ROLES, *names])))
+        return {name: value for name, value in rows if value is not None}
+
+    def restore_settings(self, pooled: PoolProxiedConnection, settings: Mapping[str, str]) -> None:
+        """RESET ALL also finds what a function has set, but knows nothing of what was set after connecting."""
+        others = [name for name in settings if name not in _ROLES]
+        calls = (
+            f"pg_catalog.set_config({_quoted(name)}, {_quoted(settings[name])}, true)" for name in [*_ROLES, *others]
+        )
+        _execute(pooled, "RESET ALL")
+        _execute(pooled, f"SELECT {', '.join(calls)}")
+
+    def restore_constraints(self, pooled: PoolProxiedConnection) -> None:
+        """Set each one to what its definition says."""
+        _execute(pooled, _RESTORE_CONSTRAINTS)
+
     def begin_read_only_savepoint(self, connection: Connection) -> None:
         """PostgreSQL restores the mode of the transaction when the savepoint ends."""
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+
+
+def _execute(pooled: PoolProxiedConnection, statement: str) -> Sequence[Any]:
+    """Execute on the driver's cursor, which the guard of the connection and listeners of the user do not see."""
+    cursor: Any = pooled.cursor()
+    try:
+        cursor.execute(statement)
+        rows: Sequence[Any] = cursor.fetchall() if cursor.description else ()
+        return rows
+    finally:
+        cursor.close()
+
+
+def _quoted(value: str) -> str:
+    return "E'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
 
 
 def _check_constraints(connection: Connection) -> None:

@@ -62,6 +62,7 @@ class Isolation:
         self._over = False
         self._is_the_parents = False
         self._savepoints = Savepoints()
+        self._custom_settings: set[str] = set()
         self.next_commits: list[Failure] = []
         self.next_statements: list[Failure] = []
         self.exhausted = False
@@ -206,6 +207,10 @@ class Isolation:
         if turn is not None:
             turn.savepoints[connection] = self._savepoints.last
             turn.guards[connection] = connection.info.get(KEY)
+            outside = self._turns.settings_outside(connection)
+            if outside is not None:  # it is nested in a transaction that may have changed some
+                self._remember_settings(turn, connection, self._custom_settings)
+                backend_for(connection.dialect.name).restore_settings(connection.connection, outside)
             unit = session._unit_of_work
             if unit is not None and unit.policy.read_only:
                 backend_for(connection.dialect.name).begin_read_only_savepoint(connection)
@@ -239,6 +244,7 @@ class Isolation:
                 self.next_commits.pop(0)(connection)
             if turn.wrote:
                 self._opened[connection][0](connection)
+            self._restore_settings(turn, connection)
         except BaseException:
             if guard is not None:
                 guard.error = None
@@ -269,7 +275,36 @@ class Isolation:
                 "real database would have kept that; on one connection it is not possible."
             )
         elif turn.kept:
+            self._restore_settings(turn, connection)
             self._savepoints.release_instead(name)
+
+    # -- settings ------------------------------------------------------------------------------
+
+    def _before_setting(self, turn: Turn, connection: Connection, statement: str, parameters: Any) -> None:
+        names = statements.custom_settings(statement, parameters)
+        turn.sets_constraints = turn.sets_constraints or "constraints" in statement.lower()
+        self._remember_settings(turn, connection, names | self._custom_settings)
+
+    def _remember_settings(self, turn: Turn, connection: Connection, names: set[str]) -> None:
+        """Note the settings as they are; a transaction ends them, but the end of a savepoint does not."""
+        new = names - self._custom_settings
+        self._custom_settings |= new
+        known = turn.settings.get(connection)
+        if known is not None and not new:
+            return
+        try:
+            found = backend_for(connection.dialect.name).settings(connection.connection, new if known else names)
+        except connection.dialect.loaded_dbapi.Error:
+            return  # the transaction is aborted, and its end undoes what it has set
+        turn.settings[connection] = {**found, **(known or {})}
+
+    def _restore_settings(self, turn: Turn, connection: Connection) -> None:
+        """Set back what was set in ``turn``, as the end of its transaction would."""
+        if connection in turn.settings:
+            backend = backend_for(connection.dialect.name)
+            backend.restore_settings(connection.connection, turn.settings.pop(connection))
+            if turn.sets_constraints:
+                backend.restore_constraints(connection.connection)
 
     # -- statements ----------------------------------------------------------------------------
 
@@ -278,6 +313,8 @@ class Isolation:
     ) -> tuple[str, Any]:
         if self._turns.find(self._active.session) is self._active:
             self._note(self._active, connection, statement)
+            if statements.may_set(statement, backend_for(connection.dialect.name).syntax):
+                self._before_setting(self._active, connection, statement, parameters)
         return self._savepoints.before(statement), parameters
 
     def _note(self, turn: Turn, connection: Connection, statement: str) -> None:

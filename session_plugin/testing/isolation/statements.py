@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Connection
 
 from ...engines.backends import backend_for
 from ...engines.backends.postgresql import CHECK_CONSTRAINTS
-from ...engines.statements import effects
+from ...engines.backends.syntax import Syntax
+from ...engines.statements import effects, tokens
 from ...exceptions import IsolationError, ReadOnlyError
 from ...scope.unit_of_work import UnitOfWork
 
@@ -20,6 +23,42 @@ _CONTROL = re.compile(
 _ENDS = re.compile(
     r"\s*(?:COMMIT|END|ABORT|ROLLBACK(?!\s+(?:WORK\s+)?TO\b)|BEGIN|START\s+TRANSACTION)\b", re.IGNORECASE
 )
+
+
+_CUSTOM_SETTING = re.compile(r"\b[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)+")
+"""The name of a setting that an app makes up, such as ``app.tenant``."""
+_LONGEST_NAME = 200
+
+
+@lru_cache(maxsize=512)
+def may_set(statement: str, syntax: Syntax) -> bool:
+    """Return True if ``statement`` may change a setting, for the transaction or for longer."""
+    if statement == CHECK_CONSTRAINTS:
+        return False
+    if effects(statement, syntax).changes_session:
+        return True
+    before = ";"
+    for token in tokens(statement, syntax):
+        if token == "SET_CONFIG" or (token == "SET" and before == ";"):
+            return True
+        before = token
+    return False
+
+
+def custom_settings(statement: str, parameters: Any) -> set[str]:
+    """Return what may be the names of custom settings in ``statement`` and its parameters."""
+    texts = [statement, *(value for value in _values(parameters) if len(value) <= _LONGEST_NAME)]
+    return {name.lower() for value in texts for name in _CUSTOM_SETTING.findall(value)}
+
+
+def _values(parameters: Any) -> Iterator[str]:
+    if isinstance(parameters, str):
+        yield parameters
+    elif isinstance(parameters, Mapping):
+        yield from _values(list(parameters.values()))
+    elif isinstance(parameters, list | tuple):
+        for value in parameters:
+            yield from _values(value)
 
 
 def controls(statement: str) -> bool:

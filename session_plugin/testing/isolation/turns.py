@@ -33,6 +33,8 @@ class Turn:
         begins: True until the session has the connection.
         leaves: True while the test's session is being committed for the sake of another one.
         savepoints: by connection, the savepoint that stands for the session's transaction.
+        settings: by connection, the settings of the transaction as it began, once a statement may have changed one.
+        sets_constraints: True once it sent a SET CONSTRAINTS.
         guards: by connection, the guard of the transaction around it; see `session_plugin.engines.guard`.
         wrote: True once it sent an INSERT, UPDATE, DELETE or the like.
         executing: True while a statement is executed, and after one that failed.
@@ -48,6 +50,8 @@ class Turn:
         self.leaves = False
         self.savepoints: dict[Connection, str] = {}
         self.guards: dict[Connection, Any] = {}
+        self.settings: dict[Connection, dict[str, str]] = {}
+        self.sets_constraints = False
         self.wrote = False
         self.executing = False
         self.failed = False
@@ -95,6 +99,10 @@ class Turns:
     def owner(self, connection: Connection, savepoint: str) -> Turn | None:
         """Return the turn whose transaction ``savepoint`` stands for; None if it is one of the app's own."""
         return next((turn for turn in self._stack if turn.savepoints.get(connection) == savepoint), None)
+
+    def settings_outside(self, connection: Connection) -> dict[str, str] | None:
+        """Return the settings with which every transaction on ``connection`` begins, if one may have changed them."""
+        return next((turn.settings[connection] for turn in self._stack if connection in turn.settings), None)
 
     def note_committed(self, turn: Turn) -> None:
         """Note on the turn around ``turn`` that work inside it was committed."""

@@ -287,6 +287,26 @@ class Contract:
         assert app.request(Act(work, stream=[late])).complete
         assert read == [("tea", False)]
 
+    @pytest.mark.parametrize("flushes", [True, False])
+    def test_unchanged_rows_are_readable_after_a_rollback(self, flushes: bool, app: Harness) -> None:
+        """A rollback that discards work leaves the rows readable that this work did not change."""
+        assert app.request(Act(insert("tea"))).status == 201
+        read: list[Any] = []
+        loaded: list[Parent] = []
+
+        def work(session: Session) -> None:
+            loaded.append(session.scalars(select(Parent)).one())
+            session.add(Parent(name="coffee"))
+            if flushes:
+                session.flush()
+
+        def late(session: Session) -> None:
+            read.append((loaded[0].name, session.in_transaction()))
+
+        assert app.request(Act(work, status=409, stream=[late])).complete
+        assert read == [("tea", False)]
+        assert app.store.names() == ["tea"]
+
     def test_settling_closes_open_results(self, app: Harness) -> None:
         """Settling closes an open yield_per result, so that it cannot read from a connection that was released."""
         results: list[Any] = []

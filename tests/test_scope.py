@@ -1211,7 +1211,7 @@ def test_work_after_the_response_that_is_not_saved_is_an_error_in_the_log(
 def test_a_guard_removes_only_itself_from_its_connection(units: Units) -> None:
     """If two guards share a connection, releasing the first leaves the second in place."""
     with units.store.engine.connect() as connection:
-        first, second = ConnectionGuard(connection, {}), ConnectionGuard(connection, {})
+        first, second = ConnectionGuard(connection, {}, int), ConnectionGuard(connection, {}, int)
         first.release()
         assert guard_of(connection) is second
         second.release()
@@ -1397,7 +1397,7 @@ def test_requests_that_end_alike_share_their_outcome_and_its_decision() -> None:
 
 def test_a_refused_flush_is_refused_again() -> None:
     """A thread is refused to flush for as long as another one is flushing."""
-    work = TransactionState()
+    work = TransactionState(Session())
     work.begin_flush()
 
     def flush() -> None:

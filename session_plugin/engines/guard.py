@@ -71,6 +71,7 @@ class ConnectionGuard:
         error: the error of the last statement that failed, until it is known whether it aborted the transaction.
         fellows: the guards of the session's other connections and this one.
         inherited: True in a forked child, where the connection is the parent's.
+        on_first_write: called before its first statement that is not known to be a plain read.
         has_lazy_cursors: True if the driver reads rows from the database as they are fetched.
         wrote: True once a statement was executed that is not known to be a plain read.
         xid: the id of its prepared transaction once PREPARE was sent, or None.
@@ -79,13 +80,14 @@ class ConnectionGuard:
     __slots__ = (
         "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_many", "_mark", "_options", "_owner",
         "_results", "_syntax", "commit_error", "commit_state", "doomed", "error", "fellows", "has_lazy_cursors",
-        "inherited", "wrote", "xid",
+        "inherited", "on_first_write", "wrote", "xid",
     )  # fmt: skip
 
-    def __init__(self, connection: Connection, fellows: Guards) -> None:
+    def __init__(self, connection: Connection, fellows: Guards, on_first_write: Callable[[], None]) -> None:
         self.commit_error: BaseException | None = None
         self.commit_state: CommitState = commits.OPEN
         self.fellows: Guards = fellows
+        self.on_first_write: Callable[[], None] = on_first_write
         self.xid: Any = None
         self.doomed: str | None = None
         self.error: BaseException | None = None
@@ -134,9 +136,10 @@ class ConnectionGuard:
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(TWO_AT_ONCE)
         self._owner = self._current_owner()
-        if not self.wrote:
-            self.wrote = may_write(statement, self._syntax)
         try:
+            if not self.wrote and may_write(statement, self._syntax):
+                self.wrote = True
+                self.on_first_write()
             call(cursor, statement, *rest)
         except BaseException as error:
             self.error = error

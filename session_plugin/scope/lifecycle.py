@@ -132,7 +132,8 @@ def _roll_back(unit: UnitOfWork[Any], reason: str) -> Steps[None]:
     """ROLLBACK because of ``reason``.
 
     A connection on which that fails, or which another thread or task still uses, is discarded.
-    If no work is discarded nothing is expired: what is not in the session meanwhile stays loaded.
+    If no work is discarded nothing is expired: what is not in the session meanwhile stays loaded.  Otherwise the rows
+    that were not changed are restored before the hooks run; see `rows`.
     """
     session = _begun_session(unit)
     if unit.was_joined and unit.wrote:
@@ -145,6 +146,7 @@ def _roll_back(unit: UnitOfWork[Any], reason: str) -> Steps[None]:
     loaded = [] if unit.wrote else [*session]
     if loaded:
         session.expunge_all()
+    unit.rolls_back = True
     try:
         while not (yield from _roll_back_unless_connecting(unit)):
             if _waits_no_longer(unit):
@@ -164,6 +166,8 @@ def _roll_back(unit: UnitOfWork[Any], reason: str) -> Steps[None]:
             transaction = session.begin()
             session.add_all(loaded)
             transaction.close()
+    finally:
+        unit.rolls_back = False
 
 
 def _roll_back_unless_connecting(unit: UnitOfWork[Any]) -> Steps[bool]:

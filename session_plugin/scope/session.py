@@ -18,6 +18,7 @@ from .current import depth
 from .joined import note_settled
 from .log import log_commit_failure
 from .permits import take_permit
+from .rows import restore_rows
 from .transaction_state import has_changes
 from .unit_of_work import UnitOfWork
 
@@ -174,6 +175,13 @@ def _mark_committed(session: ScopeSession) -> None:
         session._unit_of_work.transaction.committed = committed
 
 
+@event.listens_for(ScopeSession, "after_rollback", insert=True)
+def _keep_rows(session: ScopeSession) -> None:
+    unit = session._unit_of_work
+    if unit is not None and not session.in_nested_transaction():
+        unit.transaction.rolled_back(session)
+
+
 @event.listens_for(ScopeSession, "after_transaction_end", insert=True)
 def _run_hooks(session: ScopeSession, transaction: SessionTransaction) -> None:
     unit = session._unit_of_work
@@ -185,6 +193,9 @@ def _run_hooks(session: ScopeSession, transaction: SessionTransaction) -> None:
     else:
         unit.in_transaction = False
         has_joined_work = unit.was_joined and unit.transaction.wrote
+        kept, unit.transaction.kept = unit.transaction.kept, None
+        if kept is not None and unit.rolls_back:  # a rollback() of the user's expires all rows, as in SQLAlchemy
+            restore_rows(kept)
         ended_by = unit.transaction.ended(committed=committed)
         if has_joined_work and ended_by == "rollback":  # by close(), or by an explicit commit() that failed
             note_settled(unit.joined_blocks, lost=ROLLED_BACK)

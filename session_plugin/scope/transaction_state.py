@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import Result
@@ -16,6 +17,7 @@ from ..engines.guard import TWO_AT_ONCE, ConnectionGuard
 from ..engines.twophase import TransactionIds
 from ..exceptions import ConcurrentUseError
 from .hooks import Event
+from .rows import LoadedRows, loaded_rows, unchanged_rows
 
 
 class LateConnection:
@@ -57,17 +59,21 @@ class TransactionState:
         saved: True if a transaction has committed what it wrote since the last settlement looked.
         flushing: the thread or the task that flushes, or None.
         late: the connection that another thread or task was still taking when the transaction was to end, or None.
+        kept: the rows that can be read on once the session has rolled back, or None; see `rows`.
         report: what a COMMIT that failed has left on each engine, for the log, or None.
         unknown: True once it is not known whether a transaction was committed, until that was logged with a success.
         variants: by engine, its variant with which this transaction has begun; see `engines.variants`.
     """
 
     __slots__ = (
-        "_current_owner", "_doomed", "_first", "_guards", "_ids", "committed", "flushing", "late", "report", "saved",
-        "unknown", "variants",
+        "_current_owner", "_doomed", "_first", "_guards", "_ids", "_loaded", "_session", "committed", "flushing",
+        "kept", "late", "report", "saved", "unknown", "variants",
     )  # fmt: skip
 
-    def __init__(self, doomed: str | None = None, *, is_async: bool = False) -> None:
+    def __init__(self, session: Session, doomed: str | None = None, *, is_async: bool = False) -> None:
+        self._session = ref(session)
+        self._loaded: LoadedRows | None = None
+        self.kept: LoadedRows | None = None
         self._current_owner: Callable[[], object] = current_task if is_async else threading.get_ident
         self._guards: dict[Connection, ConnectionGuard] = {}
         self._doomed = doomed
@@ -94,10 +100,24 @@ class TransactionState:
         """True once COMMIT was sent and it is not known whether the server has committed."""
         return commits.outcome(self._guards) == "unknown"
 
+    def _note_first_write(self) -> None:
+        """Remember what was read before the first write on any connection."""
+        session = self._session()
+        if self._loaded is None and session is not None:
+            self._loaded = loaded_rows(session)
+
+    def rolled_back(self, session: Session) -> None:
+        """Note which rows stay as they are; SQLAlchemy expires all of them next."""
+        if self._loaded is not None:
+            self.kept = unchanged_rows(session, self._loaded)
+        elif not self.wrote:
+            self.kept = unchanged_rows(session, loaded_rows(session))
+
     def handed_out(self, connection: Connection) -> None:
         """Note that the user was given ``connection``, and with it the driver's own cursors."""
         guard = self._guards.get(connection)
         if guard is not None:
+            self._note_first_write()  # that of a raw cursor is not seen
             guard.handed_out(connection.connection)
 
     @property
@@ -129,7 +149,7 @@ class TransactionState:
     def connection_taken(self, connection: Connection) -> None:
         """Guard ``connection``, which the session has taken; a savepoint on it reports it again."""
         if connection not in self._guards:
-            self._guards[connection] = guard = ConnectionGuard(connection, self._guards)
+            self._guards[connection] = guard = ConnectionGuard(connection, self._guards, self._note_first_write)
             guard.doomed = self._doomed
 
     def doom(self, reason: str | None) -> None:
@@ -242,7 +262,7 @@ class TransactionState:
             self.saved = self.saved or any(guard.wrote for guard in guards.values())
         elif guards:
             self._report(guards, ended_by)
-        self._first = self.late = None
+        self._first = self.late = self._loaded = None
         for guard in guards.values():
             guard.release()
         return ended_by

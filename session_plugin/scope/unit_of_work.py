@@ -78,6 +78,7 @@ class UnitOfWork(Generic[S]):
         has_begun: True once its session had one; before, there is nothing in it.
         begun_at: the `current.depth` at which its transaction began.
         settled: True once its transaction was settled; what follows is late work.
+        rolls_back: True while its end rolls back, which keeps unchanged rows readable.
         saved: True once a settlement has committed work.
         discarded: True once a settlement has rolled work back.
         closed: True once it has ended; its session refuses further use.
@@ -99,6 +100,7 @@ class UnitOfWork(Generic[S]):
     has_begun: bool = False
     error: BaseException | None = None
     settled: bool = False
+    rolls_back: bool = False
     saved: bool = False
     discarded: bool = False
     interrupted: bool | None = None
@@ -184,7 +186,7 @@ class UnitOfWork(Generic[S]):
                     session = self.database.new_session(self)
                     self.sync_session = session.sync_session if self.database.is_async else session
                     self.hooks = Hooks()
-                    self.transaction = TransactionState(self.doomed, is_async=self.database.is_async)
+                    self.transaction = TransactionState(self.sync_session, self.doomed, is_async=self.database.is_async)
                     self._session, self.has_session = session, True
                     units_with_session.add(self)
         return session  # type: ignore[no-any-return]

@@ -32,7 +32,7 @@ _ROLES = ("session_authorization", "role")
 """In this order, since the first resets the second; pg_settings does not show them, nor custom settings."""
 _RESTORE_CONSTRAINTS = """DO $$ DECLARE found record; BEGIN
     FOR found IN
-        SELECT format('%I.%I', nspname, conname) AS name, 
+        SELECT format('%I.%I', nspname, conname) AS name,
             CASE WHEN condeferred THEN 'DEFERRED' ELSE 'IMMEDIATE' END AS mode
         FROM pg_catalog.pg_constraint JOIN pg_catalog.pg_namespace ON pg_namespace.oid = connamespace
         WHERE condeferrable

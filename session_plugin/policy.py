@@ -164,6 +164,20 @@ def response_status(error: BaseException) -> int | None:
     return None
 
 
+@singledispatch
+def exit_code(error: BaseException) -> object:
+    """Return the exit code of an exception that ends the program, or a message instead of one; None for any other.
+
+    The integration of a framework registers the class that its commands raise.
+    """
+    return None
+
+
+@exit_code.register
+def _(error: SystemExit) -> object:
+    return 0 if error.code is None else error.code
+
+
 def _commit_unless_failed(outcome: Outcome) -> Decision:
     if failure := outcome.failed:
         return Decision(False, failure)

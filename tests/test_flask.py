@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import sys
@@ -10,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import wraps
 from io import BytesIO
+from pathlib import Path
 from typing import Any, ClassVar
 from weakref import ref
 from wsgiref.validate import validator
 
+import click
 import pytest
 from flask import (
     Blueprint,
@@ -1806,3 +1809,41 @@ def test_response_that_may_run_code_is_open_until_it_is_closed(site: Site, app: 
     assert scopes[0].closed
     assert Closing.closes == ["closed"] * (kind == "subclass")
     Closing.closes.clear()
+
+
+@pytest.mark.parametrize(
+    ("leave", "saved"),
+    [
+        (lambda: click.get_current_context().exit(0), True),
+        (lambda: sys.exit(0), True),
+        (lambda: sys.exit(), True),
+        (lambda: click.get_current_context().exit(2), False),
+        (lambda: sys.exit("failed"), False),
+        (lambda: sys.exit(1), False),
+        (click.Abort, False),
+    ],
+)
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_command_that_exits_with_code_0_commits(
+    leave: Callable[[], Any], saved: bool, joins: bool, tmp_path: Path
+) -> None:
+    """Leaving a ``session_scope()`` with exit code 0 is a success, also from a block that joined; another is not."""
+    app, db = Flask("shop"), SessionPlugin(f"sqlite:///{tmp_path}/shop.db", metadata=Base.metadata)
+    db.init_app(app)
+
+    @app.cli.command("work")
+    def work() -> None:
+        with db.session_scope() as session:
+            session.add(Parent(name="tea"))
+            with db.session_scope() if joins else contextlib.nullcontext():
+                error = leave()
+                if error is not None:
+                    raise error
+
+    with app.app_context():
+        db.create_all()
+    code = app.test_cli_runner().invoke(args="work").exit_code
+    assert (code == 0) is saved
+    with app.app_context():
+        assert db.session.scalars(select(Parent.name)).all() == (["tea"] if saved else [])
+        db.engine.dispose()

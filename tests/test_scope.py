@@ -1593,3 +1593,33 @@ def test_unsaved_work_of_a_joined_block_that_outlives_its_scope() -> None:
         scope.closed = True
     ending.close(scope)
     db.dispose()
+
+
+@pytest.mark.parametrize(("code", "names"), [(None, ["tea"]), (0, ["tea"]), (1, []), ("failed", [])])
+def test_leaving_a_block_with_exit_code_0_is_a_success(code: Any, names: list[str], units: Units) -> None:
+    """``sys.exit(0)`` ends a job well and commits; any other exit code rolls back."""
+
+    def work(session: Session) -> None:
+        insert("tea")(session)
+        sys.exit(code)
+
+    with pytest.raises(SystemExit):
+        units.run(work)
+    assert units.store.names() == names
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_an_exit_in_a_request_rolls_back(new: bool, tmp_path: Path) -> None:
+    """In a request `SystemExit` means that the server stops its worker: nothing is committed, whatever its code."""
+    db = Database(f"sqlite:///{tmp_path}/shop.db", metadata=Base.metadata)
+    db.create_all()
+    unit = open_unit_of_work(core_of(db), origin="POST /orders", method="POST")
+    with Entered(unit), pytest.raises(SystemExit), db.session_scope(new=new) as session:
+        insert("tea")(session)
+        sys.exit(0)
+    assert new or unit.doomed is not None
+    ending.settle(unit, Outcome(status=201))
+    ending.close(unit)
+    with db.session_scope() as session:
+        assert session.scalars(select(Parent)).all() == []
+    db.dispose()

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from click.exceptions import Exit
 from flask import Flask, Response, current_app, has_app_context, has_request_context, request
 from werkzeug.exceptions import HTTPException
 
-from ..policy import Outcome, response_status
+from ..policy import Outcome, exit_code, response_status
 from ..scope.current import is_session_open
 from ..scope.ending import settle, settle_if_idle
 from ..scope.unit_of_work import UnitOfWork
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 @response_status.register
 def _(error: HTTPException) -> int | None:
     return error.code if error.response is None else error.response.status_code
+
+
+@exit_code.register
+def _(error: Exit) -> object:
+    return error.exit_code
 
 
 class SettlingMiddleware:

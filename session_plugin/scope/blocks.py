@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any, TypeGuard
 
 from ..exceptions import ConcurrentUseError, ScopeClosedError, TransactionAbortedError
-from ..policy import Outcome
+from ..policy import Outcome, exit_code
 from .current import Entered, find
 from .ending import aclose, asettle, close, settle
 from .frames import first_caller
@@ -46,7 +46,7 @@ def session_scope(database: ScopeDatabase, *, new: bool, for_hook: bool = False)
         try:
             yield unit.session
         except BaseException as error:
-            settle(unit, Outcome.raised(error))
+            settle(unit, _outcome(unit, error))
             raise
         else:
             settle(unit, Outcome())
@@ -72,7 +72,7 @@ async def asession_scope(database: ScopeDatabase, *, new: bool, for_hook: bool =
             yield unit.session
             _check_joining_tasks(unit)
         except BaseException as error:
-            await asettle(unit, Outcome.raised(error))
+            await asettle(unit, _outcome(unit, error))
             raise
         else:
             await asettle(unit, Outcome())
@@ -118,11 +118,21 @@ def joined(unit: UnitOfWork[Any]) -> Generator[Any]:
                 f"the block did since then is not saved. {OPEN_ANOTHER}"
             )
     except BaseException as error:
-        if not isinstance(error, GeneratorExit) and Outcome.raised(error).error is not None:  # or left unread
+        if not isinstance(error, GeneratorExit) and _outcome(unit, error).error is not None:  # or left unread
             unit.doom(f"{type(error).__name__} left a session_scope() inside it")
         raise
     finally:
         unit.joined_blocks.remove(block)
+
+
+def _outcome(unit: UnitOfWork[Any], error: BaseException) -> Outcome:
+    """Return the outcome of a block that ``error`` has left: of a command that exits with code 0, a success.
+
+    In a request nothing says that it was over: a server raises `SystemExit` in the middle of one to stop its worker.
+    """
+    if exit_code(error) == 0 and not unit.in_request:
+        return Outcome()
+    return Outcome.raised(error)
 
 
 def _joins(outer: UnitOfWork[Any] | None) -> TypeGuard[UnitOfWork[Any]]:

@@ -222,6 +222,11 @@ class UnitOfWork(Generic[S]):
         """False for a request whose HTTP method is safe."""
         return self.method not in SAFE_METHODS
 
+    @property
+    def in_request(self) -> bool:
+        """True for the unit of work of an HTTP request, and for one that was opened in such a unit of work."""
+        return self.method is not None or (self.outer is not None and self.outer.in_request)
+
     # -- commit or roll back -------------------------------------------------------------------
 
     @property

@@ -1623,3 +1623,75 @@ def test_an_exit_in_a_request_rolls_back(new: bool, tmp_path: Path) -> None:
     with db.session_scope() as session:
         assert session.scalars(select(Parent)).all() == []
     db.dispose()
+
+
+@pytest.mark.parametrize("flushes", [True, False])
+def test_closing_the_session_with_work_warns(flushes: bool, units: Units, caplog: pytest.LogCaptureFixture) -> None:
+    """A ``close()`` or ``with session:`` of old code that discards work is named in the log."""
+
+    def work(session: Session) -> None:
+        with session:
+            session.add(Parent(name="tea"))
+            if flushes:
+                session.flush()
+
+    units.run(work)
+    assert units.store.names() == []
+    assert ["closed with work that was not committed" in record.message for record in caplog.records] == [True]
+
+
+def test_closing_the_session_without_work_is_silent(units: Units, caplog: pytest.LogCaptureFixture) -> None:
+    """A ``close()`` after a commit, or after reading, discards nothing and is not logged."""
+
+    def work(session: Session) -> None:
+        count(session)
+        session.close()
+        insert("tea")(session)
+        session.commit()
+        session.close()
+
+    units.run(work)
+    assert units.store.names() == ["tea"]
+    assert not caplog.records
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # the drivers warn of what was not closed
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@on("postgresql+asyncpg", "postgresql+psycopg_async")
+def test_the_connections_of_a_closed_loop_are_closed(units: Units) -> None:
+    """A database that meets one event loop after the other keeps open the connections of the last one only."""
+
+    async def work() -> None:
+        async with units.db.session_scope() as session:
+            await session.execute(text("SELECT 1 AS of_a_loop"))
+
+    with units.store.engine.connect() as admin:
+        find = text(
+            "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%' || 'of_a' || '_loop%' OR state = 'idle'"
+        )
+        counts = []
+        for _ in range(6):
+            asyncio.run(work())
+            admin.rollback()
+            counts.append(admin.scalar(find))
+    asyncio.run(units.db.dispose())
+    assert max(counts) - counts[0] <= 1, counts
+
+
+def test_the_message_about_another_loop_says_what_it_does(tmp_path: Path) -> None:
+    """The error says whether the other event loop still runs, or has stopped and was not closed."""
+    db = AsyncDatabase(f"sqlite+aiosqlite:///{tmp_path}/shop.db")
+
+    async def work() -> None:
+        async with db.session_scope():
+            pass
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(work())
+    with pytest.raises(ConfigurationError, match="has stopped and was not closed"):
+        asyncio.run(work())
+    loop.close()
+    asyncio.run(work())
+    asyncio.run(db.dispose())

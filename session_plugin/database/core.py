@@ -6,6 +6,7 @@ An app sees it as a `Database` or an `AsyncDatabase`, both of which have one.
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import sys
 from abc import ABC, abstractmethod
@@ -244,12 +245,16 @@ class AsyncCore(DatabaseCore):
         if self._loop is loop:
             return
         if self._loop is not None and not self._loop.is_closed():
+            state = "runs" if self._loop.is_running() else "has stopped and was not closed"
             raise ConfigurationError(
                 "This async database is in use on another event loop, and its connections cannot serve "
-                "two. Make one AsyncDatabase per loop, or `await db.dispose()` on the first one."
+                "two. Make one AsyncDatabase per loop, or `await db.dispose()` on the first one. "
+                f"The other loop {state}: close it if nothing uses it any more, as asyncio.run() does. With "
+                "pytest-asyncio, give fixtures and tests the same loop_scope."
             )
         if self._loop is not None:
             self.engines.forget_connections()
+            gc.collect()  # closes the sockets of the loop that has ended, which are in reference cycles
         self._loop = loop
 
     async def dispose(self) -> None:

@@ -16,7 +16,7 @@ from ..engines.backends import backend_for
 from ..exceptions import ReadOnlyError, ScopeClosedError
 from .current import depth
 from .joined import note_settled
-from .log import log_commit_failure
+from .log import log_commit_failure, logger
 from .permits import take_permit
 from .rows import restore_rows
 from .transaction_state import has_changes
@@ -82,6 +82,17 @@ class ScopeSession(Session):
         if unit is not None and unit.was_joined and unit.wrote:
             note_settled(unit.joined_blocks, lost=ROLLED_BACK)
         super().rollback()
+
+    def close(self) -> None:
+        """As SQLAlchemy's; warn in the log if the user's code discards the work of its unit of work by it."""
+        unit = self._unit_of_work
+        if unit is not None and not unit.closed and unit.wrote:
+            logger.warning(
+                "%s: its session was closed with work that was not committed, which is discarded. Remove the `with "
+                "session:`, `async with session:` or `close()`: the unit of work closes its session itself.",
+                str(unit),
+            )
+        super().close()
 
 
 def scope_session_class(session_class: type[Session]) -> type[Session]:

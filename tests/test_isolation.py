@@ -29,6 +29,7 @@ from session_plugin import (
 )
 from session_plugin.testing import IsolationWarning
 from session_plugin.testing.isolation.isolation import _inherited, leave_to_parent
+from session_plugin.testing.isolation.statements import custom_settings
 from session_plugin.testing.isolation.turns import Turn, Turns
 
 from .drivers import MARIADB, POSTGRESQL, SQLITE
@@ -927,3 +928,13 @@ def test_other_databases_keep_the_settings_of_the_connection(units: Units) -> No
     with Isolated(units):
         units.run(executing(change))
         assert units.run(executing(show)) == [77]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [("app.tenant", 1), ["app.tenant", None], {"name": "App.Tenant"}, [{"name": "app.tenant"}], [("app.tenant",)]],
+)
+def test_names_of_custom_settings_in_parameters(parameters: Any) -> None:
+    """They are found in each way in which drivers take parameters; a long text is none."""
+    assert custom_settings("SELECT set_config($1, $2, true)", parameters) == {"app.tenant"}
+    assert custom_settings("SELECT set_config($1, $2, true)", ["a.b" * 100]) == set()

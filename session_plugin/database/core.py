@@ -82,7 +82,11 @@ class DatabaseCore(ABC):
         self.maker: Any = self.make_maker(session_class, self.engines.named.get(DEFAULT), session_options)
         classes = (session_class, self.maker.kw.get("sync_session_class", session_class))
         self.streams_results: bool = self.engines.stream_results
-        self.closes_itself: bool = any(not each.close.__module__.startswith("sqlalchemy.") for each in classes)
+        self.closes_itself: bool = any(
+            "close" in vars(base) and not base.__module__.startswith(("sqlalchemy.", "session_plugin."))
+            for each in classes
+            for base in each.__mro__
+        )
         self.make_permits()
         alive.add(self)
 

@@ -752,7 +752,7 @@ def serve_wsgi(db: Any, view: Any) -> None:
         return [b""]
 
     environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/"}
-    WSGIMiddleware(app, db)(environ, lambda *started: None).close()  # type: ignore[attr-defined]
+    WSGIMiddleware(app, db)(environ, lambda *started: None)
 
 
 def serve_flask(database: Any, view: Any) -> None:

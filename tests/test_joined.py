@@ -255,7 +255,7 @@ def test_a_thread_whose_request_rolls_back_is_refused(sync_store: Store) -> None
 
     threads: list[threading.Thread] = []
     environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/"}
-    WSGIMiddleware(app, db)(environ, lambda *started: None).close()  # type: ignore[attr-defined]
+    WSGIMiddleware(app, db)(environ, lambda *started: None)
     go_on.set()
     threads[0].join(10)
     assert len(raised) == 1

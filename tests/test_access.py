@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import threading
@@ -291,3 +292,15 @@ def test_a_machine_without_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registering a fork handler does nothing on Windows, which has no `os.register_at_fork`."""
     monkeypatch.delattr(os, "register_at_fork")
     after_fork_in_child(lambda: None)
+
+
+def test_a_policy_above_other_decorators() -> None:
+    """A plugin whose adapter knows no endpoints finds a policy that stands above another decorator."""
+    db, an_app = APlugin("sqlite://"), App()
+    registered(db, an_app)
+
+    def endpoint() -> None: ...
+
+    decorated = db.policy(manual)(functools.wraps(endpoint)(lambda: endpoint()))
+    assert db._endpoint_policy(decorated) is manual
+    assert db._endpoint_policy(endpoint) is manual

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -704,3 +705,11 @@ def test_an_async_session_in_a_thread_without_a_loop_raises() -> None:
         await db.dispose()
 
     asyncio.run(scenario())
+
+
+def test_an_async_session_without_anyio_and_without_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is the same where anyio is not in use."""
+    monkeypatch.delitem(sys.modules, "anyio", raising=False)
+    unit = open_unit_of_work(core_of(AsyncDatabase("sqlite+aiosqlite://")), origin="test")
+    with pytest.raises(ConfigurationError, match="no asyncio event loop runs"):
+        _ = unit.session

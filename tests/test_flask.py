@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import sys
 import threading
@@ -1847,3 +1848,15 @@ def test_a_command_that_exits_with_code_0_commits(
     with app.app_context():
         assert db.session.scalars(select(Parent.name)).all() == (["tea"] if saved else [])
         db.engine.dispose()
+
+
+def test_remove_in_a_request(site: Site, app: Any, db: Any) -> None:
+    """``scoped_session.remove()`` in a request ends its transaction, and rolls back what was not committed."""
+
+    @app.post("/remove")
+    def remove() -> Any:
+        insert("lost")(db.session)
+        db.scoped_session.remove()
+        return {"rows": count(db.session)}
+
+    assert json.loads(site.ask("/remove").body) == {"rows": 0}

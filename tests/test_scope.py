@@ -1699,3 +1699,16 @@ def test_the_message_about_another_loop_says_what_it_does(tmp_path: Path) -> Non
     loop.close()
     asyncio.run(work())
     asyncio.run(db.dispose())
+
+
+def test_the_scope_that_an_app_sees() -> None:
+    """``db.scope`` is the same for the same unit of work, and shows whether it is settled."""
+    db = Database("sqlite://")
+    with db.session_scope():
+        scope = db.scope
+        assert {scope, db.scope} == {scope}
+        scope.use(manual)
+        assert (scope.policy, scope.settled, scope.closed) == (manual, False, False)
+        with db.session_scope(new=True):
+            assert db.scope != scope
+    assert (scope.settled, scope.closed) == (True, True)

@@ -1,6 +1,7 @@
 """Starlette's own promises: lifespans, mounted apps, several plugins, and one plugin on several apps."""
 
 import asyncio
+import contextvars
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,10 +16,11 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Host, Mount, Route, Router
 
-from session_plugin import AsyncDatabase, ConfigurationError, Database, NoScopeError, read_only
+from session_plugin import AsyncDatabase, ConfigurationError, Database, NoScopeError, ScopeClosedError, read_only
 from session_plugin.asgi import SessionScopeMiddleware
 from session_plugin.starlette import AsyncSessionPlugin, SessionPlugin
 
@@ -488,3 +490,36 @@ def test_an_engine_made_in_the_lifespan(fails: bool) -> None:
 
     failed = ["The function that names the database failed: IndexError"]
     assert asyncio.run(scenario()) == (failed if fails else [None, None])
+
+
+@pytest.mark.parametrize("kind", [SessionPlugin, AsyncSessionPlugin])
+def test_the_session_of_a_request_that_is_passed(kind: Any) -> None:
+    """`get_session(request)` in an endpoint of Starlette returns the session of that request."""
+    db = kind("sqlite://" if kind is SessionPlugin else "sqlite+aiosqlite://")
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(str(await db.get_session(request) is db.session))
+
+    app = Starlette(routes=[Route("/", endpoint)])
+    db.init_app(app)
+
+    async def scenario() -> str:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+            return (await client.get("/")).text
+
+    assert asyncio.run(scenario()) == "True"
+
+
+def test_the_session_of_a_unit_of_work_that_has_ended() -> None:
+    """`get_session()` raises where the unit of work that the code has inherited is closed."""
+    db = AsyncSessionPlugin("sqlite+aiosqlite://")
+    db.init_app(Starlette())
+
+    async def scenario() -> None:
+        async with db.session_scope():
+            context = contextvars.copy_context()
+        with pytest.raises(ScopeClosedError):
+            await asyncio.create_task(db.get_session(), context=context)
+        await db.dispose()
+
+    asyncio.run(scenario())

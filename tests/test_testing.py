@@ -19,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from session_plugin import Database, IsolationError, read_only_autocommit
+from session_plugin.engines.backends import BACKENDS, Backend
 from session_plugin.fastapi import AsyncSessionPlugin
 from session_plugin.flask import SessionPlugin
 from session_plugin.testing import (
@@ -405,3 +406,31 @@ def test_each_worker_has_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert url == make_url("sqlite://")
     with worker_database("sqlite:///test.db", "master") as url:
         assert url.database == "test.db"
+
+
+@on("postgresql+psycopg")
+def test_the_next_commit_of_a_session_of_the_factory_is_disconnected(units: Units) -> None:
+    """A session of ``db.sessionmaker()`` belongs to no unit of work; its commit fails with the driver's error too."""
+    with Isolated(units):
+        fail_next_commit(units.db, "disconnect")
+        with units.db.sessionmaker() as session:
+            insert("lost")(session)
+            with pytest.raises(OperationalError):
+                session.commit()
+    assert units.store.names() == []
+
+
+@pytest.mark.parametrize("failure", [IntegrityError, "disconnect"])
+def test_a_failure_of_a_database_that_is_not_known(monkeypatch: pytest.MonkeyPatch, failure: Any) -> None:
+    """On a database of which nothing special is known, the kit says that it cannot cause a failure."""
+    db = Database("sqlite://", metadata=Base.metadata)
+    monkeypatch.setitem(BACKENDS, "sqlite", Unknown())
+    with db.isolated():
+        fail_next_commit(db, failure)
+        with pytest.raises(IsolationError, match="does not know how to cause"), db.session_scope() as session:
+            session.execute(text("SELECT 1"))
+    db.dispose()
+
+
+class Unknown(Backend):
+    """A backend with the defaults."""

@@ -465,6 +465,28 @@ def test_a_forked_child_has_a_separate_pool(db: Database) -> None:
 # -- which pools ----------------------------------------------------------------------------------
 
 
+def test_a_child_that_c_code_forked_has_a_separate_pool(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool of another process gives no connection and no permit of its own: another pool stands for it."""
+    pool: Any = db.engine.pool
+    with db.engine.connect() as held:
+        parents = held.connection.driver_connection
+        monkeypatch.setattr(pool, "_pid", os.getppid())
+        used = []
+        for _ in range(2):
+            with db.engine.connect() as connection:
+                assert connection.scalar(SELECT) == 1
+                used.append(connection.connection.driver_connection)
+        assert used[0] is used[1] is not parents
+        childs = pool._in_child
+        assert (childs.checkedin(), childs._semaphore._free, pool._semaphore._free) == (1, 1, 0)
+        monkeypatch.setattr(childs, "_pid", os.getppid())  # the child forks in its turn
+        with db.engine.connect() as connection:
+            assert connection.connection.driver_connection not in (parents, used[0])
+        assert childs.checkedin() == 1
+    for own in (childs, pool._in_child):
+        own.dispose()
+
+
 def test_every_engine_that_a_database_creates_has_a_fair_pool(tmp_path: Path) -> None:
     """Each engine has a fair pool with its own count: named engines, the readers', and those after ``dispose()``."""
     url = f"sqlite:///{tmp_path}/shop.db"

@@ -23,11 +23,12 @@ from sqlalchemy import text
 from starlette.requests import HTTPConnection
 
 from session_plugin import AsyncDatabase, Database, NoScopeError, ScopeClosedError
+from session_plugin.database.forks import forget_current_units
 from session_plugin.database.interface import core_of
 from session_plugin.fastapi import AsyncSessionPlugin, SessionPlugin
 from session_plugin.flask import SessionPlugin as FlaskPlugin
 from session_plugin.scope import current
-from session_plugin.scope.current import entered_databases
+from session_plugin.scope.current import entered_databases, entered_units
 from session_plugin.wsgi import SessionScopeMiddleware as WSGIMiddleware
 
 from .asgi_site import stores
@@ -820,6 +821,31 @@ def test_a_process_forked_in_a_request_that_has_not_used_its_session(
 
     SERVERS[server](db, view)
     assert file_store.names() == ["child", "parent"]
+    db.dispose()
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_a_forked_child_does_to_the_units_of_work_around_the_fork(
+    file_store: Store, server: str, nested: bool
+) -> None:
+    """All that are open there end, with or without a session, in a request, in a block in it and in a generator."""
+    file_store.clear()
+    db = Database(file_store.url)
+
+    def view() -> None:
+        with db.session_scope(new=True) if nested else nullcontext():
+            units = entered_units()
+            assert [unit.closed for unit in units] == [False] * (1 + nested)
+            forget_current_units()
+            assert all(unit.closed for unit in units)
+            with pytest.raises((ScopeClosedError, NoScopeError)):
+                _ = db.session
+            with db.session_scope() as session:
+                session.add(Parent(name="child"))
+
+    SERVERS[server](db, view)
+    assert file_store.names() == ["child"]
     db.dispose()
 
 

@@ -7,6 +7,9 @@ import gc
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -28,6 +31,7 @@ from session_plugin import (
 from session_plugin.database import forks
 from session_plugin.database.forks import dispose_at_exit, forget_inherited_connections
 from session_plugin.database.interface import core_of
+from session_plugin.engines import forks as process
 from session_plugin.engines.making import connection_limit
 from session_plugin.flask import SessionPlugin as FlaskPlugin
 from session_plugin.scope.session import ScopeSession
@@ -489,6 +493,88 @@ def test_a_forked_child_drops_the_inherited_pool(dispose: Any, monkeypatch: pyte
     assert db.engine.pool is not inherited
     assert inherited.checkedin() == 1
     inherited.dispose()
+
+
+def test_a_forked_child_forgets_the_event_loop_of_its_parent(dispose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent's event loop, which is still open there, does not keep the child from using its own."""
+    db = dispose(AsyncDatabase("sqlite+aiosqlite://"))
+    monkeypatch.setattr(forks, "alive", WeakSet([core_of(db)]))
+
+    async def use() -> None:
+        async with db.session_scope():
+            pass
+
+    parents = asyncio.new_event_loop()
+    parents.run_until_complete(use())
+    with pytest.raises(ConfigurationError, match="another event loop"):
+        asyncio.run(use())
+    forget_inherited_connections()
+    asyncio.run(use())
+    parents.close()
+
+
+def test_a_process_that_c_code_forked_begins_with_its_first_session(
+    dispose: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no callback of `os` ran, the first session finds another process id, and drops the inherited pool, once."""
+    db = dispose(Database("sqlite://"))
+    monkeypatch.setattr(forks, "alive", WeakSet([core_of(db)]))
+    monkeypatch.setattr(process, "_calls", [forget_inherited_connections])
+    inherited = db.engine.pool
+    monkeypatch.setattr(process, "_pid", os.getppid())
+    with db.session_scope() as session:
+        session.execute(text("SELECT 1"))
+    childs = db.engine.pool
+    assert childs is not inherited
+    with db.session_scope() as session:
+        session.execute(text("SELECT 1"))
+    assert db.engine.pool is childs
+
+
+def test_threads_of_a_forked_child_make_their_first_sessions_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that waited while another one did what a new process does, does not do it again."""
+    calls: list[str] = []
+    monkeypatch.setattr(process, "_calls", [])
+    monkeypatch.setattr(process, "_pid", os.getppid())
+    process.after_fork_in_child(lambda: calls.append("begin"))
+
+    @contextmanager
+    def lock_of_another() -> Iterator[None]:
+        monkeypatch.setattr(process, "_checking", threading.Lock())
+        process.check_process()  # by the thread that has the lock, while this one waits
+        yield
+
+    monkeypatch.setattr(process, "_checking", lock_of_another())
+    process.check_process()
+    assert calls == ["begin"]
+
+
+def test_a_fork_beside_a_thread_that_makes_the_first_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that a thread of the parent held is free in the child; what is urgent there comes first."""
+    calls: list[str] = []
+    for registered in ("_calls", "_calls_at_once"):
+        monkeypatch.setattr(process, registered, [])
+    process.after_fork_in_child(lambda: calls.append("begin"))
+    process.after_fork_in_child(lambda: calls.append("at once"), only_at_once=True)
+    parents = threading.Lock()
+    monkeypatch.setattr(process, "_checking", parents)
+    monkeypatch.setattr(process, "_pid", os.getppid())
+    with parents:
+        process._forked()
+        process.check_process()
+        assert not process._checking.locked()
+    assert calls == ["at once", "begin"]
+
+
+def test_a_system_without_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `os` has no callbacks for forks, as on Windows, none is registered, and nothing fails."""
+    registered: list[Any] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **calls: registered.append(calls), raising=False)
+    process._register()
+    assert registered == [{"after_in_child": process._forked}]
+    monkeypatch.delattr(os, "register_at_fork")
+    process._register()
+    assert len(registered) == 1
 
 
 def test_pooled_connections_are_closed_at_exit(postgresql: Any) -> None:

@@ -48,5 +48,10 @@ def _forked() -> None:
     _begin()
 
 
-if (_register := getattr(os, "register_at_fork", None)) is not None:
-    _register(after_in_child=_forked)
+def _register() -> None:
+    register = getattr(os, "register_at_fork", None)
+    if register is not None:
+        register(after_in_child=_forked)
+
+
+_register()

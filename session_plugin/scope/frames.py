@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-CACHE, SEND, YIELD_VALUE = (dis.opmap[name] for name in ("CACHE", "SEND", "YIELD_VALUE"))
+CACHE, SEND, YIELD_VALUE = (bytes([dis.opmap[name]]) for name in ("CACHE", "SEND", "YIELD_VALUE"))
 PROTOCOL = frozenset({"__enter__", "__aenter__"})
 """Methods that return before their block begins: the block belongs to whoever calls them."""
 FIXTURES = frozenset({"_pytest.fixtures", "pytest_asyncio.plugin", "anyio._backends._asyncio"})
@@ -97,17 +97,19 @@ def _awaits(frame: FrameType) -> bool:
     if frame.f_back is not None:
         return False
     # before 3.12 a coroutine that has returned has no `f_back` either, and only its last instruction tells
-    return sys.version_info >= (3, 12) or frame.f_code.co_code[frame.f_lasti] == YIELD_VALUE
+    return sys.version_info >= (3, 12) or _instructions(frame).endswith(YIELD_VALUE)
 
 
 def _delegates(frame: FrameType | None) -> bool:
     """Return True if ``frame`` is that of a generator in a ``yield from``: then the inner one is in its place."""
     if frame is None or not frame.f_code.co_flags & inspect.CO_GENERATOR:
         return False
-    code, last = frame.f_code.co_code, frame.f_lasti
-    while code[last] == CACHE:  # Python 3.12 points behind the instruction
-        last -= 2
-    return code[last] == SEND
+    return _instructions(frame).rstrip(CACHE).endswith(SEND)  # Python 3.12 points behind the instruction
+
+
+def _instructions(frame: FrameType) -> bytes:
+    """Return the instructions of the frame's code up to the last one that ran, one byte for each."""
+    return frame.f_code.co_code[: frame.f_lasti + 1 : 2]
 
 
 def _is_decorated(frame: FrameType) -> bool:

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from weakref import ref
 
 import pytest
 from sqlalchemy import create_engine, event, literal, select, text
+from sqlalchemy import insert as insert_into
 from sqlalchemy.exc import (
     DBAPIError,
     IllegalStateChangeError,
@@ -542,6 +544,54 @@ def test_an_unread_result_that_a_listener_wraps_is_closed() -> None:
     db.dispose()
 
 
+def test_the_rows_of_an_insert_stay_readable() -> None:
+    """What INSERT .. RETURNING returned is in memory, so it is not closed with its transaction, unlike a SELECT."""
+    db = Database("sqlite://", metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        rows = [{"name": "tea"}, {"name": "pot"}]
+        inserted = session.connection().execute(insert_into(Parent).returning(Parent.name), rows)
+        selected = session.connection().execute(select(Parent.name))
+    assert sorted(inserted.scalars()) == ["pot", "tea"]
+    with pytest.raises(ResourceClosedError):
+        selected.all()
+    db.dispose()
+
+
+def test_a_connection_that_streams_closes_its_results() -> None:
+    """If the user asks for one connection that streams, its ORM results too are closed with the transaction."""
+    db = Database("sqlite://", metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        session.add_all([Parent(name="tea"), Parent(name="pot")])
+        session.flush()
+        assert not db._unit_of_work().transaction.streams
+        session.commit()
+        session.connection(execution_options={"stream_results": True})
+        assert db._unit_of_work().transaction.streams
+        unread = session.scalars(select(Parent))
+        assert db._unit_of_work().transaction.open_results
+    with pytest.raises(ResourceClosedError):
+        unread.all()
+    db.dispose()
+
+
+def test_a_stream_that_a_listener_serves_from_a_cache_needs_no_connection() -> None:
+    """A listener that answers without the database takes no connection, and its result can be read after the end."""
+    db = Database("sqlite://", metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        session.add(Parent(name="tea"))
+        session.flush()
+        cached = session.execute(select(Parent.name)).freeze()
+    with db.session_scope() as session:
+        event.listen(session, "do_orm_execute", lambda state: cached())
+        result = session.execute(select(Parent.name).execution_options(stream_results=True))
+        assert not db._unit_of_work().transaction.connected
+    assert result.scalars().all() == ["tea"]
+    db.dispose()
+
+
 def test_results_that_were_read_are_not_kept() -> None:
     """A unit of work keeps no references to results that were read, however many statements it executes."""
     db = Database("sqlite://", metadata=Base.metadata)
@@ -914,6 +964,32 @@ def test_a_unit_of_work_that_is_detached_after_a_fork_sends_nothing() -> None:
     db.dispose()
 
 
+def test_a_forked_child_leaves_the_results_of_its_parent_open() -> None:
+    """Closing a result may send something to the server, so the end of a detached session closes none."""
+    db = Database("sqlite://", metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        session.add_all([Parent(name="tea"), Parent(name="pot")])
+        session.flush()
+        unread = session.connection().execute(select(Parent.name))
+        forget_open_units()
+    session.close()
+    assert unread.fetchone() is not None
+    db.dispose()
+
+
+def test_a_fork_while_a_connection_is_taken() -> None:
+    """The child's unit of work has ended, so the connection that arrives there is refused."""
+    db = Database("sqlite://", **POOL)
+    with db.session_scope() as session:
+        event.listen(db.engine, "checkout", lambda *arguments: forget_open_units(), once=True)
+        with pytest.raises(ScopeClosedError):
+            session.execute(text("SELECT 1"))
+    session.close()
+    assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    db.dispose()
+
+
 def test_a_fork_beside_a_connection_that_was_closed_by_hand() -> None:
     """A connection that was closed by hand does not keep a forked child from detaching the open units of work."""
     db = Database("sqlite://")
@@ -1060,6 +1136,28 @@ def test_a_partial_commit_is_noted_on_the_error(postgresql: Any) -> None:
     db.dispose()
 
 
+def test_a_listener_that_fails_as_a_transaction_begins_leaves_the_connection_usable() -> None:
+    """SQLAlchemy keeps the connection, so whoever catches the error may ask for it again, and save with it."""
+    db = Database("sqlite://", metadata=Base.metadata, **POOL)
+    db.create_all()
+    failed: list[bool] = []
+
+    def fail_once(*arguments: Any) -> None:
+        if not failed:
+            failed.append(True)
+            raise BoomError
+
+    with db.session_scope() as session:
+        event.listen(type(session), "after_begin", fail_once, insert=True)  # before ours
+        with pytest.raises(BoomError):
+            session.connection()
+        session.connection().execute(insert_into(Parent).values(name="tea"))
+    with db.session_scope() as session:
+        assert session.scalars(select(Parent.name)).all() == ["tea"]
+    assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    db.dispose()
+
+
 # -- a connection that another task or thread is taking ----------------------------------------------
 
 
@@ -1115,6 +1213,36 @@ def test_a_scope_beside_a_connection_that_arrives_too_late(
     assert "is not waited for any longer" in caplog.text
     assert caplog.text.count("WARNING") == 1
     assert units.store.names() == []
+
+
+def test_discarding_leaves_a_connection_alone_that_was_closed_by_hand() -> None:
+    """It is back in its pool, where it may serve somebody else; the session's other connection is discarded."""
+    db = Database({"default": "sqlite://", "other": "sqlite://"}, **POOL)
+    discarded: list[str] = []
+    for name, engine in db.engines.items():
+        event.listen(engine, "invalidate", lambda *arguments, name=name: discarded.append(name))
+    with pytest.raises(BoomError), db.session_scope() as session:
+        session.bind_mapper(Parent, db.engines["other"])
+        session.connection(bind_arguments={"mapper": Parent.__mapper__})
+        session.connection().close()
+        db._unit_of_work().transaction.discard()
+        raise BoomError
+    assert discarded == ["other"]
+    db.dispose()
+
+
+def test_a_listener_that_ends_the_block_inside_a_rollback_gets_the_refusal() -> None:
+    """SQLAlchemy refuses to end a transaction while it rolls it back, which is not taken for another thread's work."""
+    db = Database("sqlite://", **POOL)
+    with ExitStack() as block:
+        session = block.enter_context(db.session_scope())
+        session.execute(text("SELECT 1"))
+        event.listen(session, "after_rollback", lambda session: block.close(), once=True)
+        with pytest.raises(IllegalStateChangeError, match=r"'rollback\(\)' is already in progress"):
+            session.rollback()
+    assert not session.in_transaction()
+    assert db.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    db.dispose()
 
 
 class Invalidated:

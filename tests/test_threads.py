@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import NullPool
 
 from session_plugin import ConfigurationError, Database, Outcome
 from session_plugin.database.interface import core_of
@@ -382,6 +383,21 @@ def test_a_forked_child_starts_with_all_permits() -> None:
 def test_a_pool_without_a_limit_needs_no_permit() -> None:
     """`acquire()` returns None at once if the pool has no limit."""
     assert asyncio.run(FairSemaphore(None, None).acquire()) is None
+
+
+def test_an_endpoint_on_a_pool_without_a_limit_holds_no_permit() -> None:
+    """A unit of work that is about to be used on the event loop goes on at once, and has none to give back."""
+    database = Database("sqlite://", poolclass=NullPool)
+
+    async def scenario() -> None:
+        scope = open_unit_of_work(core_of(database), origin="test")
+        await wait_for_permit(scope)
+        assert scope.permit is None
+        assert scope.session.scalar(text("SELECT 1")) == 1
+        await ending.aclose(scope)
+
+    asyncio.run(scenario())
+    database.dispose()
 
 
 def test_calls_that_return_connections_do_not_queue_behind_waiting_calls() -> None:

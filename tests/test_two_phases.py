@@ -127,6 +127,20 @@ def test_a_lost_second_phase_names_what_is_left(banks: Banks, caplog: pytest.Log
         assert prepared == [xid]
 
 
+def test_a_lost_second_phase_leaves_the_other_one_prepared(banks: Banks, caplog: pytest.LogCaptureFixture) -> None:
+    """Whichever engine comes first may have committed, so the other one is not rolled back: an operator decides."""
+    with pytest.raises(DBAPIError), banks.db.session_scope() as session:
+        banks.work(session)
+        for proxy in banks.proxies:
+            proxy.lose_answer_to(b"COMMIT")
+    [message] = errors_in(caplog)
+    states = states_in(message)
+    assert sorted(state for state, _ in states.values()) == ["committed or still prepared", "prepared"]
+    assert wait_for(lambda: sorted(banks.rows()) == [False, True])
+    [left] = [xid for state, xid in states.values() if state == "prepared"]
+    assert banks.prepared() == [left]
+
+
 def test_a_lost_first_phase_commits_nothing(banks: Banks, caplog: pytest.LogCaptureFixture) -> None:
     """What may be left prepared is named, and no COMMIT is claimed."""
     with pytest.raises(DBAPIError) as caught, banks.db.session_scope() as session:

@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from session_plugin import ReadOnlyError, read_only
+from session_plugin import Database, ReadOnlyError, read_only
 
-from .harness import Parent, insert
+from .harness import Base, Parent, insert
 from .units import Units, on
 
 PAY = """CREATE OR REPLACE FUNCTION pay(old text) RETURNS text LANGUAGE sql AS
@@ -122,3 +122,21 @@ def test_a_function_is_not_refused_by_a_read_only_policy(units: Units) -> None:
             assert session.scalar(text("SELECT two()")) == 2
             with pytest.raises(ReadOnlyError):
                 session.execute(text("WITH x AS (SELECT 1) DELETE FROM parent"))
+
+
+def test_only_the_connection_that_was_handed_out_is_asked() -> None:
+    """What was written through raw cursors is found there, beside a connection that only the session has used."""
+    db = Database({"default": "sqlite://", "other": "sqlite://"}, metadata=Base.metadata)
+    for engine in db.engines.values():
+        Base.metadata.create_all(engine)
+    with db.session_scope() as session:
+        session.scalar(text("SELECT 1"), bind_arguments={"bind": db.engines["other"]})
+        raw(session, "INSERT INTO parent (name) VALUES ('tea')")
+        state = db._unit_of_work().transaction
+        assert state.may_have_raw_writes
+        assert not state.wrote
+        state.ask_whether_wrote()
+        assert state.wrote
+    with db.session_scope() as session:
+        assert session.scalars(text("SELECT name FROM parent")).all() == ["tea"]
+    db.dispose()

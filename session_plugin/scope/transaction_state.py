@@ -108,10 +108,8 @@ class TransactionState:
 
     def rolled_back(self, session: Session) -> None:
         """Note which rows stay as they are; SQLAlchemy expires all of them next."""
-        if self._loaded is not None:
-            self.kept = unchanged_rows(session, self._loaded)
-        elif not self.wrote:
-            self.kept = unchanged_rows(session, loaded_rows(session))
+        before = loaded_rows(session) if self._loaded is None else self._loaded  # None: nothing was written
+        self.kept = unchanged_rows(session, before)
 
     def handed_out(self, connection: Connection) -> None:
         """Note that the user was given ``connection``, and with it the driver's own cursors."""

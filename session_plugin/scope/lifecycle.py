@@ -148,7 +148,13 @@ def _roll_back(unit: UnitOfWork[Any], reason: str) -> Steps[None]:
         session.expunge_all()
     unit.rolls_back = True
     try:
-        while not (yield from _roll_back_unless_connecting(unit)):
+        while True:
+            try:
+                yield unit.session.rollback
+                break
+            except InvalidRequestError as error:
+                if not _is_refused_for_now(unit, error):
+                    raise
             if _waits_no_longer(unit):
                 yield partial(_run_sync, unit, unit.transaction.discard)
                 return
@@ -170,19 +176,11 @@ def _roll_back(unit: UnitOfWork[Any], reason: str) -> Steps[None]:
         unit.rolls_back = False
 
 
-def _roll_back_unless_connecting(unit: UnitOfWork[Any]) -> Steps[bool]:
-    """Return False if SQLAlchemy refuses since another thread or task is taking a connection for the session."""
-    try:
-        yield unit.session.rollback
-    except IllegalStateChangeError:
-        if unit.transaction.late is None:  # a listener misuses the session; else the other one rolls back its flush
-            raise
-        return False
-    except InvalidRequestError as error:
-        if not _is_being_connected(error):
-            raise
-        return False
-    return True
+def _is_refused_for_now(unit: UnitOfWork[Any], error: InvalidRequestError) -> bool:
+    """Return True if SQLAlchemy refuses since another thread or task is taking a connection for the session."""
+    if isinstance(error, IllegalStateChangeError):  # a listener misuses the session, or the other one ends its flush
+        return unit.transaction.late is not None
+    return _is_being_connected(error)
 
 
 def _is_being_connected(error: BaseException) -> bool:

@@ -92,11 +92,12 @@ class SessionOfTheTest(IsolatedSession):
                 "app goes on."
             )
         read_anew(self)
-        expire_on_commit, self.expire_on_commit = self.expire_on_commit, False
+        session: Session = self
+        expire_on_commit, session.expire_on_commit = session.expire_on_commit, False
         try:
-            self.commit()
+            session.commit()
         finally:
-            self.expire_on_commit = expire_on_commit
+            session.expire_on_commit = expire_on_commit
 
 
 @event.listens_for(SessionOfTheTest, "do_orm_execute")

@@ -512,8 +512,8 @@ def test_the_session_of_a_request_that_is_passed(kind: Any) -> None:
 
 def test_the_session_of_a_unit_of_work_that_has_ended() -> None:
     """`get_session()` raises where the unit of work that the code has inherited is closed."""
-    db = AsyncSessionPlugin("sqlite+aiosqlite://")
-    db.init_app(Starlette())
+    db, app = AsyncSessionPlugin("sqlite+aiosqlite://"), Starlette()
+    db.init_app(app)
 
     async def scenario() -> None:
         async with db.session_scope():

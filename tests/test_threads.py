@@ -273,6 +273,24 @@ def test_a_waiting_thread_does_not_count_against_anyios_limit() -> None:
     asyncio.run(scenario())
 
 
+def test_a_pool_without_a_limit_has_no_permits_to_give_back() -> None:
+    """Where a pool has no limit, a worker thread never waits, and what it gives back is only its place."""
+    permits = FairSemaphore(None, None)
+
+    async def scenario() -> ExtraThreads:
+        threads = ExtraThreads(asyncio.get_running_loop(), 5)
+        for _ in range(3):
+            give_back = await asyncio.to_thread(permits.acquire_in_thread, threads)
+            assert give_back is not None
+            assert threads._holding == 1
+            await asyncio.to_thread(give_back)
+        return threads
+
+    threads = asyncio.run(scenario())
+    assert threads._holding == 0
+    assert permits._capacity is None
+
+
 def test_a_waiting_thread_without_anyio(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without anyio, which limits threads, a thread can wait for a permit too."""
     monkeypatch.delitem(sys.modules, "anyio.to_thread")

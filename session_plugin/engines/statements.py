@@ -191,7 +191,7 @@ def _end_of_dollar_quote(statement: str, found: re.Match[str], syntax: Syntax) -
 
 
 def _end_of_comment(statement: str, start: int, syntax: Syntax) -> tuple[int, str]:
-    """Return where it ends and "", or, if it is none, where its first character does and that."""
+    """Return where the comment ends and "", or, if no comment starts here, where this character ends and itself."""
     if statement.startswith("/*", start):
         return _end_of_block_comment(statement, start, syntax), ""
     dashes = statement.startswith("--", start)

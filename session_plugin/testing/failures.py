@@ -66,12 +66,12 @@ def _fail(isolation: Isolation, failure: CommitFailure, connection: Connection) 
         except DBAPIError as error:
             isolation.commit_unanswered(connection, error)
             raise
-        return
-    try:
+    else:
         kind: Literal["integrity", "serialization"] = "serialization" if failure == "serialization" else "integrity"
-        backend_for(connection.dialect.name).raise_commit_failure(connection, kind)
-    except NotImplementedError:
-        raise _unknown(connection) from None
+        try:
+            backend_for(connection.dialect.name).raise_commit_failure(connection, kind)
+        except NotImplementedError:
+            raise _unknown(connection) from None
 
 
 def _disconnect(isolation: Isolation, connection: Connection) -> None:

@@ -11,6 +11,7 @@ import functools
 import re
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -306,8 +307,28 @@ def test_a_thread_does_not_inherit_the_unit_of_work() -> None:
         thread = threading.Thread(target=work, name="mailer")
         thread.start()
         thread.join()
-    assert "in the thread mailer, and threads inherit none" in str(caught_errors[0])
+    assert "in the thread mailer (a thread does not inherit one)" in str(caught_errors[0])
+    assert "`with db.session_scope()" in str(caught_errors[0])
     db.dispose()
+
+
+def test_a_thread_without_an_event_loop_is_not_advised_to_write_async_with() -> None:
+    """A thread cannot write `async with`: where a database is async, the error says what a thread can do."""
+    db = AsyncDatabase(ASYNC_MEMORY)
+
+    async def in_a_loop() -> None:
+        with pytest.raises(NoScopeError, match=r"In a thread of your own, open one: `async with"):
+            _ = db.session
+
+    async def scenario() -> None:
+        async with db.session_scope():
+            with ThreadPoolExecutor(1) as pool:
+                with pytest.raises(NoScopeError, match=r"this thread has none: .*run_coroutine_threadsafe.*or use a D"):
+                    pool.submit(lambda: db.session).result()
+                pool.submit(asyncio.run, in_a_loop()).result()
+        await db.dispose()
+
+    asyncio.run(scenario())
 
 
 # -- two at once -----------------------------------------------------------------------------------

@@ -309,7 +309,7 @@ def test_threads_and_tasks_with_a_leftover_context_are_refused(db: Database[Sess
 
         requests.do(second)
     assert isinstance(results[1], ScopeClosedError)
-    assert "threads inherit none" in str(results[2])
+    assert "a thread does not inherit one" in str(results[2])
     assert saved(db) == ["mine"]
 
 

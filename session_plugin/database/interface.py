@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from sqlalchemy import MetaData
 from sqlalchemy.util import ScopedRegistry
 
+from ..engines.semaphore import running_loop
 from ..exceptions import ConfigurationError, NoScopeError, ScopeClosedError
 from ..policy import Policy, as_policy, commit_on_success, is_coroutine_function, set_endpoint_policy, set_policy_above
 from ..scope.current import find
@@ -96,14 +97,22 @@ class DatabaseInterface(ABC, Generic[S]):
 
     def _no_scope(self) -> NoScopeError:
         thread = threading.current_thread()
-        if thread is threading.main_thread():
-            where, who = "here", "In a job or a script"
+        is_async = self.database._core.is_async
+        own_thread = thread is not threading.main_thread()
+        where = f"in the thread {thread.name} (a thread does not inherit one)" if own_thread else "here"
+        if is_async and own_thread and running_loop() is None:
+            advice = (
+                "An AsyncDatabase works only in an event loop, and this thread has none: pass the work to your app's "
+                "loop with asyncio.run_coroutine_threadsafe(), and open `async with db.session_scope() as session:` "
+                "in it, or use a Database for what runs in threads."
+            )
         else:
-            where, who = f"in the thread {thread.name}, and threads inherit none", "In a thread of your own"
-        block = "async with" if self.database._core.is_async else "with"
+            who = "In a thread of your own" if own_thread else "In a job or a script"
+            block = "async with" if is_async else "with"
+            advice = f"{who}, open one: `{block} db.session_scope() as session:`."
         return NoScopeError(
-            f"No unit of work is open {where}, so there is no session. {who}, open one: `{block} db.session_scope() as "
-            "session:`. For requests, call db.init_app(app), or wrap the app in SessionScopeMiddleware."
+            f"No unit of work is open {where}, so there is no session. {advice} For requests, call db.init_app(app), "
+            "or wrap the app in SessionScopeMiddleware."
         )
 
     @property

@@ -250,7 +250,7 @@ class ExtraThreads:
 
     def is_loop_thread(self) -> bool:
         """Return True in the thread of the event loop."""
-        return _running_loop() is self._loop()
+        return running_loop() is self._loop()
 
     def count(self, *, waiting: int = 0, holding: int = 0) -> None:
         """Count so many more threads that wait for a connection, or hold one; the event loop acts on it soon."""
@@ -277,10 +277,11 @@ class ExtraThreads:
 
 
 def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
-    return _running_loop() is loop
+    return running_loop() is loop
 
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop that runs in this thread, or None."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:

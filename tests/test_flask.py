@@ -1847,7 +1847,7 @@ def test_a_command_that_exits_with_code_0_commits(
     assert (code == 0) is saved
     with app.app_context():
         assert db.session.scalars(select(Parent.name)).all() == (["tea"] if saved else [])
-        db.engine.dispose()
+    db.database_for(app).dispose()  # after the session of the app context has given its connection back
 
 
 def test_remove_in_a_request(site: Site, app: Any, db: Any) -> None:

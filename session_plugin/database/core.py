@@ -302,7 +302,7 @@ def _running_loop() -> asyncio.AbstractEventLoop:
     FastAPI and Starlette run sync dependencies and endpoints in such threads.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: no asyncio event loop runs.
     """
     try:
         return asyncio.get_running_loop()

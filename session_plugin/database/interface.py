@@ -88,7 +88,7 @@ class DatabaseInterface(ABC, Generic[S]):
         """Return the unit of work that the running code is inside.
 
         Raises:
-            NoScopeError: there is none.
+            NoScopeError: no unit of work is open here.
         """
         unit = find(self.database._core)
         if unit is None:
@@ -120,7 +120,7 @@ class DatabaseInterface(ABC, Generic[S]):
         """The unit of work that the running code is inside.
 
         Raises:
-            NoScopeError: there is none.
+            NoScopeError: no unit of work is open here.
         """
         return SessionScope(self._unit_of_work())
 

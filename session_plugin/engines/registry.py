@@ -86,7 +86,7 @@ class Engines:
         """Return the engine of that name.
 
         Raises:
-            ConfigurationError: there is none.
+            ConfigurationError: no engine has that name.
         """
         if name not in self.named:
             raise ConfigurationError(

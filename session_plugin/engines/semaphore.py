@@ -53,7 +53,7 @@ class WaitingTask:
 
     def wake(self) -> bool:
         """Wake the task, which now has a permit, from any thread; return False if its event loop is closed."""
-        if _is_running_here(self._loop):
+        if running_loop() is self._loop:
             self._set_result(True)
             return True
         try:
@@ -100,7 +100,7 @@ class FairSemaphore:
         self._queue: deque[Waiting] = deque()
 
     def take(self) -> bool:
-        """Take a permit if there is one without waiting; return False if there is none."""
+        """Take a permit without waiting; return False if all are taken."""
         with self._lock:
             if self._free:
                 self._free -= 1
@@ -274,10 +274,6 @@ class ExtraThreads:
             more, self._allowed = self._wanted() - self._allowed, self._wanted()
             self._changing = False
         limiter.total_tokens += more
-
-
-def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
-    return running_loop() is loop
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

@@ -223,14 +223,14 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
                 close(unit)
 
     def get_or_404(self, entity: type[T], ident: Any, *, description: str | None = None, **options: Any) -> T:
-        """Return ``session.get(entity, ident, **options)``, or ``abort(404, description)`` if there is none."""
+        """Return ``session.get(entity, ident, **options)``, or ``abort(404, description)`` if no row has that key."""
         found = self.session.get(entity, ident, **options)
         if found is None:
             abort(404, description=description)
         return found
 
     def one_or_404(self, statement: Executable, *, description: str | None = None) -> Any:
-        """Return the one result of ``statement``, or ``abort(404, description)`` if there is none or more than one."""
+        """Return the one result of ``statement``, or ``abort(404, description)`` if it has not exactly one."""
         try:
             return self.session.execute(statement).scalar_one()
         except (NoResultFound, MultipleResultsFound):

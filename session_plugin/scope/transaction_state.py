@@ -183,7 +183,7 @@ class TransactionState:
         """Raise `ConcurrentUseError` if another task is taking the connection.
 
         It is called once an engine has been chosen: a listener that serves a statement from a cache takes none.
-        Only tasks are told apart: a thread may well go on where another one failed to connect.
+        Only tasks are compared: a thread may well go on where another one failed to connect.
         """
         if not self._guards:
             first, self._first = self._first, current_task()

@@ -23,8 +23,8 @@ def worker_database(url: str | URL, worker_id: str | None = None) -> Generator[U
 
     Args:
         url: the test database; its user may create others.
-        worker_id: the worker; from the environment variable of pytest-xdist unless given.  If there is none, or
-            it is ``"master"``, ``url`` itself is yielded, and nothing is created or dropped.
+        worker_id: the worker; from the environment variable of pytest-xdist unless given.  Without a worker, or
+            for ``"master"``, ``url`` itself is yielded, and nothing is created or dropped.
 
     Yields:
         the URL of the worker's own database; ``url`` itself for a database in memory.

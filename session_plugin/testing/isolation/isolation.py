@@ -358,7 +358,7 @@ def isolation_of(db: HasDatabase) -> Isolation:
     """Return the open isolation of a database, or of the one that a plugin has.
 
     Raises:
-        IsolationError: there is none.
+        IsolationError: the database is not isolated.
     """
     isolation = open_isolations.get(core_of(db))
     if isolation is None:

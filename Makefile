@@ -26,11 +26,11 @@ check: $(VENV)/.test  # the fast core, for while you work
 	$(BIN)/python -m pytest --quick $(PARALLEL)
 
 pytest:  # on what is installed, as .ci/matrix does
-	$(BIN)/python -m pytest $(PARALLEL) $(ARGUMENTS)
+	$(BIN)/python -u -m pytest $(PARALLEL) $(ARGUMENTS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest $(PARALLEL)
+	$(BIN)/python -u -m coverage run -m pytest $(PARALLEL)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import os
@@ -125,6 +126,7 @@ def pytest_configure(config: pytest.Config) -> None:
     logging.root.manager.loggerDict = Loggers(logging.root.manager.loggerDict)
     if "TMPDIR" not in os.environ and is_large(MEMORY):
         os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
+    faulthandler.register(signal.SIGTERM, file=os.dup(2), chain=True)  # a run that is stopped shows what it was doing
     if config.getoption("dist", "no") != "no":
         return  # the workers run the tests
     for name in ("COVERAGE_PROCESS_CONFIG", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):

@@ -9,6 +9,7 @@
     ├── ConcurrentUseError          two threads or tasks used one session at the same time
     ├── TransactionAbortedError     COMMIT was refused: the server had aborted the transaction, or it was doomed
     ├── ReadOnlyError               a read-only policy was about to write
+    ├── ReleaseError                ``db.release()`` would have lost something
     ├── PolicyError                 a policy was chosen too late, raised, or returned no Decision
     └── IsolationError              a test did what ``db.isolated()`` cannot undo or cannot show
 
@@ -25,6 +26,7 @@ __all__ = [
     "NoScopeError",
     "PolicyError",
     "ReadOnlyError",
+    "ReleaseError",
     "ScopeClosedError",
     "SessionPluginError",
     "TransactionAbortedError",
@@ -67,6 +69,10 @@ class TransactionAbortedError(SessionPluginError, PendingRollbackError):
 
 class ReadOnlyError(SessionPluginError, InvalidRequestError):
     """The session was about to write although its policy is read-only."""
+
+
+class ReleaseError(SessionPluginError, InvalidRequestError):
+    """``db.release()`` was refused: the transaction has work, a lock or a result that would be lost."""
 
 
 class PolicyError(SessionPluginError):

@@ -26,8 +26,10 @@ from .harness import (
     Sibling,
     add,
     add_orphan,
+    count,
     hold,
     insert,
+    release,
     wait_for,
 )
 
@@ -271,6 +273,39 @@ class Contract:
             gate.set()
             assert response.read() == b""
         assert held == [0]
+
+    def test_released_connections_serve_others(self, app: Harness) -> None:
+        """After a query and a release(), more requests than there are connections wait for something else at once."""
+        gate, waiting = threading.Event(), []
+
+        def work(session: Session) -> None:
+            assert count(session) >= 0
+            release(app.db)
+            waiting.append(session)
+            if len(waiting) == 7:
+                gate.set()
+            hold(gate)
+            assert gate.is_set()
+            insert(f"tea {waiting.index(session)}")(session)
+
+        act = Act(work)
+        with ThreadPoolExecutor(7) as pool:
+            replies = list(pool.map(lambda _: app.request(act), range(7)))
+        assert {reply.status for reply in replies} == {201}
+        assert len(app.store.names()) == 7
+
+    def test_release_in_a_stream(self, app: Harness) -> None:
+        """A stream that reads in batches holds no connection while the client reads one."""
+        held: list[int] = []
+
+        def batch(session: Session) -> None:
+            assert count(session) == 1
+            release(app.db)
+            held.append(app.sync_engine.pool.checkedout())
+
+        app.request(Act(insert("tea")))
+        reply = app.request(Act(count, status=200, stream=[batch, batch]))
+        assert (reply.status, reply.complete, held) == (200, True, [0, 0])
 
     def test_loaded_objects_are_readable_in_the_stream(self, app: Harness) -> None:
         """A commit by settling does not expire loaded objects, so a stream reads them without a new transaction."""

@@ -287,6 +287,14 @@ def hold(gate: threading.Event) -> None:
         gate.wait(5)
 
 
+def release(db: Any) -> None:
+    """Call ``db.release()``, also in work that `run_sync` runs."""
+    if in_greenlet():
+        await_only(db.release())
+    else:
+        db.release()
+
+
 class Harness:
     """A contract app on a server.  Subclasses define the app and the server."""
 

@@ -11,11 +11,12 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from session_plugin.engines import statements
 from session_plugin.engines.backends import backend_for
-from session_plugin.engines.statements import Effects, effects, may_write
+from session_plugin.engines.statements import Effects, Kind, effects, kind
 
 READ = Effects(may_write=False, writes=False, holds=False, changes_session=False)
 LOCK = READ._replace(holds=True)
-SESSION = READ._replace(changes_session=True)
+LOCAL = LOCK
+SESSION = READ._replace(holds=True, changes_session=True)
 CALL = Effects(may_write=True, writes=False, holds=True, changes_session=True)
 WRITE = Effects(may_write=True, writes=True, holds=True, changes_session=False)
 EVERYTHING = WRITE._replace(changes_session=True)
@@ -58,7 +59,6 @@ READS = [
     "PREPARE TRANSACTION 'x'",
     "COMMIT PREPARED 'x'",
     "XA START 'x'",
-    "SET CONSTRAINTS ALL IMMEDIATE",
 ]
 WRITES = [
     "INSERT INTO t (a, b) VALUES (1, lower('x'))",
@@ -152,7 +152,7 @@ EVERYTHINGS = [
 def test_plain_reads_and_what_begins_or_ends_a_transaction_write_nothing(statement: str, dialect: str) -> None:
     """A rollback of them discards nothing."""
     assert on(dialect, statement) == READ
-    assert not may_write(statement, backend_for(dialect).syntax)
+    assert kind(statement, backend_for(dialect).syntax) is Kind.READ
 
 
 @pytest.mark.parametrize("dialect", EVERYWHERE)
@@ -166,7 +166,7 @@ def test_what_is_no_plain_read_may_write(statement: str, expected: Effects, dial
     assert found.may_write
     assert found.holds
     assert found.changes_session or not expected.changes_session
-    assert may_write(statement, backend_for(dialect).syntax)
+    assert kind(statement, backend_for(dialect).syntax) is Kind.MAY_WRITE
 
 
 @pytest.mark.parametrize("dialect", EVERYWHERE)
@@ -174,7 +174,7 @@ def test_what_is_no_plain_read_may_write(statement: str, expected: Effects, dial
 def test_a_function_of_which_nothing_is_known_may_do_everything(statement: str, dialect: str) -> None:
     """A name that is known elsewhere only, or in another schema, is not known."""
     assert on(dialect, statement) == CALL
-    assert may_write(statement, backend_for(dialect).syntax)
+    assert kind(statement, backend_for(dialect).syntax) is Kind.MAY_WRITE
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,9 @@ def test_a_function_of_which_nothing_is_known_may_do_everything(statement: str, 
         ("mysql", "SELECT * FROM t FOR SHARE", LOCK),
         ("postgresql", "SELECT substring(a FROM 2 FOR 3), share FROM t", READ),
         # the state of the session
-        ("postgresql", "SET LOCAL app.tenant = 'me'", READ),
-        ("postgresql", "SET TRANSACTION READ ONLY", READ),
+        ("postgresql", "SET LOCAL app.tenant = 'me'", LOCAL),
+        ("postgresql", "SET TRANSACTION READ ONLY", LOCAL),
+        ("postgresql", "SET CONSTRAINTS ALL IMMEDIATE", LOCAL),
         ("postgresql", "SET search_path TO a, b", SESSION),
         ("postgresql", "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY", SESSION),
         ("postgresql", "RESET ROLE", SESSION),
@@ -200,8 +201,8 @@ def test_a_function_of_which_nothing_is_known_may_do_everything(statement: str, 
         ("mysql", "SELECT @a := 1", SESSION),
         ("mysql", "SELECT 1 INTO @a", EVERYTHING),
         ("mysql", "USE other", SESSION),
-        ("postgresql", "SELECT set_config('a', %(b)s, TRUE)", READ),
-        ("postgresql", "SELECT pg_catalog.set_config($1, $2, true)", READ),
+        ("postgresql", "SELECT set_config('a', %(b)s, TRUE)", LOCAL),
+        ("postgresql", "SELECT pg_catalog.set_config($1, $2, true)", LOCAL),
         ("postgresql", "SELECT set_config(%(a)s, %(b)s, %(c)s)", SESSION),
         ("postgresql", "SELECT set_config('a', 'b', false)", SESSION),
         ("postgresql", "SELECT set_config('a', 'b', is_local => true)", SESSION),
@@ -276,7 +277,8 @@ def test_a_function_of_which_nothing_is_known_may_do_everything(statement: str, 
 def test_each_database_reads_in_its_own_way(dialect: str, statement: str, expected: Effects) -> None:
     """Where its text can be read in two ways, a statement may do everything."""
     assert on(dialect, statement) == expected
-    assert may_write(statement, backend_for(dialect).syntax) == expected.may_write
+    expected_kind = Kind.MAY_WRITE if expected.may_write else Kind.HOLDS if expected.holds else Kind.READ
+    assert kind(statement, backend_for(dialect).syntax) is expected_kind
 
 
 ROWS = table("rows", column("id"), column("name"))
@@ -369,12 +371,12 @@ def test_long_statements_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     syntax = backend_for("sqlite").syntax
     monkeypatch.setattr(statements, "LONGEST_CACHED", 20)
     statements._effects.cache_clear()
-    statements._may_write.cache_clear()
+    statements._kind.cache_clear()
     for _ in range(2):
         for statement in ("SELECT 1", "SELECT 1 /* and a comment */"):
             assert effects(statement, syntax) == READ
-            assert not may_write(statement, syntax)
-    for cached in (statements._effects, statements._may_write):
+            assert kind(statement, syntax) is Kind.READ
+    for cached in (statements._effects, statements._kind):
         assert cached.cache_info()[:2] == (1, 1)
         assert cached.cache_info().maxsize
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from ..engines.registry import DEFAULT
-from ..scope import blocks
+from ..scope import blocks, ending
 from ..scope.typevars import AsyncS
 from .interface import DatabaseInterface, ScopeRegistry, core_of
 from .isolation import make_isolation
@@ -37,6 +37,21 @@ class AsyncInterface(DatabaseInterface[AsyncS]):
             the session of the unit of work.
         """
         return blocks.asession_scope(core_of(self), new=new)
+
+    async def release(self) -> None:
+        """Give the connection back while the app waits for something else; the next statement takes another one.
+
+        It ends a transaction that has written nothing and holds nothing.  What was loaded stays readable, and the
+        hooks wait on for the end of the unit of work.  If no connection is held, nothing happens.
+
+        Raises:
+            NoScopeError: there is no unit of work here.
+            ScopeClosedError: it has ended.
+            ReleaseError: something would be lost: changes, uncommitted work, a lock, a setting, or a result that was
+                not read to its end.
+            ConcurrentUseError: another task is executing a statement.
+        """
+        await ending.arelease(self._unit_of_work())
 
     @asynccontextmanager
     async def isolated(self) -> AsyncGenerator[AsyncS]:

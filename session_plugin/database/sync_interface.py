@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import scoped_session, sessionmaker
 
 from ..engines.registry import DEFAULT
-from ..scope import blocks
+from ..scope import blocks, ending
 from ..scope.typevars import SyncS
 from .interface import DatabaseInterface, ScopeRegistry, core_of
 from .isolation import make_isolation
@@ -38,6 +38,21 @@ class SyncInterface(DatabaseInterface[SyncS]):
             the session of the unit of work.
         """
         return blocks.session_scope(core_of(self), new=new)
+
+    def release(self) -> None:
+        """Give the connection back while the app waits for something else; the next statement takes another one.
+
+        It ends a transaction that has written nothing and holds nothing.  What was loaded stays readable, and the
+        hooks wait on for the end of the unit of work.  If no connection is held, nothing happens.
+
+        Raises:
+            NoScopeError: there is no unit of work here.
+            ScopeClosedError: it has ended.
+            ReleaseError: something would be lost: changes, uncommitted work, a lock, a setting, or a result that was
+                not read to its end.
+            ConcurrentUseError: another thread is executing a statement.
+        """
+        ending.release(self._unit_of_work())
 
     @contextmanager
     def isolated(self) -> Generator[SyncS]:

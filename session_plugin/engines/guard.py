@@ -30,7 +30,7 @@ from . import commits
 from .autocommit import is_autocommit
 from .backends import backend_for
 from .commits import CommitState, Guards
-from .statements import may_write
+from .statements import Kind, kind
 from .twophase import wrap_create_xid
 
 KEY = "session_plugin.guard"
@@ -71,6 +71,7 @@ class ConnectionGuard:
         error: the error of the last statement that failed, until it is known whether it aborted the transaction.
         fellows: the guards of the session's other connections and this one.
         inherited: True in a forked child, where the connection is the parent's.
+        holds: True once a statement has locked or set something that ends with the transaction.
         on_first_write: called before its first statement that is not known to be a plain read.
         has_lazy_cursors: True if the driver reads rows from the database as they are fetched.
         wrote: True once a statement was executed that is not known to be a plain read.
@@ -80,7 +81,7 @@ class ConnectionGuard:
     __slots__ = (
         "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_many", "_mark", "_options", "_owner",
         "_results", "_syntax", "commit_error", "commit_state", "doomed", "error", "fellows", "has_lazy_cursors",
-        "inherited", "on_first_write", "wrote", "xid",
+        "holds", "inherited", "on_first_write", "wrote", "xid",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, fellows: Guards, on_first_write: Callable[[], None]) -> None:
@@ -92,6 +93,7 @@ class ConnectionGuard:
         self.doomed: str | None = None
         self.error: BaseException | None = None
         self.inherited: bool = False
+        self.holds: bool = False
         self.wrote: bool = False
         self._info = connection.info
         self._dialect = connection.dialect
@@ -137,15 +139,22 @@ class ConnectionGuard:
             raise ConcurrentUseError(TWO_AT_ONCE)
         self._owner = self._current_owner()
         try:
-            if not self.wrote and may_write(statement, self._syntax):
-                self.wrote = True
-                self.on_first_write()
+            if not self.wrote and (found := kind(statement, self._syntax)):
+                self._note(found)
             call(cursor, statement, *rest)
         except BaseException as error:
             self.error = error
             raise
         finally:
             self._lock.release()
+
+    def _note(self, found: Kind) -> None:
+        """Note a statement that is not a plain read."""
+        if found is Kind.HOLDS:
+            self.holds = True
+        else:
+            self.wrote = True
+            self.on_first_write()
 
     @property
     def streams(self) -> bool:
@@ -161,6 +170,11 @@ class ConnectionGuard:
     def may_have_raw_writes(self) -> bool:
         """True if only `ask_whether_wrote` shows whether something was written."""
         return self._mark is not _NO_CURSOR and not self.wrote and not self.inherited
+
+    @property
+    def hides_raw_writes(self) -> bool:
+        """True if nothing shows whether something was written through raw cursors."""
+        return self._mark is not _NO_CURSOR and not backend_for(self._dialect.name).sees_raw_writes
 
     def ask_whether_wrote(self, pooled: PoolProxiedConnection) -> None:
         """Ask the driver or the server whether something was written through raw cursors."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -28,7 +29,8 @@ class Effects(NamedTuple):
         may_write: False for a plain read, and for what only begins, ends or sets up a transaction.
         writes: True if the statement itself is or contains an INSERT or the like; if only ``may_write`` is True,
             it calls a function of which nothing is known, or its text can be read in two ways.
-        holds: True if giving the connection back would lose something: what it may have written, or a lock.
+        holds: True if giving the connection back would lose something: what it may have written, a lock, or a
+            setting.
         changes_session: True if it may leave something behind that outlives the transaction: a setting, a prepared
             statement, a temporary table, a lock of the session.
     """
@@ -45,11 +47,25 @@ def effects(statement: str, syntax: Syntax) -> Effects:
     return read(statement, syntax)
 
 
-def may_write(statement: str, syntax: Syntax) -> bool:
-    """Return ``effects(statement, syntax).may_write``; a statement that writes is not read to its end."""
+class Kind(IntEnum):
+    """What the guard of a connection asks about a statement.
+
+    Attributes:
+        READ: a plain read, which is false in a condition.
+        HOLDS: it writes nothing, but giving the connection back would lose a lock or a setting.
+        MAY_WRITE: anything else.
+    """
+
+    READ = 0
+    HOLDS = 1
+    MAY_WRITE = 2
+
+
+def kind(statement: str, syntax: Syntax) -> Kind:
+    """Return the kind of ``statement``; one that writes is not read to its end."""
     if len(statement) <= LONGEST_CACHED:
-        return _may_write(statement, syntax)
-    return _may_write.__wrapped__(statement, syntax)
+        return _kind(statement, syntax)
+    return _kind.__wrapped__(statement, syntax)
 
 
 @lru_cache(maxsize=512)
@@ -61,20 +77,21 @@ def _effects(statement: str, syntax: Syntax) -> Effects:
     except _NotKnownError as error:
         return Effects(True, not isinstance(error, _UnclearError), True, True)
     may_write = reader.writes or reader.calls
-    return Effects(may_write, reader.writes, may_write or reader.locks, reader.changes)
+    holds = may_write or reader.holds or reader.changes
+    return Effects(may_write, reader.writes, holds, reader.changes)
 
 
 @lru_cache(maxsize=512)
-def _may_write(statement: str, syntax: Syntax) -> bool:
+def _kind(statement: str, syntax: Syntax) -> Kind:
     try:
         reader = _Reader(syntax)
         for token in tokens(statement, syntax):
             reader.read(token)
             if reader.writes or reader.calls:
-                return True
+                return Kind.MAY_WRITE
     except _NotKnownError:
-        return True
-    return False
+        return Kind.MAY_WRITE
+    return Kind.HOLDS if reader.holds or reader.changes else Kind.READ
 
 
 class _NotKnownError(Exception):
@@ -275,12 +292,12 @@ class _Reader:
     Attributes:
         writes: True if an INSERT or the like stands there.
         calls: True if a function is called of which nothing is known.
-        locks: True if rows are locked.
+        holds: True if rows are locked, or something is set for the transaction.
         changes: True if the state of the session may change.
     """
 
     def __init__(self, syntax: Syntax) -> None:
-        self.writes = self.calls = self.locks = self.changes = False
+        self.writes = self.calls = self.holds = self.changes = False
         self._syntax = syntax
         self._begin()
 
@@ -340,8 +357,11 @@ class _Reader:
     def _read_set(self, token: str) -> None:
         self._state = self._read_query
         if token == "CONSTRAINTS":
+            self.holds = True
             self._state = self._skip
-        elif token not in ("LOCAL", "TRANSACTION") or not self._syntax.local_ends_with_transaction:
+        elif token in ("LOCAL", "TRANSACTION") and self._syntax.local_ends_with_transaction:
+            self.holds = True
+        else:
             self.changes = True
             if token in _OTHER_SETTINGS:
                 raise _NotKnownError
@@ -404,11 +424,11 @@ class _Reader:
             self._target = before in _BEFORE_TARGET
             self.changes = self.changes or not self._target  # a variable, or a table that may be a temporary one
         elif token == "UPDATE" and before in ("FOR", "KEY"):
-            self.locks = True
+            self.holds = True
         elif token in ("INSERT", "UPDATE", "DELETE", "MERGE"):
             self.writes = self._changes_rows = True
         elif token == "SHARE":
-            self.locks = self.locks or before in ("FOR", "KEY", "IN")
+            self.holds = self.holds or before in ("FOR", "KEY", "IN")
         elif token in _BEFORE_PARENTHESIS:
             self._target = False
 
@@ -446,8 +466,9 @@ class _Reader:
         if not self._parentheses:
             raise _UnclearError
         self._lists_of_ctes.discard(len(self._parentheses))
-        if self._parentheses.pop() and (self._before, self._before_that) != ("TRUE", ","):
-            self.changes = True  # it is set for the session unless the last argument says otherwise
+        if self._parentheses.pop():  # it is set for the session unless the last argument says otherwise
+            self.holds = True
+            self.changes = self.changes or (self._before, self._before_that) != ("TRUE", ",")
         self._target = False
 
 

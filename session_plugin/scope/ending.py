@@ -12,6 +12,7 @@ from typing import Any
 from ..policy import Outcome
 from . import lifecycle
 from .joined import note_settled
+from .release import release as release_steps
 from .runner import Steps, arun, run, uncancelled
 from .threads import in_thread
 from .unit_of_work import UnitOfWork
@@ -45,6 +46,19 @@ async def asettle(unit: UnitOfWork[Any], outcome: Outcome) -> None:
         await _arun(unit, lifecycle.settle(unit, outcome), sends=sends)
     finally:
         unit.return_permit()
+
+
+def release(unit: UnitOfWork[Any]) -> None:
+    """Give the connection of a sync session back in the middle of its unit of work; see `release.release`."""
+    try:
+        run(release_steps(unit))
+    finally:
+        unit.return_permit()
+
+
+async def arelease(unit: UnitOfWork[Any]) -> None:
+    """Give the connection of an async session back in the middle of its unit of work; see `release.release`."""
+    await uncancelled(arun(release_steps(unit)))
 
 
 def close_if_idle(unit: UnitOfWork[Any]) -> bool:

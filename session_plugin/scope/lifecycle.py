@@ -26,7 +26,7 @@ from ..engines.guard import POLL_INTERVAL, TWO_AT_ONCE
 from ..exceptions import ConcurrentUseError, PolicyError
 from ..policy import Decision, Outcome
 from .joined import note_settled
-from .log import log_exception, logger
+from .log import log_exception, log_failed_rollback, logger
 from .runner import Steps
 from .transaction_state import LateConnection
 from .unit_of_work import UnitOfWork
@@ -47,7 +47,7 @@ def settle(unit: UnitOfWork[Any], outcome: Outcome) -> Steps[None]:
     try:
         decision = _decide(unit, outcome)
         if unit.transaction.may_have_raw_writes and not unit.transaction.busy:
-            yield partial(_run_sync, unit, unit.transaction.ask_whether_wrote)
+            yield partial(run_sync, unit, unit.transaction.ask_whether_wrote)
         discards = not decision.commit and unit.wrote and not unit.transaction.in_doubt
         _log(unit, decision, outcome, discards=discards)
         unit.discarded = unit.discarded or discards
@@ -56,7 +56,7 @@ def settle(unit: UnitOfWork[Any], outcome: Outcome) -> Steps[None]:
             if not unit.active:
                 return
         if unit.transaction.open_results:
-            yield partial(_run_sync, unit, unit.transaction.close_results)
+            yield partial(run_sync, unit, unit.transaction.close_results)
         if decision.commit:
             unit.transaction.saved = False  # from here on: a hook may use the session and write nothing
             yield from _commit(unit)
@@ -123,7 +123,7 @@ def _commit(unit: UnitOfWork[Any]) -> Steps[None]:
         if isinstance(error, KeyboardInterrupt):
             unit.interrupt = error
         if session.in_transaction():
-            yield partial(_run_sync, unit, transaction.close)
+            yield partial(run_sync, unit, transaction.close)
     finally:
         session.expire_on_commit = expire_on_commit
 
@@ -139,7 +139,7 @@ def _roll_back(unit: UnitOfWork[Any], reason: str) -> Steps[None]:
     if unit.was_joined and unit.wrote:
         note_settled(unit.joined_blocks, lost=reason, in_doubt=unit.transaction.in_doubt)
     if unit.transaction.busy:
-        yield partial(_run_sync, unit, unit.transaction.wait_alone)
+        yield partial(run_sync, unit, unit.transaction.wait_alone)
         if unit.transaction.busy:
             yield from _discard(unit)
             return
@@ -156,16 +156,11 @@ def _roll_back(unit: UnitOfWork[Any], reason: str) -> Steps[None]:
                 if not _is_refused_for_now(unit, error):
                     raise
             if _waits_no_longer(unit):
-                yield partial(_run_sync, unit, unit.transaction.discard)
+                yield partial(run_sync, unit, unit.transaction.discard)
                 return
             yield partial(_pause, unit)
     except Exception as error:
-        logger.warning(
-            "%s: ROLLBACK failed (%s)",
-            str(unit),
-            type(error).__name__,
-            exc_info=logger.isEnabledFor(logging.DEBUG),
-        )
+        log_failed_rollback(unit, error)
         yield unit.session.invalidate
     else:
         if loaded and not unit.closed:
@@ -216,7 +211,7 @@ def _discard(unit: UnitOfWork[Any]) -> Steps[None]:
     try:
         yield unit.session.invalidate
     except IllegalStateChangeError:
-        yield partial(_run_sync, unit, unit.transaction.discard)
+        yield partial(run_sync, unit, unit.transaction.discard)
 
 
 def _begun_session(unit: UnitOfWork[Any]) -> Session:
@@ -227,7 +222,7 @@ def _begun_session(unit: UnitOfWork[Any]) -> Session:
     return session
 
 
-def _run_sync(unit: UnitOfWork[Any], call: Callable[[], None]) -> Any:
+def run_sync(unit: UnitOfWork[Any], call: Callable[[], None]) -> Any:
     """Make a call that uses the driver; returns an awaitable on an async database."""
     if not unit.database.is_async:
         return call()

@@ -29,6 +29,13 @@ def log_commit_failure(unit: object, what_is_left: str, *, unknown: bool) -> Non
     logger.error(message, str(unit), what_is_left)
 
 
+def log_failed_rollback(unit: object, error: Exception) -> None:
+    """Log that ROLLBACK failed; the connection is discarded, so that nothing is committed on it."""
+    logger.warning(
+        "%s: ROLLBACK failed (%s)", str(unit), type(error).__name__, exc_info=logger.isEnabledFor(logging.DEBUG)
+    )
+
+
 def log_exception(message: str, what: str) -> None:
     """Log the exception being handled, which can no longer change the outcome.
 

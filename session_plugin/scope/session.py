@@ -1,7 +1,7 @@
 """`ScopeSession`: the session of a unit of work, of the user's own session class, and what it reports.
 
 Only documented extension points of SQLAlchemy are used: a subclass that overrides ``get_bind()``,
-``connection()``, ``flush()`` and ``rollback()``, and session events.
+``connection()``, ``begin()``, ``flush()``, ``rollback()`` and ``close()``, and session events.
 """
 
 from __future__ import annotations
@@ -61,6 +61,13 @@ class ScopeSession(Session):
             backend_for(connection.dialect.name).begin_now(connection)
             self._unit_of_work.transaction.handed_out(connection)
         return connection
+
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        """As SQLAlchemy's; note the transaction, in whose block nothing can be executed once it has ended."""
+        transaction = super().begin(nested)
+        if self._unit_of_work is not None and not nested:
+            self._unit_of_work.transaction.begun = transaction
+        return transaction
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """As SQLAlchemy's, but of two flushes at once the second raises `ConcurrentUseError`."""
@@ -213,4 +220,5 @@ def _run_hooks(session: ScopeSession, transaction: SessionTransaction) -> None:
         if unit.transaction.report is not None:
             log_commit_failure(unit, unit.transaction.report, unknown=ended_by == "unknown")
             unit.transaction.report = None
-        unit.interrupt = unit.database.run_hooks(unit.hooks.take(ended_by)) or unit.interrupt
+        if not unit.releases:
+            unit.interrupt = unit.database.run_hooks(unit.hooks.take(ended_by)) or unit.interrupt

@@ -55,6 +55,7 @@ class TransactionState:
     """The state of a session's transaction.
 
     Attributes:
+        begun: the transaction that ``session.begin()`` began last, or None.
         committed: the transaction or savepoint that was committed last.
         saved: True if a transaction has committed what it wrote since the last settlement looked.
         flushing: the thread or the task that flushes, or None.
@@ -66,8 +67,8 @@ class TransactionState:
     """
 
     __slots__ = (
-        "_current_owner", "_doomed", "_first", "_guards", "_ids", "_loaded", "_session", "committed", "flushing",
-        "kept", "late", "report", "saved", "unknown", "variants",
+        "_current_owner", "_doomed", "_first", "_guards", "_ids", "_loaded", "_session", "begun", "committed",
+        "flushing", "kept", "late", "report", "saved", "unknown", "variants",
     )  # fmt: skip
 
     def __init__(self, session: Session, doomed: str | None = None, *, is_async: bool = False) -> None:
@@ -79,6 +80,7 @@ class TransactionState:
         self._doomed = doomed
         self._ids: TransactionIds | None = None
         self._first: asyncio.Task[Any] | None = None
+        self.begun: SessionTransaction | None = None
         self.committed: SessionTransaction | None = None
         self.saved: bool = False
         self.report: str | None = None
@@ -94,6 +96,16 @@ class TransactionState:
             if guard.wrote:
                 return True
         return False
+
+    @property
+    def holds(self) -> bool:
+        """True if a statement of this transaction has locked or set something."""
+        return any(guard.holds for guard in self._guards.values())
+
+    @property
+    def hides_raw_writes(self) -> bool:
+        """True if the driver's own cursors may have written and nothing would show it."""
+        return any(guard.hides_raw_writes for guard in self._guards.values())
 
     @property
     def in_doubt(self) -> bool:

@@ -79,6 +79,7 @@ class UnitOfWork(Generic[S]):
         begun_at: the `current.depth` at which its transaction began.
         settled: True once its transaction was settled; what follows is late work.
         rolls_back: True while its end rolls back, which keeps unchanged rows readable.
+        releases: True while `release` ends a transaction, for which no hook waits.
         saved: True once a settlement has committed work.
         discarded: True once a settlement has rolled work back.
         closed: True once it has ended; its session refuses further use.
@@ -101,6 +102,7 @@ class UnitOfWork(Generic[S]):
     error: BaseException | None = None
     settled: bool = False
     rolls_back: bool = False
+    releases: bool = False
     saved: bool = False
     discarded: bool = False
     interrupted: bool | None = None
@@ -194,7 +196,7 @@ class UnitOfWork(Generic[S]):
     def forget_session(self) -> None:
         """Drop the session, which refers to this unit of work: such a cycle would wait for the garbage collector."""
         self._session, self.in_transaction = None, False
-        self.transaction.committed = None
+        self.transaction.begun = self.transaction.committed = None
         vars(self).pop("sync_session", None)
 
     @property

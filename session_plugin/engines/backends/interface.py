@@ -27,6 +27,7 @@ class Backend:
         goes_on_after_abort: True if statements that follow the loss of a transaction are executed, in a
             new transaction, instead of being refused.
         syntax: how it reads the text of a statement.
+        sees_raw_writes: True if `has_written` shows what was written through raw cursors.
         has_lazy_cursors: True if rows are read from the database as they are fetched.
 
     For the test kit:
@@ -46,6 +47,7 @@ class Backend:
     read_only_statement: str | None = None
     goes_on_after_abort: bool = False
     syntax: Syntax = Syntax()
+    sees_raw_writes: bool = False
     has_lazy_cursors: bool = True
     implicit_commit: Pattern[str] | None = None
     enforces_read_only_in_savepoint: bool = False

@@ -98,6 +98,7 @@ class PostgreSQL(Backend):
     names: tuple[str, ...] = ("postgresql",)
     syntax = SYNTAX
     has_lazy_cursors: bool = False
+    sees_raw_writes: bool = True
     async_driver: str | None = "asyncpg"
     read_only_statement: str | None = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
     enforces_read_only_in_savepoint: bool = True

@@ -66,6 +66,7 @@ class SQLite(Backend):
     async_driver: str | None = "aiosqlite"
     read_only_statement: str | None = "PRAGMA query_only = ON"
     goes_on_after_abort: bool = True
+    sees_raw_writes: bool = True
     enforces_read_only_in_savepoint: bool = True
     create_statement: str | None = None
     drop_statement: str | None = None

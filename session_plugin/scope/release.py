@@ -1,0 +1,82 @@
+"""`release()`: give the connection back in the middle of a unit of work, while nothing would be lost by it.
+
+It ends the transaction and not the unit of work: its hooks wait on, and what it has loaded stays readable.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from sqlalchemy.exc import IllegalStateChangeError
+
+from ..engines.guard import TWO_AT_ONCE
+from ..exceptions import ConcurrentUseError, ReleaseError, ScopeClosedError
+from .lifecycle import run_sync
+from .log import log_failed_rollback
+from .runner import Steps
+from .transaction_state import has_changes
+from .unit_of_work import UnitOfWork
+
+
+def release(unit: UnitOfWork[Any]) -> Steps[None]:
+    """End the transaction of ``unit``, which has written nothing and holds nothing, and give its connection back.
+
+    Raises:
+        ScopeClosedError: the unit of work has ended.
+        ConcurrentUseError: another thread or task is executing a statement.
+        ReleaseError: something would be lost.
+    """
+    if unit.closed:
+        raise ScopeClosedError(unit.closed_message)
+    if not unit.in_transaction:
+        return
+    unit.transaction.check_alone()
+    if unit.transaction.may_have_raw_writes:
+        yield partial(run_sync, unit, unit.transaction.ask_whether_wrote)
+    if reason := _what_is_held(unit):
+        raise ReleaseError(
+            f"The connection cannot be released: {reason}. Call commit() or rollback() first, or do this part of the "
+            "work in a session_scope(new=True)."
+        )
+    yield partial(run_sync, unit, partial(end_transaction, unit))
+
+
+def end_transaction(unit: UnitOfWork[Any]) -> None:
+    """End the transaction of the session with a ROLLBACK; nothing is expired, and no hook runs or is dropped."""
+    root = unit.sync_session.get_transaction()
+    unit.releases = True
+    try:
+        if root is not None:
+            root.close()
+    except IllegalStateChangeError as error:
+        raise ConcurrentUseError(TWO_AT_ONCE) from error
+    except Exception as error:
+        log_failed_rollback(unit, error)
+        unit.transaction.discard()
+        unit.transaction.ended(committed=False)
+        unit.in_transaction = False
+    finally:
+        unit.releases = False
+
+
+def _what_is_held(unit: UnitOfWork[Any]) -> str | None:
+    """Return what would be lost if the transaction of ``unit`` ended now, or None."""
+    session, transaction = unit.sync_session, unit.transaction
+    if has_changes(session):
+        return "the session has changes that were not flushed"
+    if transaction.wrote:
+        return "this transaction may have written something that was not committed"
+    if transaction.hides_raw_writes:
+        return "session.connection() was called, and on this database it cannot be seen what raw cursors have written"
+    if transaction.holds:
+        return "this transaction holds a lock or a setting, which would end with it"
+    if transaction.open_results:
+        return "a result has not been read to its end. Read it with all(), or close() it"
+    if session.in_nested_transaction():
+        return "a savepoint is open"
+    if transaction.begun is not None and transaction.begun is session.get_transaction():
+        return "session.begin() is open. Remove it: the unit of work begins by itself"
+    if not session.is_active:
+        return "a flush has failed, or another thread or task is taking the connection"
+    return None

@@ -1,0 +1,409 @@
+"""``db.release()``: the connection goes back in the middle of a unit of work, unless something would be lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import ForeignKey, event, insert, select, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+
+from session_plugin import ConcurrentUseError, Database, NoScopeError, ReleaseError, ScopeClosedError, read_only
+
+from .drivers import ASYNC, MARIADB, POSTGRESQL, SYNC
+from .harness import Parent, add, count, release
+from .units import Units, on
+
+
+def checked_out(units: Units) -> int:
+    number: int = units.sync_engine.pool.checkedout()
+    return number
+
+
+def test_the_connection_is_back_and_the_next_statement_takes_another_one(units: Units) -> None:
+    """What was loaded stays readable meanwhile, and the work goes on."""
+    units.run(add("tea"))
+
+    def work(session: Session) -> None:
+        tea = session.get_one(Parent, "tea")
+        assert checked_out(units) == 1
+        release(units.db)
+        assert checked_out(units) == 0
+        assert tea.name == "tea"
+        assert session.get(Parent, "tea") is tea
+        assert checked_out(units) == 0  # it was not expired
+        assert count(session) == 1
+        assert checked_out(units) == 1
+        tea.name = "green tea"
+
+    units.run(work)
+    assert units.store.names() == ["green tea"]
+
+
+def test_without_a_connection_nothing_happens(units: Units) -> None:
+    """A function may release whatever was done before it, and twice."""
+
+    def work(session: Session) -> None:
+        release(units.db)
+        session.get(Parent, "tea")
+        release(units.db)
+        release(units.db)
+        assert checked_out(units) == 0
+
+    units.run(work)
+
+
+def test_hooks_wait_for_the_decision(units: Units) -> None:
+    """Of either kind: giving a connection back ends no unit of work."""
+    called: list[str] = []
+
+    def work(session: Session) -> None:
+        count(session)
+        units.db.on_commit(called.append, "committed")
+        units.db.on_rollback(called.append, "rolled back")
+        release(units.db)
+        assert called == []
+        count(session)
+        release(units.db)
+
+    units.run(work)
+    assert called == ["committed"]
+    called.clear()
+
+    def fails(session: Session) -> None:
+        work(session)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        units.run(fails)
+    assert called == ["rolled back"]
+
+
+def test_a_doomed_unit_of_work_stays_doomed(units: Units) -> None:
+    """Its later transactions are doomed too."""
+
+    def work(session: Session) -> None:
+        count(session)
+        units.db.doom("dry run")
+        release(units.db)
+        session.add(Parent(name="tea"))
+
+    units.run(work)
+    assert units.store.names() == []
+
+
+def lock_row(session: Session) -> None:
+    session.execute(select(Parent).with_for_update()).all()
+
+
+REFUSED: dict[str, tuple[Callable[[Session], Any], str]] = {
+    "a new object": (add("tea"), "were not flushed"),
+    "a changed object": (lambda session: setattr(session.get_one(Parent, "old"), "name", "new"), "were not flushed"),
+    "a deleted object": (lambda session: session.delete(session.get_one(Parent, "old")), "were not flushed"),
+    "a flushed object": (lambda session: (add("tea")(session), session.flush()), "may have written"),
+    "Core": (lambda session: session.execute(insert(Parent).values(name="tea")), "may have written"),
+    "SQL": (lambda session: session.execute(text("INSERT INTO parent (name) VALUES ('tea')")), "may have written"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_work_that_would_be_lost(units: Units, what: str) -> None:
+    """It is refused, and the unit of work commits as if nothing had happened."""
+    prepare, reason = REFUSED[what]
+    units.run(add("old"))
+
+    def work(session: Session) -> None:
+        prepare(session)
+        with pytest.raises(ReleaseError, match=reason):
+            release(units.db)
+
+    units.run(work)
+    names = units.store.names()
+    assert names == {"a changed object": ["new"], "a deleted object": []}.get(what, names)
+    assert ("tea" in names) == (what not in ("a changed object", "a deleted object"))
+
+
+@on(*POSTGRESQL, *MARIADB)
+def test_locks(units: Units) -> None:
+    """A locked row would be free before the unit of work that relies on it has ended."""
+    units.run(add("tea"))
+
+    def work(session: Session) -> None:
+        lock_row(session)
+        with pytest.raises(ReleaseError, match="holds a lock or a setting"):
+            release(units.db)
+
+    units.run(work)
+
+
+@on(*POSTGRESQL)
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SET LOCAL app.tenant = 'me'",
+        "SELECT set_config('app.tenant', 'me', true)",
+        "SET CONSTRAINTS ALL IMMEDIATE",
+        "SELECT pg_advisory_xact_lock(1)",
+        "LOCK TABLE parent",
+    ],
+)
+def test_settings_and_other_locks(units: Units, statement: str) -> None:
+    """They end with the transaction: what follows would be done by nobody."""
+
+    def work(session: Session) -> None:
+        session.execute(text(statement))
+        with pytest.raises(ReleaseError):
+            release(units.db)
+
+    units.run(work)
+
+
+def test_a_savepoint(units: Units) -> None:
+    """It is a part of a transaction that goes on."""
+
+    def work(session: Session) -> None:
+        with session.begin_nested():
+            count(session)
+            with pytest.raises(ReleaseError, match="a savepoint is open"):
+                release(units.db)
+        release(units.db)
+
+    units.run(work)
+
+
+def test_a_transaction_that_the_app_has_begun(units: Units) -> None:
+    """SQLAlchemy would refuse every statement in the rest of its block."""
+
+    def work(session: Session) -> None:
+        with session.begin():
+            count(session)
+            with pytest.raises(ReleaseError, match=r"session.begin\(\) is open"):
+                release(units.db)
+            count(session)
+        count(session)
+        release(units.db)
+
+    units.run(work)
+
+
+def test_a_result_that_is_being_read(units: Units) -> None:
+    """Its rows come from the connection."""
+    units.run(lambda session: session.add_all([Parent(name=str(number)) for number in range(10)]))
+
+    def work(session: Session) -> None:
+        rows = session.execute(select(Parent.name), execution_options={"yield_per": 2})
+        next(rows)
+        with pytest.raises(ReleaseError, match="a result has not been read to its end"):
+            release(units.db)
+        assert len(rows.all()) == 9
+        release(units.db)
+
+    units.run(work)
+
+
+def raw_insert(session: Session) -> None:
+    cursor = session.connection().connection.cursor()
+    cursor.execute("INSERT INTO parent (name) VALUES ('raw')")
+    cursor.close()
+
+
+def test_raw_cursors(units: Units) -> None:
+    """The driver or the server is asked; on MariaDB, which cannot say, the connection is kept to be safe."""
+
+    def reads(session: Session) -> None:
+        session.connection()
+        if units.driver in MARIADB:
+            with pytest.raises(ReleaseError, match="it cannot be seen what raw cursors have written"):
+                release(units.db)
+        else:
+            release(units.db)
+            assert checked_out(units) == 0
+
+    def writes(session: Session) -> None:
+        raw_insert(session)
+        with pytest.raises(ReleaseError):
+            release(units.db)
+
+    units.run(reads)
+    units.run(writes)
+    assert units.store.names() == ["raw"]
+
+
+@on(*POSTGRESQL)
+def test_an_aborted_transaction(units: Units) -> None:
+    """It has written nothing, and a new one begins."""
+
+    def work(session: Session) -> None:
+        with pytest.raises(Exception, match="nowhere"):
+            session.execute(text("SELECT * FROM nowhere"))
+        release(units.db)
+        session.add(Parent(name="tea"))
+
+    units.run(work)
+    assert units.store.names() == ["tea"]
+
+
+def test_a_flush_that_failed(units: Units) -> None:
+    """The session needs a rollback() anyway."""
+    units.run(add("tea"))
+
+    def work(session: Session) -> None:
+        session.add(Parent(name="tea"))
+        with pytest.raises(Exception, match=r"(?i)unique|duplicate"):
+            session.flush()
+        with pytest.raises(ReleaseError):
+            release(units.db)
+        session.rollback()
+        release(units.db)
+
+    units.run(work)
+
+
+def test_a_flush_that_failed_before_its_first_statement(units: Units) -> None:
+    """Nothing was written, and still the session is not usable before a rollback()."""
+
+    def work(session: Session) -> None:
+        count(session)
+        event.listen(session, "before_flush", fail, once=True)
+        session.add(Parent(name="tea"))
+        with pytest.raises(ZeroDivisionError):
+            session.flush()
+        session.expunge_all()
+        session.rollback()
+        release(units.db)
+
+    units.run(work)
+
+
+def fail(*arguments: Any) -> None:
+    raise ZeroDivisionError
+
+
+def test_outside_a_unit_of_work() -> None:
+    """As everywhere."""
+    with pytest.raises(NoScopeError):
+        Database("sqlite://").release()
+
+
+def test_after_the_end() -> None:
+    """A thread that has outlived its unit of work learns that."""
+    db = Database("sqlite://")
+    with db.session_scope() as session:
+        session.execute(text("SELECT 1"))
+        inside = contextvars.copy_context()
+    with pytest.raises((ScopeClosedError, NoScopeError)):
+        inside.run(db.release)
+    db.dispose()
+
+
+@on("postgresql+psycopg_async", "postgresql+asyncpg")
+def test_beside_another_statement(units: Units) -> None:
+    """Somebody else is using the connection."""
+
+    async def main() -> None:
+        async with units.db.session_scope() as session:
+            await session.execute(select(1))
+            other = asyncio.create_task(session.execute(text("SELECT 1 FROM pg_sleep(0.2)")))
+            while not session.sync_session._unit_of_work.transaction.busy:
+                await asyncio.sleep(0)
+            with pytest.raises(ConcurrentUseError):
+                await units.db.release()
+            await other
+            await units.db.release()
+
+    units.runner.run(main())
+
+
+def test_a_read_only_policy(units: Units) -> None:
+    """Each transaction begins as the policy says."""
+
+    def work(session: Session) -> None:
+        units.db.use(read_only)
+        count(session)
+        release(units.db)
+        count(session)
+        release(units.db)
+
+    units.run(work)
+
+
+@on(*POSTGRESQL)
+def test_a_connection_that_was_lost(units: Units) -> None:
+    """ROLLBACK fails, the connection is discarded, and the next statement takes another one."""
+    units.run(add("tea"))
+
+    def work(session: Session) -> None:
+        tea = session.get_one(Parent, "tea")
+        pid = session.scalar(text("SELECT pg_backend_pid()"))
+        with units.store.engine.connect() as other:
+            assert other.scalar(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+        release(units.db)
+        assert checked_out(units) == 0
+        assert tea.name == "tea"
+        assert session.scalar(text("SELECT pg_backend_pid()")) != pid
+        session.add(Parent(name="milk"))
+
+    units.run(work)
+    assert units.store.names() == ["milk", "tea"]
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Author(Base):
+    __tablename__ = "author"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    books: Mapped[list[Book]] = relationship(back_populates="author")
+
+
+class Book(Base):
+    __tablename__ = "book"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    author_id: Mapped[int] = mapped_column(ForeignKey("author.id"))
+    author: Mapped[Author] = relationship(back_populates="books")
+
+
+def test_a_relationship_is_loaded_later() -> None:
+    """The objects stay in the session, which loads what they still miss on another connection."""
+    db = Database("sqlite://", metadata=Base.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        session.add(Author(id=1, books=[Book(id=1), Book(id=2)]))
+    with db.session_scope() as session:
+        author = session.get_one(Author, 1)
+        db.release()
+        assert author in session
+        assert [book.id for book in author.books] == [1, 2]
+        db.release()
+        author.books.append(Book(id=3))
+    with db.session_scope() as session:
+        assert len(session.get_one(Author, 1).books) == 3
+    db.dispose()
+
+
+@on(*SYNC[:2], *ASYNC[:2])
+def test_under_isolation(units: Units) -> None:
+    """In a test of the user's own too."""
+
+    def work(session: Session) -> None:
+        count(session)
+        release(units.db)
+        session.add(Parent(name="tea"))
+
+    if units.is_async:
+
+        async def isolated() -> None:
+            async with units.db.isolated() as outside:
+                await units.arun(work)
+                assert await outside.run_sync(count) == 1
+
+        units.runner.run(isolated())
+    else:
+        with units.db.isolated() as outside:
+            units.run(work)
+            assert count(outside) == 1
+    assert units.store.names() == []

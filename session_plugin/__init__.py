@@ -17,7 +17,7 @@ from .exceptions import (
     SessionPluginError,
     TransactionAbortedError,
 )
-from .policy import Decision, Outcome, Policy, commit_on_success, manual, read_only, read_only_autocommit
+from .policy import Decision, Outcome, Policy, by_method, commit_on_success, manual, read_only, read_only_autocommit
 from .scope import SessionScope
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "SessionPluginError",
     "SessionScope",
     "TransactionAbortedError",
+    "by_method",
     "commit_on_success",
     "manual",
     "read_only",

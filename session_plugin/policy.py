@@ -9,7 +9,7 @@ A `Policy` says how transactions begin (``read_only``, ``isolation_level``), and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, singledispatch
 from inspect import iscoroutinefunction, isfunction, signature
 from typing import Any
@@ -21,6 +21,7 @@ __all__ = [
     "Decision",
     "Outcome",
     "Policy",
+    "by_method",
     "commit_on_success",
     "endpoint_policy",
     "manual",
@@ -120,6 +121,7 @@ class Policy:
         name: its name in logs and errors.
         read_only: begin READ ONLY transactions; the session refuses to flush.
         isolation_level: SQLAlchemy's name of the isolation level, or None for the engine's.
+        safe: the policy of requests whose HTTP method is safe, or None for this one; see `by_method`.
 
     Raises:
         PolicyError: ``decide`` is not a plain function of one argument.
@@ -129,6 +131,16 @@ class Policy:
     name: str = "custom"
     read_only: bool = False
     isolation_level: str | None = None
+    safe: Policy | None = None
+
+    def for_method(self, method: str | None) -> Policy:
+        """Return the policy of a unit of work with this HTTP method, or None outside HTTP."""
+        return self if self.safe is None or method not in SAFE_METHODS else self.safe
+
+    @property
+    def reads_without_transactions(self) -> bool:
+        """True if no BEGIN is sent: each statement is read-only and a transaction of its own."""
+        return self.read_only and self.isolation_level == "AUTOCOMMIT"
 
     def __post_init__(self) -> None:
         decide = self.decide
@@ -224,6 +236,19 @@ def as_policy(value: object) -> Policy:
         f"{value!r} is not a policy. Give commit_on_success, manual, read_only, a Policy, or a function "
         "that takes an Outcome and returns a Decision."
     )
+
+
+def by_method(*, safe: Policy | Callable[[Outcome], Decision], other: Policy | Callable[[Outcome], Decision]) -> Policy:
+    """Return a policy that depends on the HTTP method of the request.
+
+    Args:
+        safe: for GET, HEAD, OPTIONS, QUERY and TRACE (RFC 9110, section 9.2.1), for example `read_only_autocommit`.
+        other: for every other method, and outside HTTP: in jobs, WebSockets, and each ``session_scope(new=True)``.
+
+    Raises:
+        PolicyError: one of them is not a policy.
+    """
+    return replace(as_policy(other), safe=as_policy(safe))
 
 
 _ENDPOINT_ATTRIBUTE = "__session_policies__"

@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, create_mock_engine, func, inspect, select, text
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
+from sqlalchemy import ForeignKey, create_engine, create_mock_engine, func, inspect, select, text
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    joinedload,
+    mapped_column,
+    relationship,
+    selectinload,
+    subqueryload,
+)
 
 from bench.proxy import Proxy
 from session_plugin import (
@@ -29,7 +38,7 @@ from session_plugin.engines.variants import forbid_writing
 from session_plugin.scope import ending
 from session_plugin.scope.opening import open_unit_of_work
 
-from .drivers import POSTGRESQL, SYNC
+from .drivers import MARIADB, POSTGRESQL, SQLITE, SYNC
 from .harness import Parent, add, insert
 from .units import Units, on
 
@@ -38,6 +47,23 @@ SETTING = {
     "postgresql": "SHOW default_transaction_read_only",
     "mariadb": "SELECT @@session.tx_read_only",
 }
+
+
+class Library(DeclarativeBase):
+    pass
+
+
+class Author(Library):
+    __tablename__ = "author"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    books: Mapped[list[Book]] = relationship(back_populates="author")
+
+
+class Book(Library):
+    __tablename__ = "book"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    author_id: Mapped[int] = mapped_column(ForeignKey("author.id"))
+    author: Mapped[Author] = relationship(back_populates="books")
 
 
 def reading(units: Units, work: Callable[[Session], Any]) -> Any:
@@ -100,6 +126,103 @@ def test_a_query_is_one_round_trip(units: Units) -> None:
         assert reading(through, lambda session: [names(session), names(session)]) == [["tea"], ["tea"]]
         assert proxy.count() == 2
         through.close()
+
+
+def held(units: Units) -> int:
+    return sum(pool.checkedout() for pool in pools(units))
+
+
+def test_a_connection_is_held_for_a_statement_only(units: Units) -> None:
+    """Its rows are fetched, and it goes back before they are read; so it does after each kind of statement."""
+    units.run(lambda session: session.add_all([Parent(name="tea"), Parent(name="milk")]))
+
+    def work(session: Session) -> None:
+        result = session.execute(select(Parent).order_by(Parent.name))
+        assert held(units) == 0
+        milk = next(result).Parent
+        assert [row.Parent.name for row in result] == ["tea"]
+        assert session.get(Parent, "tea") is session.get(Parent, "tea", populate_existing=True)
+        session.refresh(milk)
+        assert session.execute(text("SELECT 1")).scalar() == 1
+        assert session.execute(select(Parent.name)).keys() == ["name"]
+        assert held(units) == 0
+
+    reading(units, work)
+
+
+@on(*SQLITE, *MARIADB)
+def test_a_stream_holds_its_connection(units: Units) -> None:
+    """Until it was read to its end and another statement was executed; on PostgreSQL it needs a transaction."""
+    units.run(lambda session: session.add_all([Parent(name=str(number)) for number in range(10)]))
+
+    def work(session: Session) -> None:
+        result = session.execute(select(Parent), execution_options={"yield_per": 2})
+        first = next(result)
+        assert held(units) == 1
+        assert len([first, *result]) == 10
+        names(session)
+        assert held(units) == 0
+
+    reading(units, work)
+
+
+def test_a_connection_that_the_app_has_is_kept(units: Units) -> None:
+    """Until the end of the unit of work, or release()."""
+
+    def work(session: Session) -> None:
+        connection = session.connection()
+        names(session)
+        assert held(units) == 1
+        assert connection.execute(select(Parent.name)).all() == []
+
+    reading(units, work)
+    assert held(units) == 0
+
+
+@on(*POSTGRESQL)
+def test_a_lock_of_the_session_is_kept(units: Units) -> None:
+    """Whatever may depend on the connection keeps it until the end."""
+
+    def work(session: Session) -> None:
+        session.execute(text("SELECT pg_advisory_lock(1)"))
+        pid = session.scalar(text("SELECT pg_backend_pid()"))
+        assert held(units) == 1
+        assert session.scalar(text("SELECT pg_backend_pid()")) == pid
+        session.execute(text("SELECT pg_advisory_unlock(1)"))
+
+    reading(units, work)
+
+
+def test_an_error_while_rows_are_fetched(units: Units) -> None:
+    """It is raised where the statement is executed, and the next statement is executed all the same."""
+
+    def work(session: Session) -> None:
+        with pytest.raises(DBAPIError):
+            session.execute(text("SELECT * FROM nowhere"))
+        assert names(session) == []
+        assert held(units) == 0
+
+    reading(units, work)
+
+
+def test_relationships_without_a_transaction() -> None:
+    """However they are loaded; a result that needs unique() still says so."""
+    db = Database("sqlite://", metadata=Library.metadata)
+    db.create_all()
+    with db.session_scope() as session:
+        session.add(Author(id=1, books=[Book(id=1), Book(id=2)]))
+    with db.session_scope() as session:
+        db.use(read_only_autocommit)
+        author = session.scalars(select(Author)).one()
+        assert [book.id for book in author.books] == [1, 2]
+        for option in (selectinload, joinedload, subqueryload):
+            session.expunge_all()
+            [author] = session.scalars(select(Author).options(option(Author.books))).unique()
+            assert [book.author is author for book in author.books] == [True, True]
+        with pytest.raises(InvalidRequestError, match=r"unique\(\) method must be invoked"):
+            session.execute(select(Author, Author.id).options(joinedload(Author.books))).all()
+        assert [engine.pool.checkedout() for engine in core_of(db).engines.known] == [0, 0]
+    db.dispose()
 
 
 @pytest.mark.parametrize(

@@ -169,12 +169,17 @@ class ConnectionGuard:
     @property
     def may_have_raw_writes(self) -> bool:
         """True if only `ask_whether_wrote` shows whether something was written."""
-        return self._mark is not _NO_CURSOR and not self.wrote and not self.inherited
+        return self.was_handed_out and not self.wrote and not self.inherited
+
+    @property
+    def was_handed_out(self) -> bool:
+        """True if the user has the connection."""
+        return self._mark is not _NO_CURSOR
 
     @property
     def hides_raw_writes(self) -> bool:
         """True if nothing shows whether something was written through raw cursors."""
-        return self._mark is not _NO_CURSOR and not backend_for(self._dialect.name).sees_raw_writes
+        return self.was_handed_out and not backend_for(self._dialect.name).sees_raw_writes
 
     def ask_whether_wrote(self, pooled: PoolProxiedConnection) -> None:
         """Ask the driver or the server whether something was written through raw cursors."""
@@ -199,7 +204,7 @@ class ConnectionGuard:
         If the connection was ``discarded``, nothing is sent on it.
         """
         if not self.inherited:
-            results, self._results = self._results, []
+            results, self._results = self.open_results, []
             for result in results:
                 core_result: Any = getattr(result, "raw", result)
                 if discarded:

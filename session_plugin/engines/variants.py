@@ -53,7 +53,7 @@ class EngineVariants:
         if variant is None:
             if not self._is_derived(engine):
                 prepare(engine)  # a get_bind() of the user's may return one that is new here
-            if policy.read_only and policy.isolation_level == autocommit.LEVEL:
+            if policy.reads_without_transactions:
                 variant = self._autocommit_engine(engine)
             else:
                 options = begin_options(engine, policy, may_write=may_write)

@@ -1,6 +1,7 @@
-"""`release()`: give the connection back in the middle of a unit of work, while nothing would be lost by it.
+"""The connection goes back in the middle of a unit of work, while nothing would be lost by it.
 
-It ends the transaction and not the unit of work: its hooks wait on, and what it has loaded stays readable.
+That ends the transaction and not the unit of work: its hooks wait on, and what it has loaded stays readable.
+It happens when the app says `release()`, and without transactions after each statement (`execute_and_release`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from sqlalchemy.engine import CursorResult, Result
+from sqlalchemy.engine.cursor import CursorFetchStrategy, FullyBufferedCursorFetchStrategy
 from sqlalchemy.exc import IllegalStateChangeError
+from sqlalchemy.orm import ORMExecuteState
 
 from ..engines.guard import TWO_AT_ONCE
 from ..exceptions import ConcurrentUseError, ReleaseError, ScopeClosedError
@@ -58,6 +62,33 @@ def end_transaction(unit: UnitOfWork[Any]) -> None:
         unit.in_transaction = False
     finally:
         unit.releases = False
+
+
+def execute_and_release(unit: UnitOfWork[Any], state: ORMExecuteState) -> Result[Any]:
+    """Execute a statement outside any transaction, fetch its rows, and give the connection back.
+
+    The connection is kept if something may depend on it: a lock, a setting, a function of which nothing is known, a
+    result that is streamed, or what ``session.connection()`` or ``session.begin()`` has returned.
+    """
+    result = state.invoke_statement()
+    if _fetch_rows(result) and not unit.transaction.was_handed_out and not _what_is_held(unit):
+        end_transaction(unit)
+        unit.return_permit()
+    return result
+
+
+def _fetch_rows(result: Any) -> bool:
+    """Fetch the rows of ``result`` now, as a plain result does later; return False if it is to stream them.
+
+    `Result.freeze` would do for Core, but an ORM result that needs ``unique()`` would do without it afterwards.
+    """
+    raw: CursorResult[Any] = getattr(result, "raw", result)  # of an ORM result, that of Core
+    strategy: Any = raw.cursor_strategy
+    if type(strategy) is CursorFetchStrategy:
+        rows = strategy.fetchall(raw, raw.cursor)
+        raw.cursor_strategy = FullyBufferedCursorFetchStrategy(None, initial_buffer=rows)
+        return True
+    return raw.cursor is None or isinstance(strategy, FullyBufferedCursorFetchStrategy)
 
 
 def _what_is_held(unit: UnitOfWork[Any]) -> str | None:

@@ -18,6 +18,7 @@ from .current import depth
 from .joined import note_settled
 from .log import log_commit_failure, logger
 from .permits import take_permit
+from .release import execute_and_release
 from .rows import restore_rows
 from .transaction_state import has_changes
 from .unit_of_work import UnitOfWork
@@ -175,15 +176,18 @@ def _before_statement(state: ORMExecuteState) -> Any:
     if unit.closed:
         raise ScopeClosedError(unit.closed_message)
     unit.transaction.check_alone()
-    if unit.policy.read_only and (state.is_insert or state.is_update or state.is_delete):
-        raise _read_only(unit, "the statement is an INSERT, UPDATE or DELETE")
+    leases = False
+    if unit.policy.read_only:
+        if state.is_insert or state.is_update or state.is_delete:
+            raise _read_only(unit, "the statement is an INSERT, UPDATE or DELETE")
+        leases = unit.policy.reads_without_transactions
     options = state.execution_options
     streams = options.get("stream_results", unit.database.streams_results or unit.transaction.streams)
     if streams and state.is_orm_statement and not options.get("yield_per"):
         result = state.invoke_statement()
         unit.transaction.keep_result(result)
         return result
-    return None
+    return execute_and_release(unit, state) if leases else None
 
 
 @event.listens_for(ScopeSession, "after_commit", insert=True)

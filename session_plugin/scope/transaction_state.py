@@ -103,6 +103,11 @@ class TransactionState:
         return any(guard.holds for guard in self._guards.values())
 
     @property
+    def was_handed_out(self) -> bool:
+        """True if the user has one of its connections."""
+        return any(guard.was_handed_out for guard in self._guards.values())
+
+    @property
     def hides_raw_writes(self) -> bool:
         """True if the driver's own cursors may have written and nothing would show it."""
         return any(guard.hides_raw_writes for guard in self._guards.values())

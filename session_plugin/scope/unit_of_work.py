@@ -236,7 +236,7 @@ class UnitOfWork(Generic[S]):
         """How it begins and ends: what `use` said, else the endpoint's policy, else the database's."""
         if self._policy is None:
             found = self.find_policy() if self.find_policy is not None else None
-            self._policy = found or self.database.default_policy
+            self._policy = (found or self.database.default_policy).for_method(self.method)
         return self._policy
 
     def use(self, policy: Policy | Callable[[Outcome], Decision]) -> None:
@@ -245,7 +245,7 @@ class UnitOfWork(Generic[S]):
         Raises:
             PolicyError: ``policy`` is not a policy, or a transaction has begun in another way.
         """
-        chosen = as_policy(policy)
+        chosen = as_policy(policy).for_method(self.method)
         current = self.policy
         begins_alike = (chosen.read_only, chosen.isolation_level) == (current.read_only, current.isolation_level)
         if self.connected and not begins_alike:

@@ -28,6 +28,7 @@ from session_plugin import (
     ConfigurationError,
     Database,
     Outcome,
+    Policy,
     ReadOnlyError,
     SessionScope,
     read_only,
@@ -302,6 +303,24 @@ def test_reuse_on_another_event_loop(units: Units) -> None:
     units.runner.close()
     units.runner = asyncio.Runner()
     assert reading(units, names) == []
+
+
+@pytest.mark.parametrize("policy", [read_only, read_only_autocommit])
+def test_a_refused_write_names_the_policy(units: Units, policy: Policy) -> None:
+    """The database's error says nothing of it, and a GET may be under it by its method alone."""
+
+    def work(session: Session) -> None:
+        units.db.use(policy)
+        with pytest.raises(DBAPIError) as raised:
+            session.execute(text("INSERT INTO parent (name) VALUES ('lost')"))
+        assert [note for note in raised.value.__notes__ if f"the read-only policy {policy.name}. To write" in note]
+        with pytest.raises(DBAPIError) as raised:
+            session.execute(text("SELECT * FROM nowhere"))
+        assert "read-only" not in str(getattr(raised.value, "__notes__", ""))
+        session.rollback()
+
+    if not (units.store.backend == "sqlite" and policy is read_only):  # it enforces nothing
+        units.run(work)
 
 
 def test_a_custom_policy_with_autocommit_is_read_only(units: Units) -> None:

@@ -74,6 +74,7 @@ class ConnectionGuard:
         holds: True once a statement has locked or set something that ends with the transaction.
         on_first_write: called before its first statement that is not known to be a plain read.
         has_lazy_cursors: True if the driver reads rows from the database as they are fetched.
+        read_only_policy: the name of the policy under which nothing may be written, or None.
         wrote: True once a statement was executed that is not known to be a plain read.
         xid: the id of its prepared transaction once PREPARE was sent, or None.
     """
@@ -81,7 +82,7 @@ class ConnectionGuard:
     __slots__ = (
         "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_many", "_mark", "_options", "_owner",
         "_results", "_syntax", "commit_error", "commit_state", "doomed", "error", "fellows", "has_lazy_cursors",
-        "holds", "inherited", "on_first_write", "wrote", "xid",
+        "holds", "inherited", "on_first_write", "read_only_policy", "wrote", "xid",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, fellows: Guards, on_first_write: Callable[[], None]) -> None:
@@ -94,6 +95,7 @@ class ConnectionGuard:
         self.error: BaseException | None = None
         self.inherited: bool = False
         self.holds: bool = False
+        self.read_only_policy: str | None = None
         self.wrote: bool = False
         self._info = connection.info
         self._dialect = connection.dialect
@@ -372,6 +374,14 @@ def _handle_error(context: ExceptionContext) -> None:
     if guard is None or isinstance(context.original_exception, SessionPluginError):
         return
     guard.error = context.sqlalchemy_exception or context.original_exception
+    if guard.read_only_policy is not None and (
+        backend_for(context.dialect.name).has_refused_to_write(context.original_exception)
+    ):
+        commits.add_note(
+            guard.error,
+            f"This unit of work is under the read-only policy {guard.read_only_policy}. To write, choose another one "
+            "before its first statement: @db.policy(commit_on_success) on the endpoint, or db.use(commit_on_success).",
+        )
     if (
         guard.commit_state in commits.SENT
         and guard.commit_failed(context.original_exception, guard.error, context.dialect)

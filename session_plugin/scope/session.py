@@ -148,7 +148,7 @@ def _guard_connection(session: ScopeSession, transaction: SessionTransaction, co
             late.refuse(connection)
         raise ScopeClosedError(unit.closed_message)
     unit.in_transaction = unit.has_begun = True  # even if another listener raised when it was created
-    unit.transaction.connection_taken(connection)
+    unit.transaction.connection_taken(connection, unit.policy)
 
 
 @event.listens_for(ScopeSession, "before_flush")

@@ -16,6 +16,7 @@ from ..engines import commits
 from ..engines.guard import TWO_AT_ONCE, ConnectionGuard
 from ..engines.twophase import TransactionIds
 from ..exceptions import ConcurrentUseError
+from ..policy import Policy
 from .hooks import Event
 from .rows import LoadedRows, loaded_rows, unchanged_rows
 
@@ -161,11 +162,13 @@ class TransactionState:
                 self._ids = TransactionIds()
             self._ids.announce(first=not self._guards)
 
-    def connection_taken(self, connection: Connection) -> None:
-        """Guard ``connection``, which the session has taken; a savepoint on it reports it again."""
+    def connection_taken(self, connection: Connection, policy: Policy) -> None:
+        """Guard ``connection``, which the session has taken under ``policy``; a savepoint on it reports it again."""
         if connection not in self._guards:
             self._guards[connection] = guard = ConnectionGuard(connection, self._guards, self._note_first_write)
             guard.doomed = self._doomed
+            if policy.read_only:
+                guard.read_only_policy = policy.name
 
     def doom(self, reason: str | None) -> None:
         """Let no connection commit any more, including those that are yet to be taken; None ends that."""

@@ -109,6 +109,10 @@ class Backend:
         """
         return isinstance(error, dialect.loaded_dbapi.IntegrityError)
 
+    def has_refused_to_write(self, error: BaseException) -> bool:
+        """Return True if the driver's ``error`` says that the transaction or the connection is read-only."""
+        return False
+
     def write_mark(self, pooled: PoolProxiedConnection) -> Any:
         """Return what `has_written` compares with, without asking the server; None if it compares with nothing."""
         return None

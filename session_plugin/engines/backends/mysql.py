@@ -104,6 +104,10 @@ class MySQL(Backend):
         """By the code of the server's error; those of the client begin at 2000."""
         return _code_of(error) in _REFUSALS
 
+    def has_refused_to_write(self, error: BaseException) -> bool:
+        """By the code of ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION."""
+        return bool(_code_of(error) == 1792)
+
 
 def _begin(connection: Connection) -> None:
     if connection.get_execution_options().get(_READ_ONLY_OPTION):

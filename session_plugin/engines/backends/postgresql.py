@@ -128,10 +128,14 @@ class PostgreSQL(Backend):
 
     def has_refused_commit(self, error: BaseException, dialect: Dialect) -> bool:
         """An ERROR says so: the server has rolled back by then.  After a FATAL one the session is gone."""
-        sqlstate: str | None = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+        sqlstate = _sqlstate_of(error)
         if sqlstate is None:  # so psycopg reports that the server has no room for prepared transactions
             return isinstance(error, dialect.loaded_dbapi.NotSupportedError)
         return not _NO_REFUSAL.match(sqlstate) and _severity_of(error) == "ERROR"
+
+    def has_refused_to_write(self, error: BaseException) -> bool:
+        """By its SQLSTATE, read_only_sql_transaction."""
+        return _sqlstate_of(error) == "25006"
 
     def has_written(self, pooled: PoolProxiedConnection, mark: Any, dialect: Dialect) -> bool:
         """A transaction gets its number with the first row that it writes or locks; True if the server cannot say."""
@@ -190,6 +194,11 @@ def _quoted(value: str) -> str:
 
 def _check_constraints(connection: Connection) -> None:
     connection.exec_driver_sql(CHECK_CONSTRAINTS)
+
+
+def _sqlstate_of(error: BaseException) -> str | None:
+    sqlstate: str | None = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    return sqlstate
 
 
 def _severity_of(error: Any) -> str | None:

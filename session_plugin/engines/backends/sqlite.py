@@ -51,6 +51,8 @@ _IMMEDIATE = "IMMEDIATE"
 _READ_ONLY = "READ ONLY"
 _QUERY_ONLY = "session_plugin.query_only"
 _SHARED_MEMORY_SINCE = (3, 36)
+_SQLITE_READONLY = 8
+"""SQLITE_READONLY, among SQLite's result codes."""
 _REFUSALS = {1, 5, 6, 8, 9, 13, 19}
 """SQLITE_ERROR, _BUSY, _LOCKED, _READONLY, _INTERRUPT, _FULL, _CONSTRAINT.  Not _IOERR: a COMMIT whose last
 ``fsync`` failed may be found in the file all the same."""
@@ -126,6 +128,11 @@ class SQLite(Backend):
         """By SQLite's result code, whose lowest byte is the primary one."""
         code: int | None = getattr(error, "sqlite_errorcode", None)
         return code is not None and code & 0xFF in _REFUSALS
+
+    def has_refused_to_write(self, error: BaseException) -> bool:
+        """By SQLite's result code."""
+        code: int | None = getattr(error, "sqlite_errorcode", None)
+        return code is not None and code & 0xFF == _SQLITE_READONLY
 
     def write_mark(self, pooled: PoolProxiedConnection) -> Any:
         """SQLite counts the rows that a connection has changed."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, singledispatch
 from inspect import iscoroutinefunction, isfunction, signature
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import ref
 
 from .exceptions import PolicyError
@@ -151,6 +151,10 @@ class Policy:
             )
 
 
+PolicyLike: TypeAlias = Policy | Callable[[Outcome], Decision]
+"""What is accepted as a policy."""
+
+
 def is_coroutine_function(function: Any) -> bool:
     """Return True for a coroutine function, and for an object whose ``__call__`` is one."""
     return iscoroutinefunction(function) or iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
@@ -238,7 +242,7 @@ def as_policy(value: object) -> Policy:
     )
 
 
-def by_method(*, safe: Policy | Callable[[Outcome], Decision], other: Policy | Callable[[Outcome], Decision]) -> Policy:
+def by_method(*, safe: PolicyLike, other: PolicyLike) -> Policy:
     """Return a policy that depends on the HTTP method of the request.
 
     Args:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from ..engines.registry import DEFAULT
+from ..policy import PolicyLike
 from ..scope import blocks, ending
 from ..scope.typevars import AsyncS
 from .interface import DatabaseInterface, ScopeRegistry, core_of
@@ -27,16 +28,26 @@ class AsyncInterface(DatabaseInterface[AsyncS]):
     def database(self) -> Any:
         """The `AsyncDatabase` behind this object, for the current app."""
 
-    def session_scope(self, *, new: bool = False) -> _AsyncGeneratorContextManager[AsyncS, None]:
+    def session_scope(
+        self, *, new: bool = False, name: str | None = None, policy: PolicyLike | None = None
+    ) -> _AsyncGeneratorContextManager[AsyncS, None]:
         """Open a unit of work: commit at the end of the block, roll back if an error leaves it.
 
         Inside a unit of work that is open and unsettled it joins that one, which then decides;
         an error that leaves the block dooms it.  With ``new`` it is always one of its own.
 
+        Args:
+            new: True for a unit of work of its own, also inside another one.
+            name: what logs and warnings call it; where it was opened, unless given.
+            policy: how it begins and ends; the database's policy, unless given.
+
         Yields:
             the session of the unit of work.
+
+        Raises:
+            PolicyError: ``policy`` is not a policy, or it would join a unit of work under another one.
         """
-        return blocks.asession_scope(core_of(self), new=new)
+        return blocks.asession_scope(core_of(self), new=new, name=name, policy=policy)
 
     async def release(self) -> None:
         """Give the connection back while the app waits for something else; the next statement takes another one.

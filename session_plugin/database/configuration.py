@@ -12,7 +12,7 @@ from sqlalchemy import URL, Engine, FromClause, MetaData
 from sqlalchemy.orm import Mapper, Session, sessionmaker
 
 from ..exceptions import ConfigurationError
-from ..policy import Decision, Outcome, Policy, as_policy, commit_on_success
+from ..policy import PolicyLike, as_policy, commit_on_success
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
         | Callable[[], Any]
     )
     """What names a database; a plugin also takes a `Database` or an `AsyncDatabase`."""
-
-PolicyLike: TypeAlias = Policy | Callable[[Outcome], Decision]
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -18,12 +18,20 @@ from sqlalchemy.util import ScopedRegistry
 
 from ..engines.semaphore import running_loop
 from ..exceptions import ConfigurationError, NoScopeError, ScopeClosedError
-from ..policy import Policy, as_policy, commit_on_success, is_coroutine_function, set_endpoint_policy, set_policy_above
+from ..policy import (
+    Policy,
+    PolicyLike,
+    as_policy,
+    commit_on_success,
+    is_coroutine_function,
+    set_endpoint_policy,
+    set_policy_above,
+)
 from ..scope.current import find
 from ..scope.session_scope import SessionScope
 from ..scope.typevars import S
 from ..scope.unit_of_work import UnitOfWork
-from .configuration import Configuration, PolicyLike
+from .configuration import Configuration
 from .core import DatabaseCore, HasDatabase
 
 if TYPE_CHECKING:

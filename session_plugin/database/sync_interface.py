@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import scoped_session, sessionmaker
 
 from ..engines.registry import DEFAULT
+from ..policy import PolicyLike
 from ..scope import blocks, ending
 from ..scope.typevars import SyncS
 from .interface import DatabaseInterface, ScopeRegistry, core_of
@@ -28,16 +29,26 @@ class SyncInterface(DatabaseInterface[SyncS]):
     def database(self) -> Any:
         """The `Database` behind this object, for the current app."""
 
-    def session_scope(self, *, new: bool = False) -> _GeneratorContextManager[SyncS, None, None]:
+    def session_scope(
+        self, *, new: bool = False, name: str | None = None, policy: PolicyLike | None = None
+    ) -> _GeneratorContextManager[SyncS, None, None]:
         """Open a unit of work: commit at the end of the block, roll back if an error leaves it.
 
         Inside a unit of work that is open and unsettled it joins that one, which then decides;
         an error that leaves the block dooms it.  With ``new`` it is always one of its own.
 
+        Args:
+            new: True for a unit of work of its own, also inside another one.
+            name: what logs and warnings call it; where it was opened, unless given.
+            policy: how it begins and ends; the database's policy, unless given.
+
         Yields:
             the session of the unit of work.
+
+        Raises:
+            PolicyError: ``policy`` is not a policy, or it would join a unit of work under another one.
         """
-        return blocks.session_scope(core_of(self), new=new)
+        return blocks.session_scope(core_of(self), new=new, name=name, policy=policy)
 
     def release(self) -> None:
         """Give the connection back while the app waits for something else; the next statement takes another one.

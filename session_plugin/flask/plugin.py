@@ -28,7 +28,7 @@ from ..database.sync_database import Database
 from ..database.sync_interface import SyncInterface
 from ..exceptions import ConfigurationError
 from ..plugin import Plugin
-from ..policy import Outcome, Policy, any_endpoint_policy, as_policy, manual, set_endpoint_policy
+from ..policy import Outcome, Policy, PolicyLike, any_endpoint_policy, as_policy, manual, set_endpoint_policy
 from ..scope.current import find
 from ..scope.ending import close, settle
 from ..scope.opening import open_unit_of_work
@@ -42,7 +42,7 @@ from .settling import SettlingMiddleware
 if TYPE_CHECKING:
     from contextlib import _GeneratorContextManager
 
-    from ..database.configuration import PolicyLike, Source
+    from ..database.configuration import Source
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -177,10 +177,12 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
             settle(unit, Outcome())
             read_anew(unit.session)
 
-    def session_scope(self, *, new: bool = False) -> _GeneratorContextManager[SyncS, None, None]:
+    def session_scope(
+        self, *, new: bool = False, name: str | None = None, policy: PolicyLike | None = None
+    ) -> _GeneratorContextManager[SyncS, None, None]:
         """As `Database.session_scope`; on SQLite, an app context that has only read does not lock it out."""
         self._end_reading()
-        return super().session_scope(new=new)
+        return super().session_scope(new=new, name=name, policy=policy)
 
     def create_all(self) -> None:
         """As `Database.create_all`; an app context that has only read does not lock it out."""

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
 from typing import Any, TypeGuard
 
-from ..exceptions import ConcurrentUseError, ScopeClosedError, TransactionAbortedError
-from ..policy import Outcome, exit_code
+from ..exceptions import ConcurrentUseError, PolicyError, ScopeClosedError, TransactionAbortedError
+from ..policy import Outcome, PolicyLike, as_policy, exit_code
 from .current import Entered, find
 from .ending import aclose, asettle, close, settle
 from .frames import first_caller
@@ -26,20 +26,33 @@ OPEN_ANOTHER = (
 
 
 @contextmanager
-def session_scope(database: ScopeDatabase, *, new: bool, for_hook: bool = False) -> Generator[Any]:
+def session_scope(
+    database: ScopeDatabase,
+    *,
+    new: bool,
+    name: str | None = None,
+    policy: PolicyLike | None = None,
+    for_hook: bool = False,
+) -> Generator[Any]:
     """Open a unit of work on a sync database, or join the one around it unless ``new``.
 
     No other task or thread joins that of a hook: what a hook starts goes on after its end.
 
     Yields:
         its session.
+
+    Raises:
+        PolicyError: it would join a unit of work under another policy.
     """
     outer = find(database)
     if not new and _joins(outer):
+        _check_policy(outer, policy)
         with joined(outer) as session:
             yield session
         return
-    unit = open_unit_of_work(database, origin=_origin(sys._getframe(1)))
+    unit = open_unit_of_work(database, origin=name or _origin(sys._getframe(1)))
+    if policy is not None:
+        unit.use(policy)
     if for_hook:
         unit.owner = _owner()
     with Entered(unit, sys._getframe(1)):  # in no variable: a block that is dropped would be in a cycle with it
@@ -57,14 +70,24 @@ def session_scope(database: ScopeDatabase, *, new: bool, for_hook: bool = False)
 
 
 @asynccontextmanager
-async def asession_scope(database: ScopeDatabase, *, new: bool, for_hook: bool = False) -> AsyncGenerator[Any]:
+async def asession_scope(
+    database: ScopeDatabase,
+    *,
+    new: bool,
+    name: str | None = None,
+    policy: PolicyLike | None = None,
+    for_hook: bool = False,
+) -> AsyncGenerator[Any]:
     """As `session_scope`, on an async database."""
     outer = find(database)
     if not new and _joins(outer):
+        _check_policy(outer, policy)
         with joined(outer) as session:
             yield session
         return
-    unit = open_unit_of_work(database, origin=_origin(sys._getframe(1)))
+    unit = open_unit_of_work(database, origin=name or _origin(sys._getframe(1)))
+    if policy is not None:
+        unit.use(policy)
     if for_hook:
         unit.owner = _owner()
     with Entered(unit, sys._getframe(1)):  # in no variable: a block that is dropped would be in a cycle with it
@@ -140,6 +163,15 @@ def _joins(outer: UnitOfWork[Any] | None) -> TypeGuard[UnitOfWork[Any]]:
     if outer is None or not outer.can_be_joined:
         return False
     return outer.owner is None or outer.owner == _owner()
+
+
+def _check_policy(outer: UnitOfWork[Any], policy: PolicyLike | None) -> None:
+    """Raise `PolicyError` if a block under ``policy`` cannot be a part of ``outer``, which is under another one."""
+    if policy is not None and (chosen := as_policy(policy).for_method(outer.method)) != outer.policy:
+        raise PolicyError(
+            f"This session_scope() under the policy {chosen.name} would join {outer!r}, which is under the policy "
+            f"{outer.policy.name}. Write session_scope(new=True, policy=...), or leave the policy out."
+        )
 
 
 def _owner() -> object:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Generic
 
-from ..policy import Decision, Outcome, Policy
+from ..policy import Outcome, Policy, PolicyLike
 from . import ending
 from .typevars import S
 from .unit_of_work import UnitOfWork
@@ -76,7 +75,7 @@ class SessionScope(Generic[S]):
         """How it begins and ends."""
         return self._unit.policy
 
-    def use(self, policy: Policy | Callable[[Outcome], Decision]) -> None:
+    def use(self, policy: PolicyLike) -> None:
         """Choose how it begins and ends.
 
         Raises:

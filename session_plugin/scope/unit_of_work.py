@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from ..engines.semaphore import ExtraThreads, FairSemaphore, PendingSessions
 from ..exceptions import PolicyError, ScopeClosedError
-from ..policy import SAFE_METHODS, Decision, Outcome, Policy, as_policy
+from ..policy import SAFE_METHODS, Policy, PolicyLike, as_policy
 from .frames import Holder
 from .hooks import Event, Hook, Hooks
 from .joined import JoinedBlock
@@ -239,7 +239,7 @@ class UnitOfWork(Generic[S]):
             self._policy = (found or self.database.default_policy).for_method(self.method)
         return self._policy
 
-    def use(self, policy: Policy | Callable[[Outcome], Decision]) -> None:
+    def use(self, policy: PolicyLike) -> None:
         """Choose how it begins and ends.
 
         Raises:

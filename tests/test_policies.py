@@ -1,4 +1,4 @@
-"""``by_method()``: a policy that the HTTP method of the request chooses."""
+"""``by_method()``, a policy that the HTTP method of the request chooses, and the policy of a block."""
 
 import asyncio
 from typing import Annotated, Any
@@ -11,6 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from session_plugin import (
+    AsyncDatabase,
     Database,
     Decision,
     Outcome,
@@ -137,3 +138,44 @@ def test_a_unit_of_work_chooses_for_itself(database: Any) -> None:
         database.use(by_method(safe=commit_on_success, other=read_only))
         assert database.scope.policy.read_only
         session.execute(text("SELECT 1"))
+
+
+def test_a_block_with_a_name_and_a_policy(database: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A job says in one line what it is called in the log, and how it begins and ends."""
+    caplog.set_level("DEBUG", "session_plugin")
+    with database.session_scope(name="nightly", policy=manual) as session:
+        assert database.scope.policy is manual
+        session.add(Parent(name="lost"))
+    assert names(database) == []
+    assert "nightly: ROLLBACK, its work is discarded" in caplog.text
+    with database.session_scope(policy=by_method(safe=manual, other=read_only)):
+        assert database.scope.policy.read_only
+
+
+def test_a_block_joins_under_the_same_policy_only(database: Any) -> None:
+    """The policy of the unit of work around it decides, so another one would silently be none."""
+    with database.session_scope(policy=manual):
+        with database.session_scope(policy=manual, name="inner"):
+            assert str(database.scope).startswith("session_scope() at ")
+        with pytest.raises(PolicyError, match=r"under the policy read_only would join session_scope\(\) at .*new=True"):
+            with database.session_scope(policy=read_only):
+                raise AssertionError
+        with database.session_scope(new=True, policy=read_only):
+            assert database.scope.policy is read_only
+
+
+def test_the_same_of_an_async_database() -> None:
+    """Name and policy."""
+
+    async def main() -> None:
+        db = AsyncDatabase("sqlite+aiosqlite://")
+        async with db.session_scope(name="nightly", policy=manual):
+            assert str(db.scope) == "nightly"
+            with pytest.raises(PolicyError, match="would join nightly"):
+                async with db.session_scope(policy=read_only):
+                    raise AssertionError
+            async with db.session_scope(new=True, policy=read_only, name="report"):
+                assert (str(db.scope), db.scope.policy) == ("report", read_only)
+        await db.dispose()
+
+    asyncio.run(main())

@@ -238,7 +238,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[Harness]:
     harness.start()
     yield harness
     harness.stop()
-    store.engine.dispose()
+    store.close()
 
 
 @pytest.fixture(params=[*SYNC, *ASYNC])

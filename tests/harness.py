@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import URL, Engine, ForeignKey, ForeignKeyConstraint, String, create_engine, event, func, select, text
+from sqlalchemy import Engine, ForeignKey, ForeignKeyConstraint, String, create_engine, event, func, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
@@ -217,10 +217,14 @@ class Store:
             Path(location).write_bytes(empty_file())
         else:
             self.url = location.url(dialect_driver, location.shared_database)
-            self.engine = create_engine(location.admin_url(location.shared_database))
-            create_tables(self.engine)
+            self.engine = inspecting_engine(location.admin_url(location.shared_database))
         self.commit_error = OperationalError if self.backend == "mariadb" else IntegrityError
         self.sessions = sessionmaker(self.engine)
+
+    def close(self) -> None:
+        """Close the connections to a file; those to a server serve the next test."""
+        if self.backend == "sqlite":
+            self.engine.dispose()
 
     def names(self) -> list[str]:
         """The names of all committed rows, sorted."""
@@ -263,14 +267,12 @@ def empty_file() -> bytes:
         return path.read_bytes()
 
 
-with_tables: set[URL] = set()
-
-
-def create_tables(engine: Engine) -> None:
-    """Create the tables once for each database; on a server, all harnesses of a run share one database."""
-    if engine.url not in with_tables:
-        Base.metadata.create_all(engine)
-        with_tables.add(engine.url)
+@cache
+def inspecting_engine(url: str) -> Engine:
+    """An engine for a database of a server, with the tables; all stores of a run share the database and the engine."""
+    engine = create_engine(url)
+    Base.metadata.create_all(engine)
+    return engine
 
 
 def check_foreign_keys(connection: Any, record: Any) -> None:

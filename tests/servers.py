@@ -132,10 +132,16 @@ class MariaDB(Server):
     owner = "mysql"
     end_at_once = signal.SIGKILL
 
+    @cached_property
+    def _granted(self) -> set[str]:
+        return set()
+
     def url(self, driver: str, database: str | None = None) -> str:
         database = database or self.new_database()
-        with self.admin.connect() as connection:
-            connection.execute(text(f"GRANT ALL ON {database}.* TO app@'%' IDENTIFIED BY 'app'"))
+        if database not in self._granted:
+            with self.admin.connect() as connection:
+                connection.execute(text(f"GRANT ALL ON {database}.* TO app@'%' IDENTIFIED BY 'app'"))
+            self._granted.add(database)
         url = self._base.set(drivername=f"mariadb+{driver}", database=database, username="app", password="app")
         if driver != "pymysql":
             url = url.difference_update_query(["ssl_disabled"])

@@ -63,4 +63,4 @@ class Units:
         else:
             self.db.dispose()
         self.runner.close()
-        self.store.engine.dispose()
+        self.store.close()

@@ -257,7 +257,7 @@ class Contract:
     def test_an_error_response_after_the_commit_is_logged(
         self, app: Harness, replaced: int | type[Exception], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """If a middleware makes an error of a success, its work is rolled back, or the log warns that it was committed."""
+        """If a middleware makes an error of a success, its work is rolled back, or the log warns that it was not."""
         reply = app.request(Act(insert("tea"), replaced=replaced))
         status = replaced if isinstance(replaced, int) else 500
         assert reply.status == status
@@ -270,9 +270,7 @@ class Contract:
         else:
             assert app.store.names() == []
 
-    def test_only_committed_work_of_a_success_is_logged(
-        self, app: Harness, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_only_committed_work_of_a_success_is_logged(self, app: Harness, caplog: pytest.LogCaptureFixture) -> None:
         """Not what was read, rolled back or committed explicitly, nor a success that is replaced by another one."""
 
         def work(session: Session) -> None:

@@ -201,13 +201,13 @@ class Response:
         try:
             settle(unit, Outcome.raised(error, method=unit.method))
         finally:
-            if unit.saved and self._started is None:
-                error_received(unit, None)
-            elif unit.saved and not self._sent_bytes:
+            if unit.saved and self._started is not None and not self._sent_bytes:
                 if (status := int(self._started[0].split(" ", 1)[0])) >= 400:
                     error_received(unit, status)
                 server_write = self._server_write or self._start_response(*self._started) or no_write
                 server_write(b"")
+            elif unit.saved and not self._sent_bytes:
+                error_received(unit, None)
 
 
 def no_write(data: bytes) -> None:

@@ -131,6 +131,7 @@ async def _arun(unit: UnitOfWork[Any], steps: Steps[None], *, sends: bool) -> No
     if not sends:
         await arun(steps)
     elif unit.database.is_async:
+        unit.transaction.end_in_another_task()
         await uncancelled(arun(steps))
     else:
         ready = unit.transaction.connected or unit.permit is not None

@@ -6,6 +6,7 @@ The app turns an exception into a success itself, or something changes the respo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from fastapi import APIRouter, HTTPException, WebSocket
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from flask import Flask
+from sqlalchemy import event
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
@@ -29,7 +31,7 @@ from session_plugin.wsgi import SessionScopeMiddleware
 from .asgi_site import Site as AsgiSite
 from .asgi_site import stores
 from .contract import logged
-from .harness import POOL, Store, add, add_orphan, insert, wait_for
+from .harness import POOL, Store, add, add_orphan, check_foreign_keys, insert, wait_for
 from .wsgi_site import TEXT, Server, Site, module_store, store
 
 __all__ = ["module_store", "store"]
@@ -399,6 +401,32 @@ def test_a_database_that_was_not_used_is_not_logged(file_store: Store, caplog: p
     assert logged(caplog, "WARNING") == [warning(201, "status 500")]
 
 
+@pytest.mark.parametrize("fails", ["first", "second"])
+def test_of_two_databases_the_one_that_has_committed_is_logged(
+    tmp_path: Path, fails: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two databases commit one after the other: if the second fails, the work of the first is saved under an error."""
+    both = {name: Store("sqlite+aiosqlite", tmp_path / f"{name}.db") for name in ("first", "second")}
+    site = AsgiSite(both["first"])
+    other = type(site.db)(both["second"].url)
+    databases = {"first": site.db, "second": other}
+    other.init_app(site.app)
+    event.listen(other.engine.sync_engine, "connect", check_foreign_keys)
+
+    @site.app.post("/", status_code=201)
+    async def create() -> None:
+        for name, db in databases.items():
+            await db.session.run_sync(add_orphan if name == fails else insert(name))
+
+    with site.running():
+        assert site.get(method="POST").status == 500
+    saved = [name for name, each in both.items() if each.names()]
+    assert saved == ([] if fails == "first" else ["first"])
+    assert logged(caplog, "WARNING") == [warning(201, "status 500")] * len(saved)
+    for each in both.values():
+        each.engine.dispose()
+
+
 # -- WSGI ------------------------------------------------------------------------------------------
 
 
@@ -419,6 +447,35 @@ def test_a_middleware_of_flask_that_starts_an_error_and_raises(
     assert (server.started[0], server.complete) == ("502 Bad Gateway", False)
     assert flask_site.store.names() == ["tea"]
     assert logged(caplog, "WARNING") == [warning(201, "status 502")]
+
+
+@pytest.mark.parametrize("fails", ["first", "second"])
+def test_of_two_databases_of_flask_the_one_that_has_committed_is_logged(
+    tmp_path: Path, fails: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As above: the error response of the second is sent although the first has committed."""
+    both = {name: Store("sqlite+pysqlite", tmp_path / f"{name}.db") for name in ("first", "second")}
+    databases = {name: Database(each.url) for name, each in both.items()}
+    app = Flask(__name__)
+    app.logger.disabled = True
+    plugins = {name: SessionPlugin(database) for name, database in databases.items()}
+    for name, plugin in plugins.items():
+        plugin.init_app(app)
+        event.listen(databases[name].engine, "connect", check_foreign_keys)
+
+    @app.post("/")
+    def create() -> Any:
+        for name, plugin in plugins.items():
+            (add_orphan if name == fails else insert(name))(plugin.session)
+        return {}, 201
+
+    assert app.test_client().post("/").status_code == 500
+    saved = [name for name, each in both.items() if each.names()]
+    assert saved == ([] if fails == "first" else ["first"])
+    assert logged(caplog, "WARNING") == [warning(201, "status 500")] * len(saved)
+    for name, each in both.items():
+        databases[name].dispose()
+        each.engine.dispose()
 
 
 def test_a_middleware_of_flask_that_does_not_start_the_response(

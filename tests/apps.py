@@ -51,6 +51,26 @@ def background_of(act: Act, run: Any) -> Any:
 # -- WSGI --------------------------------------------------------------------------------------
 
 
+class ReplacingWSGI:
+    """A middleware that discards the app's response, as `Act.replaced` says."""
+
+    def __init__(self, app: Any, harness: Harness) -> None:
+        self._app = app
+        self._harness = harness
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        replaced = self._harness.act.replaced
+        if replaced is None:
+            return self._app(environ, start_response)
+        body = self._app(environ, lambda *started: None)
+        if hasattr(body, "close"):
+            body.close()
+        if not isinstance(replaced, int):
+            raise replaced
+        start_response(f"{replaced} Replaced", JSON)
+        return [json.dumps(DONE).encode()]
+
+
 class Handler(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -85,6 +105,7 @@ class FlaskHarness(WSGIHarness):
 
     def make_app(self) -> None:
         self.app = app = Flask(__name__)
+        app.wsgi_app = ReplacingWSGI(app.wsgi_app, self)  # type: ignore[method-assign]
         self.plugin = session_plugin.flask.SessionPlugin(self.store.url, **POOL)
         self.plugin.init_app(app)
         with app.app_context():
@@ -130,6 +151,7 @@ class FlaskHarness(WSGIHarness):
 class PlainWSGIHarness(WSGIHarness):
     drivers = ("sqlite+pysqlite", "postgresql+psycopg")
     answers_failed_commits = False
+    settles_inside_middleware = False
     shows_background_callables = False
 
     def make_app(self) -> None:
@@ -166,10 +188,33 @@ class PlainWSGIHarness(WSGIHarness):
                 if self.act.background is not None:
                     background_of(self.act, lambda work: work(db.session))()
 
-        self.app = session_plugin.wsgi.SessionScopeMiddleware(session_plugin.wsgi.SessionScopeMiddleware(app, db), db)
+        inner = session_plugin.wsgi.SessionScopeMiddleware(app, db)
+        self.app = session_plugin.wsgi.SessionScopeMiddleware(ReplacingWSGI(inner, self), db)
 
 
 # -- ASGI --------------------------------------------------------------------------------------
+
+
+class ReplacingASGI:
+    """A middleware that discards the app's response, as `Act.replaced` says."""
+
+    def __init__(self, app: Any, harness: Harness) -> None:
+        self._app = app
+        self._harness = harness
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        replaced = self._harness.act.replaced
+        if scope["type"] != "http" or replaced is None:
+            await self._app(scope, receive, send)
+            return
+
+        async def discard(message: Any) -> None:
+            pass
+
+        await self._app(scope, receive, discard)
+        if not isinstance(replaced, int):
+            raise replaced
+        await JSONResponse(DONE, replaced)(scope, receive, send)
 
 
 class UvicornServer(uvicorn.Server):
@@ -220,6 +265,7 @@ class AsyncFastAPIHarness(ASGIHarness):
         self.app = app = FastAPI()
         self.plugin = plugin = session_plugin.fastapi.AsyncSessionPlugin(self.store.url, **POOL)
         plugin.init_app(app)
+        app.add_middleware(ReplacingASGI, harness=self)
         self.db = plugin.database
         SessionDep = Annotated[AsyncSession, Depends(plugin.get_session)]
 
@@ -273,6 +319,7 @@ class SyncFastAPIHarness(ASGIHarness):
         self.app = app = FastAPI()
         self.plugin = plugin = session_plugin.fastapi.SessionPlugin(self.store.url, **POOL)
         plugin.init_app(app)
+        app.add_middleware(ReplacingASGI, harness=self)
         self.db = plugin.database
         SessionDep = Annotated[Session, Depends(plugin.get_session)]
 
@@ -358,6 +405,7 @@ class StarletteHarness(ASGIHarness):
         inner = Starlette(routes=[Route("/act", act, methods=["GET", "POST"])], exception_handlers=handlers)
         self.app = Starlette(routes=[Mount("/", inner)], exception_handlers=handlers)
         plugin.init_app(self.app, pool_size=5)
+        self.app.add_middleware(ReplacingASGI, harness=self)
         self.plugin = plugin
         self.db = plugin.database
 
@@ -400,7 +448,8 @@ class PlainASGIHarness(ASGIHarness):
                 finally:
                     act.done.set()
 
-        self.app = session_plugin.asgi.SessionScopeMiddleware(session_plugin.asgi.SessionScopeMiddleware(app, db), db)
+        inner = session_plugin.asgi.SessionScopeMiddleware(app, db)
+        self.app = session_plugin.asgi.SessionScopeMiddleware(ReplacingASGI(inner, self), db)
 
 
 async def lifespan(receive: Receive, send: Send) -> None:

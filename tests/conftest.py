@@ -37,6 +37,7 @@ NOT_CORE = (
     "tests/test_soak.py",
     "tests/test_testing_pytest.py",
     "docs/coming-from/*",
+    "docs/errors-inside-a-success.md",
     "docs/fastapi.md",
     "docs/neighbours/*",
     "docs/testing.md",

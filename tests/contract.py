@@ -253,6 +253,37 @@ class Contract:
         assert app.request(Act(work, status=400)).status == 400
         assert app.store.names() == ["kept"]
 
+    @pytest.mark.parametrize("replaced", [403, 503, KeyError])
+    def test_an_error_response_after_the_commit_is_logged(
+        self, app: Harness, replaced: int | type[Exception], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """If a middleware makes an error of a success, its work is rolled back, or the log warns that it was not."""
+        reply = app.request(Act(insert("tea"), replaced=replaced))
+        status = replaced if isinstance(replaced, int) else 500
+        assert reply.status == status
+        if app.settles_inside_middleware:
+            assert app.store.names() == ["tea"]
+            (message,) = logged(caplog, "WARNING")
+            assert message.startswith(
+                f"POST /act: its work was committed under status 201, and the client receives status {status}"
+            )
+        else:
+            assert app.store.names() == []
+
+    def test_only_committed_work_of_a_success_is_logged(self, app: Harness, caplog: pytest.LogCaptureFixture) -> None:
+        """Not what was read, rolled back or committed explicitly, nor a success that is replaced by another one."""
+
+        def work(session: Session) -> None:
+            insert("kept")(session)
+            session.commit()
+
+        app.request(Act(count, replaced=500))
+        app.request(Act(insert("lost"), status=404, replaced=500))
+        app.request(Act(work, replaced=500))
+        app.request(Act(insert("tea"), replaced=202))
+        assert app.store.names() == ["kept", "tea"]
+        assert logged(caplog, "WARNING") == []
+
     # -- 7: early release ------------------------------------------------------------------------
 
     def test_connection_is_released_before_the_body(self, app: Harness) -> None:
@@ -599,8 +630,13 @@ class Contract:
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The messages that session_plugin itself has logged at level ERROR."""
+    return logged(caplog, "ERROR")
+
+
+def logged(caplog: pytest.LogCaptureFixture, level: str) -> list[str]:
+    """The messages that session_plugin itself has logged at ``level``."""
     ours = [record for record in caplog.records if record.name == "session_plugin"]
-    return [record.getMessage() for record in ours if record.levelname == "ERROR"]
+    return [record.getMessage() for record in ours if record.levelname == level]
 
 
 def insert_and_swallow_an_error(app: Harness) -> Any:

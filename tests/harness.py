@@ -179,6 +179,7 @@ class Act:
         stream: the work that runs after each chunk of a streamed body, with the session.
         before: runs with the session after the response, in a callable before that of ``background``.
         background: runs with the session after the response, as a background task of the framework.
+        replaced: what a middleware around the app makes of its response: another one, with that status, or an error.
         use_session: False for an endpoint that does not use a session.
     """
 
@@ -189,6 +190,7 @@ class Act:
     stream: Sequence[Work] = ()
     before: Work | None = None
     background: Work | None = None
+    replaced: int | type[Exception] | None = None
     use_session: bool = True
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -306,6 +308,8 @@ class Harness:
     _counting = threading.Lock()
     answers_failed_commits = True
     """False if the framework's error handlers do not see a failed commit."""
+    settles_inside_middleware = True
+    """False if the response is settled outside the app's middleware, by the status that the client receives."""
     shows_background_callables = True
     """False if one callable after the response cannot be distinguished from the next."""
 

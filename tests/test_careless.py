@@ -378,6 +378,28 @@ def test_two_tasks_at_once_raise_concurrent_use_error(acts: Any, connected: bool
     assert "session_scope(new=True)" in str(second)
 
 
+def test_a_flush_that_failed_before_it_connected_can_be_repeated_by_the_end() -> None:
+    """The end, which runs in a task of its own, is no concurrent use of the session by the task that waits for it."""
+
+    async def work(db: AsyncDatabase[AsyncSession]) -> int:
+        async with db.session_scope() as session:
+
+            @event.listens_for(session.sync_session, "before_flush")
+            def refuse(session: Session, context: Any, instances: Any) -> None:
+                if not row.name:
+                    raise ValueError("the name is empty")
+
+            row = Parent(name="")
+            session.add(row)
+            with pytest.raises(ValueError, match="the name is empty"):
+                await session.flush()
+            row.name = "tea"
+        async with db.session_scope() as session:
+            return await count(session)
+
+    assert async_units(work) == 1
+
+
 def test_a_flush_within_a_flush_raises_sqlalchemys_error() -> None:
     """A flush inside a flush raises SQLAlchemy's own error."""
     db = Database(MEMORY, metadata=Base.metadata)

@@ -8,7 +8,11 @@ from .types import Message, Receive
 
 
 class Client:
-    """The client of one ASGI connection, as far as its messages and the server's show it."""
+    """The client of one ASGI connection, as far as its messages and the server's show it.
+
+    Attributes:
+        start: the message that has started the response to an HTTP request; empty before.
+    """
 
     _receiving: int = 0
     _left: bool = False
@@ -18,7 +22,7 @@ class Client:
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._asked_ahead: asyncio.Future[Message] | None = None
-        self._start: Message = {}
+        self.start: Message = {}
         self._streams: bool = False
 
     def close(self) -> None:
@@ -32,7 +36,7 @@ class Client:
         A client that has counted its bytes takes the response for complete, whatever happens after that.
         """
         if message["type"] == "http.response.start":
-            self._start = message
+            self.start = message
         elif message["type"] == "http.response.body" and (self._streams or message.get("more_body", False)):
             return self._hold_back_stream(message)
         return message
@@ -40,7 +44,7 @@ class Client:
     def _hold_back_stream(self, message: Message) -> Message | None:
         if not self._streams:
             self._streams = True
-            self._missing = _content_length(self._start)
+            self._missing = _content_length(self.start)
         if self._missing is None:
             return message
         body = message.get("body", b"")

@@ -78,6 +78,8 @@ class SessionScopeMiddleware:
             try:
                 await self.layer_class(cycle, send).run(self.app, scope, client.receive)
             finally:
+                if not client.start:
+                    cycle.ended_unsent()
                 leave(cycle.unit)
         finally:
             del cycles[core]

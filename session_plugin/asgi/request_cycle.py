@@ -44,7 +44,7 @@ from weakref import WeakMethod
 
 from ..policy import Outcome
 from ..scope.current import depth
-from ..scope.ending import aclose, asettle, settle_if_idle
+from ..scope.ending import aclose, asettle, error_received, settle_if_idle
 from ..scope.late import run_late
 from ..scope.runner import arun
 from ..scope.unit_of_work import UnitOfWork
@@ -85,6 +85,10 @@ class RequestCycle(ABC):
     @abstractmethod
     def app_returned(self, layer: Layer) -> Awaitable[None] | None:
         """Return the settling of what the app inside ``layer`` has left, or None."""
+
+    @abstractmethod
+    def ended_unsent(self) -> None:
+        """Note that the app has ended and no response to an HTTP request was sent."""
 
     async def app_raised(self, error: BaseException, layer: Layer) -> None:
         """Settle by ``error``, which has left the app inside ``layer``."""
@@ -134,6 +138,8 @@ class HttpCycle(RequestCycle):
         self._has_trailers = message.get("trailers", False)
         if message["status"] >= 400:
             self._broken_off_by = None
+            if layer.outer is None and not self.client.start:
+                error_received(self.unit, message["status"])
         elif self._broken_off_by is not None and layer.outer is None:
             raise self._broken_off_by
         if settle_if_idle(self.unit) or not layer.has_begun_transaction() or layer.inner_app_goes_on():
@@ -185,6 +191,10 @@ class HttpCycle(RequestCycle):
         late = Outcome(method=self.unit.method, background=True)
         return asettle(self.unit, late if self.complete else self._outcome(not layer.complete))
 
+    def ended_unsent(self) -> None:
+        """Warn if the work of a response was committed that a middleware or an exception has kept from being sent."""
+        error_received(self.unit, None)
+
     def _is_last(self, message: Message) -> bool:
         kind: str = message["type"]
         if kind in ("http.response.body", "http.response.zerocopysend"):
@@ -220,6 +230,9 @@ class WebSocketCycle(RequestCycle):
     def app_returned(self, layer: Layer) -> Awaitable[None] | None:
         """Roll back a handshake that was not answered."""
         return asettle(self.unit, Outcome(interrupted=not self.complete))
+
+    def ended_unsent(self) -> None:
+        """Do nothing: a handshake has no response of that kind."""
 
 
 class Layer:

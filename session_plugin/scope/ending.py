@@ -12,6 +12,7 @@ from typing import Any
 from ..policy import Outcome
 from . import lifecycle
 from .joined import note_settled
+from .log import logger
 from .release import release as release_steps
 from .runner import Steps, arun, run, uncancelled
 from .threads import in_thread
@@ -95,6 +96,26 @@ async def aclose(unit: UnitOfWork[Any]) -> None:
         _release(unit)
 
 
+def error_received(unit: UnitOfWork[Any], status: int | None) -> None:
+    """Warn if a success was committed, and the client receives an error all the same.
+
+    Args:
+        unit: the unit of work of the request.
+        status: what the outermost layer sends, of 400 or more; None if it sends no response.
+    """
+    committed, unit.saved_status = unit.saved_status, None  # one line for each request
+    if committed is not None and committed < 400:
+        logger.warning(
+            "%s: its work was committed under status %d, and the client receives %s. A middleware or an exception "
+            "replaced the response after the COMMIT. If such a response must save nothing, decide that before: move "
+            "the middleware inside, or call db.doom() or choose a policy in the endpoint. If it is meant to be saved, "
+            "call commit() there.",
+            str(unit),
+            committed,
+            "status 500 of the server, or nothing" if status is None else f"status {status}",
+        )
+
+
 def _release(unit: UnitOfWork[Any]) -> None:
     unit.return_permit()
     unit.forget_session()
@@ -110,6 +131,7 @@ async def _arun(unit: UnitOfWork[Any], steps: Steps[None], *, sends: bool) -> No
     if not sends:
         await arun(steps)
     elif unit.database.is_async:
+        unit.transaction.end_in_another_task()
         await uncancelled(arun(steps))
     else:
         ready = unit.transaction.connected or unit.permit is not None

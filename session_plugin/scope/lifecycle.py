@@ -60,7 +60,9 @@ def settle(unit: UnitOfWork[Any], outcome: Outcome) -> Steps[None]:
         if decision.commit:
             unit.transaction.saved = False  # from here on: a hook may use the session and write nothing
             yield from _commit(unit)
-            unit.saved = unit.saved or unit.transaction.saved
+            if unit.transaction.saved:
+                unit.saved = True
+                unit.saved_status = unit.saved_status or outcome.status
     except BaseException as error:
         yield from _roll_back(unit, type(error).__name__)
         if outcome.background:

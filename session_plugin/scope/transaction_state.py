@@ -210,6 +210,11 @@ class TransactionState:
             if first is not None and first is not self._first and not first.done():
                 raise ConcurrentUseError(TWO_AT_ONCE)
 
+    def end_in_another_task(self) -> None:
+        """Note that the running task takes no connection: it waits for the end, which runs in a task of its own."""
+        if not self._guards and self._first is current_task():
+            self._first = None
+
     def begin_flush(self) -> object:
         """Note who flushes, and return who did before: nobody, or the same one, in a nested flush.
 

@@ -81,6 +81,7 @@ class UnitOfWork(Generic[S]):
         rolls_back: True while its end rolls back, which keeps unchanged rows readable.
         releases: True while `release` ends a transaction, for which no hook waits.
         saved: True once a settlement has committed work.
+        saved_status: the status of the response under which a settlement has committed work, or None.
         discarded: True once a settlement has rolled work back.
         closed: True once it has ended; its session refuses further use.
         doomed: why it will roll back, whatever happens, or None.
@@ -104,6 +105,7 @@ class UnitOfWork(Generic[S]):
     rolls_back: bool = False
     releases: bool = False
     saved: bool = False
+    saved_status: int | None = None
     discarded: bool = False
     interrupted: bool | None = None
     late_calls: int = 0

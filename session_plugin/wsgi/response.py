@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..policy import Outcome
 from ..scope.current import innermost
-from ..scope.ending import close, settle, settle_if_idle
+from ..scope.ending import close, error_received, settle, settle_if_idle
 from ..scope.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
@@ -149,6 +149,8 @@ class Response:
             raise AssertionError("The app sent its body before it called start_response().")
         status, self._headers = self._started[:2]
         self._status = int(status.split(" ", 1)[0])
+        if self._status >= 400:
+            error_received(self._unit, self._status)
         self._settle()
         self._server_write = self._start_response(*self._started) or no_write
         return self._server_write
@@ -200,8 +202,12 @@ class Response:
             settle(unit, Outcome.raised(error, method=unit.method))
         finally:
             if unit.saved and self._started is not None and not self._sent_bytes:
+                if (status := int(self._started[0].split(" ", 1)[0])) >= 400:
+                    error_received(unit, status)
                 server_write = self._server_write or self._start_response(*self._started) or no_write
                 server_write(b"")
+            elif unit.saved and not self._sent_bytes:
+                error_received(unit, None)
 
 
 def no_write(data: bytes) -> None:

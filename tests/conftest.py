@@ -19,7 +19,7 @@ import hypothesis  # noqa: F401  calls gc.get_referrers() when imported, so it c
 import pytest
 
 from .drivers import ASYNC, SYNC
-from .harness import Harness, Store
+from .harness import Harness, Store, inspecting_engines
 from .servers import MariaDB, NotInstalled, PgBouncer, PostgreSQL, Redis
 from .units import Units
 
@@ -219,6 +219,8 @@ def throwaway(make: Callable[[], S]) -> Iterator[S]:
     except NotInstalled as error:
         skip_missing(str(error))
     yield server
+    while inspecting_engines:
+        inspecting_engines.popitem()[1].dispose()
     server.stop()
 
 

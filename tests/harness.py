@@ -269,11 +269,15 @@ def empty_file() -> bytes:
         return path.read_bytes()
 
 
-@cache
+inspecting_engines: dict[str, Engine] = {}
+
+
 def inspecting_engine(url: str) -> Engine:
     """An engine for a database of a server, with the tables; all stores of a run share the database and the engine."""
-    engine = create_engine(url)
-    Base.metadata.create_all(engine)
+    engine = inspecting_engines.get(url)
+    if engine is None:
+        inspecting_engines[url] = engine = create_engine(url)
+        Base.metadata.create_all(engine)
     return engine
 
 

@@ -204,6 +204,23 @@ def test_a_result_that_is_being_read(units: Units) -> None:
     units.run(work)
 
 
+def test_in_a_loop_over_rows(units: Units) -> None:
+    """The rows of an ORM query are all there with the first one, and the loop goes on."""
+    units.run(lambda session: session.add_all([Parent(name=str(number)) for number in range(5)]))
+
+    def work(session: Session) -> None:
+        seen = []
+        for parent in session.scalars(select(Parent).order_by(Parent.name)):
+            release(units.db)
+            seen.append(parent.name)
+        for name in session.execute(select(Parent.name)).all():
+            release(units.db)
+            seen.append(name[0])
+        assert len(seen) == 10
+
+    units.run(work)
+
+
 def raw_insert(session: Session) -> None:
     cursor = session.connection().connection.cursor()
     cursor.execute("INSERT INTO parent (name) VALUES ('raw')")

@@ -200,13 +200,17 @@ class ConnectionGuard:
         """The results that still read from the connection: streams, and where cursors are lazy, every other one."""
         return [result for result in self._results if _is_open(result)]
 
+    def forget_read_results(self) -> None:
+        """Leave the results that were read to their end as they are: they read nothing more from the connection."""
+        self._results = self.open_results
+
     def close_results(self, *, discarded: bool = False) -> None:
         """Close the results that would otherwise go on reading from a connection that somebody else has by then.
 
         If the connection was ``discarded``, nothing is sent on it.
         """
         if not self.inherited:
-            results, self._results = self.open_results, []
+            results, self._results = self._results, []
             for result in results:
                 core_result: Any = getattr(result, "raw", result)
                 if discarded:

@@ -49,6 +49,7 @@ def release(unit: UnitOfWork[Any]) -> Steps[None]:
 def end_transaction(unit: UnitOfWork[Any]) -> None:
     """End the transaction of the session with a ROLLBACK; nothing is expired, and no hook runs or is dropped."""
     root = unit.sync_session.get_transaction()
+    unit.transaction.forget_read_results()
     unit.releases = True
     try:
         if root is not None:

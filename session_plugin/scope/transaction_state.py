@@ -250,6 +250,11 @@ class TransactionState:
         """The results that still read from its connections."""
         return [result for guard in self._guards.values() for result in guard.open_results]
 
+    def forget_read_results(self) -> None:
+        """Let the results that have all their rows be read on, whatever happens to the connections."""
+        for guard in self._guards.values():
+            guard.forget_read_results()
+
     def close_results(self) -> None:
         """Close the results that still read from its connections."""
         for guard in self._guards.values():

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..policy import Outcome
 from . import lifecycle
+from .begin_blocks import leave_blocks
 from .joined import note_settled
 from .log import logger
 from .release import release as release_steps
@@ -26,6 +27,8 @@ def settle_if_idle(unit: UnitOfWork[Any]) -> bool:
     unit.settled = True
     if unit.was_joined:
         note_settled(unit.joined_blocks)
+    if unit.last_begun is not None:
+        leave_blocks(unit, lost=True)
     if unit.permit is not None or unit.place is not None:
         unit.return_permit()
     return True

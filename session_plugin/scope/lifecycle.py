@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 from ..engines.guard import POLL_INTERVAL, TWO_AT_ONCE
 from ..exceptions import ConcurrentUseError, PolicyError
 from ..policy import Decision, Outcome
+from .begin_blocks import leave_blocks
 from .joined import note_settled
 from .log import log_exception, log_failed_rollback, logger
 from .runner import Steps
@@ -128,6 +129,8 @@ def _commit(unit: UnitOfWork[Any]) -> Steps[None]:
             yield partial(run_sync, unit, transaction.close)
     finally:
         session.expire_on_commit = expire_on_commit
+    if unit.last_begun is not None:
+        leave_blocks(unit, lost=False)
 
 
 def _roll_back(unit: UnitOfWork[Any], reason: str) -> Steps[None]:
@@ -145,7 +148,8 @@ def _roll_back(unit: UnitOfWork[Any], reason: str) -> Steps[None]:
         if unit.transaction.busy:
             yield from _discard(unit)
             return
-    loaded = [] if unit.wrote else [*session]
+    wrote = unit.wrote
+    loaded = [] if wrote else [*session]
     if loaded:
         session.expunge_all()
     unit.rolls_back = True
@@ -163,14 +167,16 @@ def _roll_back(unit: UnitOfWork[Any], reason: str) -> Steps[None]:
             yield partial(_pause, unit)
     except Exception as error:
         log_failed_rollback(unit, error)
+        loaded = []
         yield unit.session.invalidate
-    else:
-        if loaded and not unit.closed:
-            transaction = session.begin()
-            session.add_all(loaded)
-            transaction.close()
     finally:
         unit.rolls_back = False
+    if unit.last_begun is not None:
+        leave_blocks(unit, lost=wrote)
+    if loaded and not unit.closed:
+        transaction = session.begin()
+        session.add_all(loaded)
+        transaction.close()
 
 
 def _is_refused_for_now(unit: UnitOfWork[Any], error: InvalidRequestError) -> bool:
@@ -220,6 +226,8 @@ def _begun_session(unit: UnitOfWork[Any]) -> Session:
     """Return the sync session with a transaction begun, which takes no connection yet."""
     session = unit.sync_session
     if not session.in_transaction():  # not `unit.in_transaction`: a close() that failed did not report the end
+        if unit.last_begun is not None:
+            leave_blocks(unit, lost=True)
         session.begin()
     return session
 

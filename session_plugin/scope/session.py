@@ -14,6 +14,7 @@ from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
 
 from ..engines.backends import backend_for
 from ..exceptions import ReadOnlyError, ScopeClosedError
+from .begin_blocks import note_begun
 from .current import depth
 from .joined import note_settled
 from .log import log_commit_failure, logger
@@ -64,10 +65,15 @@ class ScopeSession(Session):
         return connection
 
     def begin(self, nested: bool = False) -> SessionTransaction:
-        """As SQLAlchemy's; note the transaction, in whose block nothing can be executed once it has ended."""
+        """As SQLAlchemy's; note the transaction, in whose block nothing can be executed once it has ended.
+
+        A block that is still open at the end of the unit of work is left with it.
+        """
         transaction = super().begin(nested)
-        if self._unit_of_work is not None and not nested:
-            self._unit_of_work.transaction.begun = transaction
+        if self._unit_of_work is not None:
+            note_begun(self._unit_of_work, transaction)
+            if not nested:
+                self._unit_of_work.transaction.begun = transaction
         return transaction
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:

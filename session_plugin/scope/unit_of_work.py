@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol
 from weakref import WeakMethod, WeakSet
 
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from ..engines.semaphore import ExtraThreads, FairSemaphore, PendingSessions
 from ..exceptions import PolicyError, ScopeClosedError
@@ -77,6 +77,7 @@ class UnitOfWork(Generic[S]):
         in_transaction: True while its session has a transaction.
         has_begun: True once its session had one; before, there is nothing in it.
         begun_at: the `current.depth` at which its transaction began.
+        last_begun: the last transaction or savepoint that the user's own ``begin()`` began, or None; see `begin_blocks`.
         settled: True once its transaction was settled; what follows is late work.
         rolls_back: True while its end rolls back, which keeps unchanged rows readable.
         releases: True while `release` ends a transaction, for which no hook waits.
@@ -112,6 +113,7 @@ class UnitOfWork(Generic[S]):
     late_runners: Mapping[int, WeakMethod[Callable[..., Any]]] | None = None
     closed: bool = False
     begun_at: int = 0
+    last_begun: SessionTransaction | None = None
     doomed: str | None = None
     interrupt: KeyboardInterrupt | None = None
     loop: asyncio.AbstractEventLoop | None = None
@@ -197,7 +199,7 @@ class UnitOfWork(Generic[S]):
 
     def forget_session(self) -> None:
         """Drop the session, which refers to this unit of work: such a cycle would wait for the garbage collector."""
-        self._session, self.in_transaction = None, False
+        self._session, self.in_transaction, self.last_begun = None, False, None
         self.transaction.begun = self.transaction.committed = None
         vars(self).pop("sync_session", None)
 

@@ -58,6 +58,34 @@ class _ClosedCursor:
 _CLOSED_CURSOR = _ClosedCursor()
 
 
+class _GuardedCursor:
+    """The cursor of a streamed result: to fetch from the server counts as a statement."""
+
+    def __init__(self, cursor: Any, guard: ConnectionGuard) -> None:
+        self._cursor = cursor
+        self._guard = guard
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cursor, name)
+
+    def close(self) -> None:
+        """Close the cursor, unless another thread or task uses the connection; the end of the transaction closes it."""
+        if not self._guard.busy:
+            self._cursor.close()
+
+    def fetchone(self) -> Any:
+        """Return the next row, or None."""
+        return self._guard.alone(self._cursor.fetchone)
+
+    def fetchmany(self, *size: int) -> Any:
+        """Return the next rows."""
+        return self._guard.alone(self._cursor.fetchmany, *size)
+
+    def fetchall(self) -> Any:
+        """Return the remaining rows."""
+        return self._guard.alone(self._cursor.fetchall)
+
+
 class ConnectionGuard:
     """Guards one connection while one session holds it.
 
@@ -68,10 +96,13 @@ class ConnectionGuard:
         commit_error: the exception of a COMMIT that failed, as the user's code gets it, or None.
         commit_state: how its COMMIT went.
         doomed: why nothing may be committed, or None.
+        ending: the thread or task that has begun to COMMIT or to ROLLBACK, or None; the statements of others are
+            refused, also while the connection is on its way back to the pool.
         error: the error of the last statement that failed, until it is known whether it aborted the transaction.
         fellows: the guards of the session's other connections and this one.
         inherited: True in a forked child, where the connection is the parent's.
         holds: True once a statement has locked or set something that ends with the transaction.
+        left: True once the session has given the connection back, or is about to discard it.
         on_first_write: called before its first statement that is not known to be a plain read.
         has_lazy_cursors: True if the driver reads rows from the database as they are fetched.
         read_only_policy: the name of the policy under which nothing may be written, or None.
@@ -81,8 +112,8 @@ class ConnectionGuard:
 
     __slots__ = (
         "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_many", "_mark", "_options", "_owner",
-        "_results", "_syntax", "commit_error", "commit_state", "doomed", "error", "fellows", "has_lazy_cursors",
-        "holds", "inherited", "on_first_write", "read_only_policy", "wrote", "xid",
+        "_results", "_syntax", "commit_error", "commit_state", "doomed", "ending", "error", "fellows",
+        "has_lazy_cursors", "holds", "inherited", "left", "on_first_write", "read_only_policy", "wrote", "xid",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, fellows: Guards, on_first_write: Callable[[], None]) -> None:
@@ -96,6 +127,8 @@ class ConnectionGuard:
         self.inherited: bool = False
         self.holds: bool = False
         self.read_only_policy: str | None = None
+        self.left: bool = False
+        self.ending: object = None
         self.wrote: bool = False
         self._info = connection.info
         self._dialect = connection.dialect
@@ -115,6 +148,7 @@ class ConnectionGuard:
 
     def release(self) -> None:
         """Leave the connection, which the session has given back."""
+        self.left = True
         if self._results:
             self.close_results(discarded=True)  # no COMMIT or ROLLBACK has done it
         if (held := self._info.get(KEY)) is not None and held() is self:
@@ -122,7 +156,7 @@ class ConnectionGuard:
 
     @property
     def busy(self) -> bool:
-        """True while another thread or task waits for a statement on this connection."""
+        """True while another thread or task waits for a statement or a COMMIT on this connection."""
         return self._lock.locked() and self._owner != self._current_owner()
 
     def execute(
@@ -131,12 +165,15 @@ class ConnectionGuard:
         """Make ``call``, which executes ``statement``.
 
         Raises:
-            ConcurrentUseError: another statement is being executed.
+            ConcurrentUseError: another statement is being executed, or another thread or task has meanwhile ended the
+                transaction and discarded the connection.
             TransactionAbortedError: it would be the first one after the loss of a transaction.
         """
         self._check_own()
         if self.error is not None and backend_for(self._dialect.name).goes_on_after_abort:
             self.check_alive(pooled)
+        if self.ending is not None:
+            self.check_alone()
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(TWO_AT_ONCE)
         self._owner = self._current_owner()
@@ -146,6 +183,54 @@ class ConnectionGuard:
             call(cursor, statement, *rest)
         except BaseException as error:
             self.error = error
+            if self.left and isinstance(error, Exception):
+                raise ConcurrentUseError(TWO_AT_ONCE) from error
+            raise
+        finally:
+            self._lock.release()
+        if self.left:
+            raise ConcurrentUseError(TWO_AT_ONCE)
+
+    def commit(self, pooled: PoolProxiedConnection, commit: Callable[[PoolProxiedConnection], None]) -> None:
+        """Call ``commit`` unless something forbids it; a statement beside it is refused.
+
+        From the moment it is called until it has returned the outcome is unknown, unless the server refuses.
+        """
+        self.check_can_commit(pooled)
+        self.commit_state = commits.UNKNOWN
+        self.alone(commit, pooled)
+        self.commit_state = commits.COMMITTED
+
+    def roll_back(self, pooled: PoolProxiedConnection, rollback: Callable[[PoolProxiedConnection], None]) -> None:
+        """Call ``rollback`` after the statement of another thread or task, or discard ``pooled`` if that takes long."""
+        if self.inherited:
+            return
+        self.ending = self._current_owner()  # first: no statement of another one begins from here on
+        if self.busy:
+            self.wait_alone()
+            if self.busy:
+                self.left = True
+                pooled.invalidate()
+                return
+        self.close_results()
+        rollback(pooled)
+
+    def alone(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Make ``call``, which uses the connection.
+
+        Raises:
+            ConcurrentUseError: another thread or task uses it, or ends its transaction.
+        """
+        if self.ending is not None:
+            self.check_alone()
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentUseError(TWO_AT_ONCE)
+        self._owner = self._current_owner()
+        try:
+            return call(*arguments)
+        except Exception as error:
+            if self.left:
+                raise ConcurrentUseError(TWO_AT_ONCE) from error
             raise
         finally:
             self._lock.release()
@@ -225,10 +310,10 @@ class ConnectionGuard:
                 "its connection. Open a session_scope() here."
             )
 
-    def check_alone(self) -> None:
-        """Raise `ConcurrentUseError` if a statement of another thread or task is being executed."""
-        if self.busy:
-            raise ConcurrentUseError(TWO_AT_ONCE)
+    def check_alone(self, error: BaseException | None = None) -> None:
+        """Raise `ConcurrentUseError`, from ``error``, beside a statement or the end of another thread or task."""
+        if self.busy or (self.ending is not None and self.ending != self._current_owner()):
+            raise ConcurrentUseError(TWO_AT_ONCE) from error
 
     def wait_alone(self) -> None:
         """Wait up to `LONGEST_WAIT` for the statement of another thread or task, which a ROLLBACK would cut into."""
@@ -263,6 +348,7 @@ class ConnectionGuard:
                 f"This unit of work is doomed ({self.doomed}) and rolls back, whatever happens. What must be "
                 "saved all the same belongs in a session_scope(new=True)."
             )
+        self.ending = self._current_owner()  # first: no statement of another one begins from here on
         self.check_alone()
         if self._results:
             self.close_results()  # first: on SQLite nothing is committed while a statement is being read
@@ -357,6 +443,8 @@ def _keep_result(context: Any, guard: ConnectionGuard) -> None:
 
     def make_result() -> CursorResult[Any]:
         del context._setup_result_proxy
+        if context._is_server_side:
+            context.cursor = _GuardedCursor(context.cursor, guard)  # which the result reads from, at once or later
         result: CursorResult[Any] = context._setup_result_proxy()
         if not isinstance(result.cursor_strategy, FullyBufferedCursorFetchStrategy):  # it has all its rows
             guard.keep_result(result)
@@ -396,21 +484,15 @@ def _handle_error(context: ExceptionContext) -> None:
 
 
 def _commit(commit: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolProxiedConnection], None]:
-    """Wrap the dialect's COMMIT, which runs only if nothing forbids it.
-
-    From the moment it is called until it has returned the outcome is unknown, unless the server refuses.
-    """
+    """Wrap the dialect's COMMIT, which runs only if nothing forbids it."""
 
     @wraps(commit)
     def checked(pooled: PoolProxiedConnection) -> None:
         guard = guard_of(pooled)
         if guard is None:
             commit(pooled)
-            return
-        guard.check_can_commit(pooled)
-        guard.commit_state = commits.UNKNOWN
-        commit(pooled)
-        guard.commit_state = commits.COMMITTED
+        else:
+            guard.commit(pooled, commit)
 
     return checked
 
@@ -454,6 +536,8 @@ def _roll_back_prepared(roll_back: Callable[..., None]) -> Callable[..., None]:
     @wraps(roll_back)
     def noted(connection: Connection, xid: Any, *how: Any, **named: Any) -> None:
         guard = guard_of(connection)
+        if guard is not None:
+            guard.ending = None  # its statements are those of whoever rolls back
         if guard is not None and guard.commit_state == commits.ROLLED_BACK:
             connection.invalidate()  # the server refused to prepare; psycopg would send ROLLBACK PREPARED all the same
             return
@@ -478,15 +562,9 @@ def _alone(rollback: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolP
     @wraps(rollback)
     def alone(pooled: PoolProxiedConnection) -> None:
         guard = guard_of(pooled)
-        if guard is not None and guard.inherited:
-            return
-        if guard is not None and guard.busy:
-            guard.wait_alone()
-            if guard.busy:
-                pooled.invalidate()
-                return
-        if guard is not None:
-            guard.close_results()
-        rollback(pooled)
+        if guard is None:
+            rollback(pooled)
+        else:
+            guard.roll_back(pooled, rollback)
 
     return alone

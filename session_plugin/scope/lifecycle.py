@@ -216,6 +216,7 @@ def _pause(unit: UnitOfWork[Any]) -> Any:
 
 def _discard(unit: UnitOfWork[Any]) -> Steps[None]:
     """Discard the connections of the session, also while it is setting a savepoint."""
+    unit.transaction.leave()
     try:
         yield unit.session.invalidate
     except IllegalStateChangeError:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event, inspect
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
 
 from ..engines.backends import backend_for
@@ -58,10 +59,16 @@ class ScopeSession(Session):
 
         From now on, what is written through the driver's own cursors is looked for too.
         """
-        connection = super().connection(bind_arguments, execution_options)
-        if self._unit_of_work is not None:
-            backend_for(connection.dialect.name).begin_now(connection)
-            self._unit_of_work.transaction.handed_out(connection)
+        unit = self._unit_of_work
+        if unit is None:
+            return super().connection(bind_arguments, execution_options)
+        try:
+            connection = super().connection(bind_arguments, execution_options)
+        except InvalidRequestError as error:
+            unit.transaction.check_alone(error)
+            raise
+        backend_for(connection.dialect.name).begin_now(connection)
+        unit.transaction.handed_out(connection)
         return connection
 
     def begin(self, nested: bool = False) -> SessionTransaction:
@@ -69,11 +76,17 @@ class ScopeSession(Session):
 
         A block that is still open at the end of the unit of work is left with it.
         """
-        transaction = super().begin(nested)
-        if self._unit_of_work is not None:
-            note_begun(self._unit_of_work, transaction)
-            if not nested:
-                self._unit_of_work.transaction.begun = transaction
+        unit = self._unit_of_work
+        if unit is None:
+            return super().begin(nested)
+        try:
+            transaction = super().begin(nested)
+        except InvalidRequestError as error:
+            unit.transaction.check_alone(error)
+            raise
+        note_begun(unit, transaction)
+        if not nested:
+            unit.transaction.begun = transaction
         return transaction
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
@@ -87,6 +100,9 @@ class ScopeSession(Session):
         outer = transaction.begin_flush()
         try:
             super().flush(objects)
+        except InvalidRequestError as error:
+            transaction.check_alone(error)
+            raise
         finally:
             transaction.flushing = outer
 

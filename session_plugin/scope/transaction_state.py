@@ -176,10 +176,14 @@ class TransactionState:
         for guard in self._guards.values():
             guard.doomed = reason
 
-    def check_alone(self) -> None:
-        """Raise `ConcurrentUseError` if another thread or task waits for a statement."""
+    def check_alone(self, error: BaseException | None = None) -> None:
+        """Raise `ConcurrentUseError` if another thread or task waits for a statement or a COMMIT.
+
+        Args:
+            error: what SQLAlchemy has raised, which is then the cause.
+        """
         for guard in self._guards.values():
-            guard.check_alone()
+            guard.check_alone(error)
 
     @property
     def busy(self) -> bool:
@@ -190,6 +194,11 @@ class TransactionState:
         """Wait for the statements of other threads or tasks, for a limited time."""
         for guard in self._guards.values():
             guard.wait_alone()
+
+    def leave(self) -> None:
+        """Have the statements of other threads or tasks raise `ConcurrentUseError`: their connections are discarded."""
+        for guard in self._guards.values():
+            guard.left = True
 
     def discard(self) -> None:
         """Discard the connections, where the session cannot: it is still taking another one."""

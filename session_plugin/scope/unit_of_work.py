@@ -77,7 +77,7 @@ class UnitOfWork(Generic[S]):
         in_transaction: True while its session has a transaction.
         has_begun: True once its session had one; before, there is nothing in it.
         begun_at: the `current.depth` at which its transaction began.
-        last_begun: the last transaction or savepoint that the user's own ``begin()`` began, or None; see `begin_blocks`.
+        last_begun: the transaction or savepoint that ``session.begin()`` began last, or None; see `begin_blocks`.
         settled: True once its transaction was settled; what follows is late work.
         rolls_back: True while its end rolls back, which keeps unchanged rows readable.
         releases: True while `release` ends a transaction, for which no hook waits.

@@ -1,0 +1,199 @@
+"""Two threads or tasks use one session while one of them ends its transaction: both get `ConcurrentUseError`."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.orm import Session
+
+from session_plugin import ConcurrentUseError, ScopeClosedError
+from session_plugin.engines import guard
+
+from .harness import Parent, insert
+from .units import Units, on
+
+OTHERS = {
+    "execute": lambda session: session.execute(text("SELECT 1")),
+    "flush": lambda session: (session.add(Parent(name="other")), session.flush()),
+    "connection": lambda session: session.connection(),
+    "begin": lambda session: session.begin_nested(),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@on("sqlite+pysqlite")
+def test_a_session_that_another_thread_commits(units: Units, other: str) -> None:
+    """SQLAlchemy's sentence about the state of the session is the cause."""
+    raised: list[BaseException | None] = []
+
+    def work(session: Session) -> None:
+        insert("first")(session)
+
+        def beside(committing: Session) -> None:
+            with ThreadPoolExecutor(1) as elsewhere:
+                raised.append(elsewhere.submit(OTHERS[other], session).exception())
+
+        event.listen(session, "after_commit", beside, once=True)
+        session.commit()
+        session.expunge_all()
+
+    units.run(work)
+    assert isinstance(raised[0], ConcurrentUseError)
+    assert "session_scope(new=True)" in str(raised[0])
+    if other != "execute":
+        assert isinstance(raised[0].__cause__, InvalidRequestError)
+    assert units.store.names() == ["first"]
+
+
+@pytest.mark.parametrize("misuse", ["connection", "begin", "flush"])
+@on("sqlite+pysqlite")
+def test_misuse_by_the_same_thread_has_sqlalchemys_error(units: Units, misuse: str) -> None:
+    """Nobody else is there."""
+
+    def work(session: Session) -> None:
+        insert("first")(session)
+
+        def inside(committing: Session) -> None:
+            with pytest.raises(InvalidRequestError) as caught:
+                OTHERS[misuse](session)
+            assert not isinstance(caught.value, ConcurrentUseError)
+
+        event.listen(session, "after_commit", inside, once=True)
+        session.commit()
+        session.expunge_all()
+
+    units.run(work)
+    assert units.store.names() == ["first"]
+
+
+SLEEP = {"postgresql": "SELECT 1 FROM pg_sleep(0.3)", "mariadb": "SELECT SLEEP(0.3)"}
+
+
+class Beside:
+    """A task or a thread that has joined the unit of work and executes a slow statement."""
+
+    def __init__(self, units: Units, work: Callable[[Session], Any]) -> None:
+        self.units = units
+        self.work = work
+
+    async def astart(self) -> None:
+        async def task() -> None:
+            async with self.units.db.session_scope() as session:
+                await session.run_sync(self.work)
+
+        self.task = asyncio.create_task(task())
+        while not self.units.db._unit_of_work().transaction.busy:
+            assert not self.task.done()
+            await asyncio.sleep(0)
+
+    def start(self, session: Session) -> None:
+        self.raised: list[BaseException] = []
+
+        def thread() -> None:
+            try:
+                self.work(session)
+            except Exception as error:
+                self.raised.append(error)
+
+        self.thread = threading.Thread(target=thread)
+        self.thread.start()
+        while not self.units.db._unit_of_work().transaction.busy:
+            assert self.thread.is_alive()
+
+    async def aerror(self) -> BaseException | None:
+        await asyncio.wait([self.task], timeout=20)
+        return self.task.exception()
+
+
+def commit_beside(units: Units, work: Callable[[Session], Any]) -> BaseException | None:
+    """Do ``work`` in a task or a thread, commit meanwhile, and return the error of ``work``."""
+
+    async def amain() -> BaseException | None:
+        with pytest.raises(ConcurrentUseError):
+            async with units.db.session_scope() as session:
+                await session.run_sync(insert("lost"))
+                beside = Beside(units, work)
+                await beside.astart()
+                await session.commit()
+        return await beside.aerror()
+
+    def main() -> BaseException | None:
+        with pytest.raises(ConcurrentUseError):
+            with units.db.session_scope() as session:
+                insert("lost")(session)
+                beside = Beside(units, work)
+                beside.start(session)
+                session.commit()
+        beside.thread.join(20)
+        return beside.raised[0] if beside.raised else None
+
+    return units.runner.run(amain()) if units.is_async else main()
+
+
+SERVERS = on("postgresql+psycopg", "postgresql+psycopg_async", "postgresql+asyncpg", "mariadb+asyncmy")
+
+
+@SERVERS
+def test_statements_after_a_refused_commit(units: Units) -> None:
+    """The COMMIT is refused beside a statement, and so is the next statement beside the ROLLBACK."""
+
+    def work(session: Session) -> None:
+        for _ in range(50):
+            session.execute(text(SLEEP[units.store.backend]))
+
+    error = commit_beside(units, work)
+    assert isinstance(error, ConcurrentUseError | ScopeClosedError)
+    assert units.store.names() == []
+
+
+@on("postgresql+psycopg", "postgresql+psycopg_async", "postgresql+asyncpg")
+def test_a_statement_that_is_not_waited_for_any_longer(units: Units, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is discarded, and the driver's error about that is the cause."""
+    monkeypatch.setattr(guard, "LONGEST_WAIT", 0.05)
+    error = commit_beside(units, lambda session: session.execute(text(SLEEP[units.store.backend])))
+    assert isinstance(error, ConcurrentUseError)
+    assert units.store.names() == []
+
+
+@on("postgresql+psycopg", "postgresql+psycopg_async", "postgresql+asyncpg")
+def test_a_commit_while_rows_are_fetched(units: Units) -> None:
+    """A streamed result asks the server for rows: that is a statement too, and the connection stays usable."""
+
+    def work(session: Session) -> None:
+        rows = text("SELECT i, pg_sleep(0.05) FROM generate_series(1, 60) i")
+        for _ in session.execute(rows, execution_options={"yield_per": 1}):
+            pass
+
+    error = commit_beside(units, work)
+    assert isinstance(error, InvalidRequestError)
+    for _ in range(3):
+        assert units.run(lambda session: session.scalar(text("SELECT 42"))) == 42
+
+
+@on("sqlite+aiosqlite", "postgresql+asyncpg", "postgresql+psycopg_async", "mariadb+asyncmy")
+def test_statements_beside_a_rollback(units: Units) -> None:
+    """None begins on a connection that is on its way back to the pool."""
+
+    async def main() -> None:
+        async def loop() -> None:
+            async with units.db.session_scope() as session:
+                await session.run_sync(insert("lost"))
+                while True:
+                    begun.set()
+                    await session.execute(text("SELECT 1"))
+
+        begun = asyncio.Event()
+        async with units.db.session_scope() as session:
+            task = asyncio.create_task(loop())
+            await begun.wait()
+            await session.rollback()
+            await asyncio.wait([task], timeout=20)
+        assert isinstance(task.exception(), ConcurrentUseError)
+
+    units.runner.run(main())
+    assert units.store.names() == []

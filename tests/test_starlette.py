@@ -10,7 +10,7 @@ import httpx
 import pytest
 import trio
 from fastapi import APIRouter, FastAPI
-from sqlalchemy import create_engine, text
+from sqlalchemy import MetaData, create_engine, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.applications import Starlette
@@ -222,6 +222,45 @@ def test_another_event_loop_than_asyncio_fails_the_startup(plugin_class: Any) ->
     with pytest.raises(ConfigurationError, match="needs asyncio"):
         trio.run(app, {"type": "lifespan", "state": {}}, receive, send)
     assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
+
+
+@pytest.mark.parametrize("plugin_class", [SessionPlugin, AsyncSessionPlugin])
+def test_a_request_on_another_event_loop_than_asyncio(plugin_class: Any) -> None:
+    """Where no lifespan runs, as in httpx's transport on anyio's trio backend, the request says what to do."""
+    db = plugin_class("sqlite+aiosqlite://" if plugin_class is AsyncSessionPlugin else "sqlite://")
+
+    async def endpoint(request: Any) -> PlainTextResponse:
+        await db.get_session(request)
+        return PlainTextResponse("never")
+
+    def endpoint_in_a_thread(request: Any) -> PlainTextResponse:
+        return PlainTextResponse(str(db.session))
+
+    app = Starlette(routes=[Route("/", endpoint), Route("/thread", endpoint_in_a_thread)])
+    db.init_app(app)
+
+    async def main() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+            for path in ("/", "/thread"):
+                with pytest.raises(ConfigurationError, match=r"let the fixture anyio_backend return \"asyncio\""):
+                    await client.get(path)
+
+    trio.run(main)
+
+
+def test_units_of_work_on_trio() -> None:
+    """A sync database needs no event loop outside requests; an async one says that it does."""
+    db, async_db = Database("sqlite://"), AsyncDatabase("sqlite+aiosqlite://", metadata=MetaData())
+
+    async def main() -> None:
+        with db.session_scope() as session:
+            assert session.scalar(text("SELECT 42")) == 42
+        for use in (async_db.session_scope().__aenter__, async_db.create_all, async_db.isolated().__aenter__):
+            with pytest.raises(ConfigurationError, match="anyio_backend"):
+                await use()
+
+    trio.run(main)
+    db.dispose()
 
 
 def test_init_app_twice_or_too_late() -> None:

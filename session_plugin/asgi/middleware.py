@@ -16,6 +16,7 @@ from typing import Any
 from ..database.core import DatabaseCore, HasDatabase
 from ..database.interface import core_of
 from ..database.middleware import check_middleware
+from ..engines.event_loop import needs_asyncio, running_loop
 from ..exceptions import ConfigurationError
 from ..policy import Policy
 from ..scope.current import innermost, leave
@@ -100,7 +101,10 @@ class SessionScopeMiddleware:
             find_policy=None if find_policy is None else lambda: find_policy(scope),
         )
         if not core.is_async:
-            unit.loop = asyncio.get_running_loop()
+            try:
+                unit.loop = asyncio.get_running_loop()
+            except RuntimeError as error:
+                raise needs_asyncio() from error
         kind = HttpCycle if scope["type"] == "http" else WebSocketCycle
         return kind(unit, client)
 
@@ -113,7 +117,8 @@ class SessionScopeMiddleware:
         """
         is_late = getattr(self._db, "is_late", False)
         try:
-            require_asyncio()
+            if running_loop() is None:
+                raise needs_asyncio()
             database = None if is_late else self._db.database
         except Exception as error:
             await receive()
@@ -163,21 +168,6 @@ def find_cycle(scope: Scope, db: HasDatabase) -> RequestCycle | None:
     """Return the request cycle that a middleware further out has opened on the database of ``db``, or None."""
     cycles: dict[Any, RequestCycle] | None = scope.get(KEY)
     return cycles.get(core_of(db)) if cycles else None
-
-
-def require_asyncio() -> None:
-    """Check that the server runs the app on asyncio, which SQLAlchemy and the ending of a unit of work need.
-
-    Raises:
-        ConfigurationError: it does not.
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError as error:
-        raise ConfigurationError(
-            "session_plugin needs asyncio, and this server runs the app on another event loop, such as trio's. Start "
-            "it with its asyncio worker: hypercorn --worker-class asyncio."
-        ) from error
 
 
 def _startup_failed(error: Exception) -> Message:

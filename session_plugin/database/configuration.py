@@ -62,7 +62,7 @@ class Configuration:
         for key in self.binds or ():
             if not isinstance(key, type | FromClause | Mapper):
                 raise ConfigurationError(
-                    f"The keys of binds must be mapped classes, mappers or tables, and {_kind(key)} is none of these. "
+                    f"The keys of binds must be mapped classes, mappers or tables, and one is of type {_kind(key)}. "
                     "Give a mapped class: {Order: engine}."
                 )
 

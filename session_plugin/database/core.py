@@ -8,17 +8,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from importlib import import_module
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Engine, MetaData, Table
 from sqlalchemy.orm import Mapper, Session, sessionmaker
 
+from ..engines.event_loop import loop_of_worker_thread, running_loop
 from ..engines.forks import check_process
 from ..engines.making import require_greenlet
 from ..engines.registry import DEFAULT, Engines
@@ -245,7 +244,7 @@ class AsyncCore(DatabaseCore):
         Raises:
             ConfigurationError: another event loop that is not closed uses this database.
         """
-        loop = _running_loop()
+        loop = running_loop() or loop_of_worker_thread()
         if self._loop is loop:
             return
         if self._loop is not None and not self._loop.is_closed():
@@ -294,30 +293,6 @@ class AsyncCore(DatabaseCore):
             except BaseException as error:  # this task's own cancellation waits in `uncancelled`
                 interrupt = log_failed_hook(call, error) or interrupt
         return interrupt
-
-
-def _running_loop() -> asyncio.AbstractEventLoop:
-    """Return the event loop that runs here, or for which this worker thread of anyio works.
-
-    FastAPI and Starlette run sync dependencies and endpoints in such threads.
-
-    Raises:
-        ConfigurationError: no asyncio event loop runs.
-    """
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError as error:
-        try:
-            if "anyio" in sys.modules:
-                from_thread: Any = import_module("anyio.from_thread")
-                loop: asyncio.AbstractEventLoop = from_thread.run_sync(asyncio.get_running_loop)
-                return loop
-        except RuntimeError:
-            pass  # this is not a worker thread, or anyio runs on trio
-        raise ConfigurationError(
-            "An async session was asked for where no asyncio event loop runs. Ask for it in async code that asyncio "
-            "runs, or use Database here."
-        ) from error
 
 
 alive: WeakSet[DatabaseCore] = WeakSet()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from sqlalchemy import MetaData
 from sqlalchemy.util import ScopedRegistry
 
-from ..engines.semaphore import running_loop
+from ..engines.event_loop import running_loop
 from ..exceptions import ConfigurationError, NoScopeError, ScopeClosedError
 from ..policy import (
     Policy,
@@ -120,7 +120,8 @@ class DatabaseInterface(ABC, Generic[S]):
             advice = f"{who}, open one: `{block} db.session_scope() as session:`."
         return NoScopeError(
             f"No unit of work is open {where}, so there is no session. {advice} For requests, call db.init_app(app), "
-            "or wrap the app in SessionScopeMiddleware."
+            "or serve the app that SessionScopeMiddleware returns. A server that calls the framework itself, as "
+            "Sanic's own does, bypasses it: open the block in each request there."
         )
 
     @property

@@ -19,6 +19,8 @@ from weakref import ref
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from .event_loop import running_loop
+
 MAX_PENDING_SESSIONS = 256
 """How many sync sessions may be pending under an event loop: asked for, and without a connection yet."""
 SPARE_THREADS = 20
@@ -274,11 +276,3 @@ class ExtraThreads:
             more, self._allowed = self._wanted() - self._allowed, self._wanted()
             self._changing = False
         limiter.total_tokens += more
-
-
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the event loop that runs in this thread, or None."""
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None

@@ -148,7 +148,8 @@ class AppDatabase:
         if is_late(source):
             source = source()
         if not isinstance(source, DatabaseInterface):
-            return self._database_class(
+            database_class: Any = self._database_class
+            return database_class(
                 source,
                 class_=given.class_,
                 policy=given.policy,

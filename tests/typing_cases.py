@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import assert_type
+from typing import Any, assert_type
 
+from fastapi import FastAPI
+from flask import Flask
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 from sqlmodel import Field, SQLModel, select
@@ -120,3 +122,66 @@ def endpoint(number: int) -> str:
 
 
 assert_type(endpoint(1), str)
+
+
+class OwnSession(Session):
+    """A session class with an option of its own."""
+
+    def __init__(self, *args: Any, tenant: str = "", **options: Any) -> None:
+        """Keep the tenant."""
+        super().__init__(*args, **options)
+        self.tenant = tenant
+
+
+def options() -> None:
+    """The options have SQLAlchemy's names and types; with ``class_``, any name may be an option of that class."""
+    assert_type(Database("sqlite://", pool_size=5, echo=True, isolation_level="SERIALIZABLE"), Database[Session])
+    assert_type(Database("sqlite://", expire_on_commit=False, info={"a": 1}, max_pending_sessions=9), Database[Session])
+    assert_type(Database("sqlite://", class_=OwnSession, tenant="a", pool_size=5), Database[OwnSession])
+    assert_type(AsyncDatabase("sqlite+aiosqlite://", pool_pre_ping=True), AsyncDatabase[AsyncSession])
+    read_from_elsewhere: dict[str, Any] = {}
+    Database("sqlite://", **read_from_elsewhere)
+    flask.SessionPlugin(class_=None).init_app(Flask("shop"), "sqlite://", pool_size=5)
+
+
+def wrong_options() -> None:
+    """Both type checkers report a comment below that has nothing to ignore."""
+    Database("sqlite://", pool_sze=5)  # type: ignore[call-overload]
+    Database("sqlite://", pool_size="5")  # type: ignore[call-overload]
+    AsyncDatabase("sqlite+aiosqlite://", expire_on_comit=True)  # type: ignore[call-overload]
+    fastapi.SessionPlugin("sqlite://", pool_sze=5)  # type: ignore[call-overload]
+    starlette.AsyncSessionPlugin("sqlite+aiosqlite://", pool_sze=5)  # type: ignore[call-overload]
+    flask.SessionPlugin(pool_sze=5)  # type: ignore[call-overload]
+    flask.SessionPlugin().init_app(Flask("shop"), pool_sze=5)  # type: ignore[call-arg]
+    starlette.SessionPlugin().init_app(FastAPI(), pool_sze=5)  # type: ignore[call-arg]
+
+
+def send(number: int, *, to: str = "") -> None:
+    """A hook."""
+
+
+async def asend(number: int) -> None:
+    """A hook of an async database."""
+
+
+def hooks() -> None:
+    """The arguments of a hook are those of its function."""
+    db.on_commit(send, 1, to="shop")
+    db.on_rollback(print, "sorry", end="")
+    db.on_unknown(lambda number: send(number), 1)
+    AsyncDatabase("sqlite+aiosqlite://").on_commit(asend, 1)
+
+
+def wrong_hooks() -> None:
+    """As above."""
+    db.on_commit(send, "1")  # type: ignore[arg-type]
+    db.on_commit(send, 1, t="shop")  # type: ignore[call-arg]
+    db.on_rollback(send)  # type: ignore[call-arg]
+    fastapi.AsyncSessionPlugin().on_unknown(asend, "1")  # type: ignore[arg-type]
+
+
+def databases() -> None:
+    """The database of an app is of the plugin's kind."""
+    assert_type(flask.SessionPlugin(class_=OwnSession).database_for(Flask("shop")), Database[OwnSession])
+    assert_type(fastapi.SessionPlugin().database_for(FastAPI()), Database[Session])
+    assert_type(starlette.AsyncSessionPlugin().database_for(FastAPI()), AsyncDatabase[AsyncSession])

@@ -11,7 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, Unpack, overload
 
 from sqlalchemy import MetaData
 from sqlalchemy.util import ScopedRegistry
@@ -33,11 +33,13 @@ from ..scope.typevars import S
 from ..scope.unit_of_work import UnitOfWork
 from .configuration import Configuration
 from .core import DatabaseCore, HasDatabase
+from .options import Options
 
 if TYPE_CHECKING:
     from .configuration import Source
 
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
 
 
 def core_of(db: HasDatabase) -> Any:
@@ -49,6 +51,30 @@ class DatabaseInterface(ABC, Generic[S]):
     """The part that sync and async databases share."""
 
     _core: DatabaseCore
+
+    @overload
+    def __init__(
+        self,
+        source: Source | None = None,
+        *,
+        class_: None = None,
+        policy: PolicyLike = ...,
+        metadata: MetaData | None = None,
+        binds: Mapping[Any, Any] | None = None,
+        **options: Unpack[Options],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        source: Source | None = None,
+        *,
+        class_: type[S],
+        policy: PolicyLike = ...,
+        metadata: MetaData | None = None,
+        binds: Mapping[Any, Any] | None = None,
+        **options: Any,
+    ) -> None: ...
 
     def __init__(
         self,
@@ -153,7 +179,7 @@ class DatabaseInterface(ABC, Generic[S]):
             "`with db.isolated() as session:`, whose session sees what the app does."
         )
 
-    def on_commit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+    def on_commit(self, function: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call ``function(*args, **kwargs)`` once this transaction's data is durable.
 
         It is called with no transaction open, in a unit of work of its own that commits at its
@@ -166,11 +192,11 @@ class DatabaseInterface(ABC, Generic[S]):
         """
         self._unit_of_work().add_hook("commit", self._hook(function, args, kwargs))
 
-    def on_rollback(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+    def on_rollback(self, function: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call ``function(*args, **kwargs)`` once this transaction is rolled back; see `on_commit`."""
         self._unit_of_work().add_hook("rollback", self._hook(function, args, kwargs))
 
-    def on_unknown(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+    def on_unknown(self, function: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call ``function(*args, **kwargs)`` if it is not known whether this transaction's data is durable.
 
         That is so if COMMIT was sent and its answer was lost, with the connection or by a time-out, or if only

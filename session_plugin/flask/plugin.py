@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 from weakref import WeakKeyDictionary
 
 from flask import (
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from contextlib import _GeneratorContextManager
 
     from ..database.configuration import Source
+    from ..database.options import Options
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,11 +71,16 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
 
     _database_class: type[DatabaseInterface[Any]] = Database
 
+    if TYPE_CHECKING:
+
+        def database_for(self, app: Flask) -> Database[SyncS]:
+            """Return the database of ``app``."""
+
     def _set_up(self, configuration: Configuration) -> None:
         super()._set_up(configuration)
         self._app_context_units: WeakKeyDictionary[Any, UnitOfWork[SyncS]] = WeakKeyDictionary()
 
-    def init_app(self, app: Flask, source: Source | None = None, **options: Any) -> None:
+    def init_app(self, app: Flask, source: Source | None = None, **options: Unpack[Options]) -> None:
         """Give every request of ``app`` a unit of work.
 
         Args:

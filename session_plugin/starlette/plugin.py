@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from starlette.applications import Starlette
 from starlette.middleware.errors import ServerErrorMiddleware
@@ -28,12 +28,13 @@ from .settling import endpoints_of, settle_inside
 
 if TYPE_CHECKING:
     from ..database.configuration import Configuration, Source
+    from ..database.options import Options
 
 
 class StarlettePlugin(Plugin[S]):
     """What the sync and the async plugin share."""
 
-    def init_app(self, app: Starlette, source: Source | None = None, **options: Any) -> None:
+    def init_app(self, app: Starlette, source: Source | None = None, **options: Unpack[Options]) -> None:
         """Give every request of ``app`` a unit of work.
 
         Args:
@@ -96,6 +97,11 @@ class SessionPlugin(StarlettePlugin[SyncS], SyncInterface[SyncS]):
 
     _database_class: type[DatabaseInterface[Any]] = Database
 
+    if TYPE_CHECKING:
+
+        def database_for(self, app: Starlette) -> Database[SyncS]:
+            """Return the database of ``app``."""
+
     @property
     def database(self) -> Database[SyncS]:
         """The database of the current request's app, or of the only app."""
@@ -156,6 +162,11 @@ class AsyncSessionPlugin(StarlettePlugin[AsyncS], AsyncInterface[AsyncS]):
     """
 
     _database_class: type[DatabaseInterface[Any]] = AsyncDatabase
+
+    if TYPE_CHECKING:
+
+        def database_for(self, app: Starlette) -> AsyncDatabase[AsyncS]:
+            """Return the database of ``app``."""
 
     @property
     def database(self) -> AsyncDatabase[AsyncS]:

@@ -4,10 +4,11 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from sqlite3 import ProgrammingError
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
 
@@ -197,3 +198,41 @@ def test_statements_beside_a_rollback(units: Units) -> None:
 
     units.runner.run(main())
     assert units.store.names() == []
+
+
+def test_what_a_guard_refuses() -> None:
+    """Beside a call of another thread nothing is fetched and no cursor closed; an error of a discarded one is named."""
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection, ThreadPoolExecutor(1) as elsewhere:
+        mine = guard.ConnectionGuard(connection, {}, lambda: None)
+        pooled: Any = connection.connection
+        cursor = connection.connection.cursor()
+        mine.execute(pooled, lambda *call: cursor.execute("VALUES (1), (2)"), cursor, "VALUES (1), (2)")
+        guarded = guard._GuardedCursor(cursor, mine)
+        begun, gate = threading.Event(), threading.Event()
+
+        def hold() -> bool:
+            begun.set()
+            return gate.wait(10)
+
+        held = elsewhere.submit(mine.alone, hold)
+        assert begun.wait(10)
+        guarded.close()
+        with pytest.raises(ConcurrentUseError):
+            guarded.fetchall()
+        with pytest.raises(ConcurrentUseError):
+            mine.execute(pooled, lambda *call: None, cursor, "SELECT 1")
+        gate.set()
+        assert held.result()
+        assert (guarded.fetchone(), guarded.fetchall()) == ((1,), [(2,)])
+        guarded.close()
+        with pytest.raises(ProgrammingError):
+            guarded.fetchone()
+        mine.left = True
+        with pytest.raises(ConcurrentUseError) as caught:
+            guarded.fetchone()
+        assert isinstance(caught.value.__cause__, ProgrammingError)
+        with pytest.raises(ConcurrentUseError):
+            mine.execute(pooled, lambda *call: None, cursor, "SELECT 1")
+        mine.release()
+    engine.dispose()

@@ -20,6 +20,7 @@ from session_plugin import AsyncDatabase, Outcome, TransactionAbortedError
 from session_plugin.asgi import SessionScopeMiddleware
 from session_plugin.fastapi import AsyncSessionPlugin, SessionPlugin
 from session_plugin.flask import SessionPlugin as FlaskSessionPlugin
+from session_plugin.scope.begin_blocks import leave_blocks
 
 from .asgi_site import stores
 from .drivers import ASYNC
@@ -388,3 +389,14 @@ def test_a_block_that_was_left_leaves_no_trace(units: Units, waits: bool) -> Non
     else:
         main()
     assert (ran, units.store.names()) == (["commit"] if waits else [], ["first", "late"])
+
+
+@on("sqlite+pysqlite")
+def test_a_transaction_that_goes_on_is_not_left(units: Units) -> None:
+    """Only a block whose transaction has ended is left."""
+    with units.db.session_scope() as session, session.begin_nested():
+        unit = units.db._unit_of_work()
+        leave_blocks(unit, lost=True)
+        assert unit.last_begun is session.get_nested_transaction()
+        insert("kept")(session)
+    assert units.store.names() == ["kept"]

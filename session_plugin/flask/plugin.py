@@ -36,7 +36,7 @@ from ..scope.session import read_anew
 from ..scope.typevars import SyncS
 from ..scope.unit_of_work import UnitOfWork
 from ..wsgi.middleware import SessionScopeMiddleware
-from .configuration import configured
+from .configuration import FlaskSettings
 from .settling import SettlingMiddleware
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
             )
         if app._got_first_request:
             raise ConfigurationError("init_app() was called after the first request. Call it where you create the app.")
-        db = self._register(app, configured(app, self._configuration.updated(source, options)))
+        settings = FlaskSettings(app, self._configuration.updated(source, options))
+        db = self._register(app, settings.configured(), settings)
         plugins: list[SessionPlugin[Any]] = app.extensions.setdefault(EXTENSION, [])
         if not plugins:
             app.wsgi_app = SettlingMiddleware(app, partial(_release_app_contexts, plugins))  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -48,6 +49,9 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 EXTENSION = "session_plugin"
+SQLALCHEMY = "sqlalchemy"
+"""The key of Flask-SQLAlchemy's own extension, which refuses an app that has it."""
+REGISTER = "register_as_sqlalchemy"
 APP_CONTEXT_METHOD = "GET"
 """An app context counts as a request that reads: an idle shell must not lock out SQLite's writers."""
 
@@ -66,12 +70,17 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
     In the app's configuration, which wins over the constructor: ``SQLALCHEMY_DATABASE_URI``,
     ``SQLALCHEMY_ENGINES`` and ``SQLALCHEMY_BINDS`` (engines by name), and
     ``SQLALCHEMY_ENGINE_OPTIONS``.  A relative SQLite path lies in ``app.instance_path``.
+
+    With ``register_as_sqlalchemy=True``, here or in ``init_app()``, the plugin is also
+    ``app.extensions["sqlalchemy"]``, where extensions made for Flask-SQLAlchemy look for it.
     """
 
     _database_class: type[DatabaseInterface[Any]] = Database
 
     def _set_up(self, configuration: Configuration) -> None:
-        super()._set_up(configuration)
+        options = dict(configuration.options)
+        self._registers: bool = options.pop(REGISTER, False)
+        super()._set_up(replace(configuration, options=options))
         self._app_context_units: WeakKeyDictionary[Any, UnitOfWork[SyncS]] = WeakKeyDictionary()
 
     def init_app(self, app: Flask, source: Source | None = None, **options: Any) -> None:
@@ -86,14 +95,22 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
         Raises:
             ConfigurationError: the database cannot be configured, or it is too late or too often.
         """
+        registers = options.pop(REGISTER, self._registers)
         if not isinstance(app, Flask):
             raise ConfigurationError(
                 f"init_app() takes a Flask app, and {app!r} is not one. Give it what Flask(__name__) returned."
             )
         if app._got_first_request:
             raise ConfigurationError("init_app() was called after the first request. Call it where you create the app.")
+        if registers and (other := app.extensions.get(SQLALCHEMY)) is not None:
+            raise ConfigurationError(
+                f'app.extensions["sqlalchemy"] is set already, by an object of type {type(other).__name__}. Leave out '
+                "register_as_sqlalchemy, or initialise the app without the other one."
+            )
         settings = FlaskSettings(app, self._configuration.updated(source, options))
         db = self._register(app, settings.configured(), settings)
+        if registers:
+            app.extensions[SQLALCHEMY] = self
         plugins: list[SessionPlugin[Any]] = app.extensions.setdefault(EXTENSION, [])
         if not plugins:
             app.wsgi_app = SettlingMiddleware(app, partial(_release_app_contexts, plugins))  # type: ignore[method-assign]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import MetaData
 
 from .database.configuration import Configuration, is_late
-from .database.interface import DatabaseInterface
+from .database.interface import DatabaseInterface, core_of
+from .database.late_source import LateSource
 from .exceptions import ConfigurationError, NoScopeError
 from .policy import Policy, PolicyAbove, endpoint_policy, policies_above, wrapped_functions
 from .scope.current import entered_databases
@@ -33,15 +35,20 @@ class Plugin(DatabaseInterface[S]):
         self._only_app: Callable[[], Any] = _none
         self._only_database: Callable[[], AppDatabase | None] = _none
 
-    def _register(self, app: Any, configuration: Configuration) -> AppDatabase:
+    def _register(self, app: Any, configuration: Configuration, settings: AppSettings | None = None) -> AppDatabase:
         """Give ``app`` a database.
+
+        Args:
+            app: the app.
+            configuration: of its database.
+            settings: what the app's own settings say of it, if they may change later.
 
         Raises:
             ConfigurationError: it has one already, or the configuration cannot work.
         """
         if app in self._databases:
             raise ConfigurationError(f"init_app() was called twice with {app!r}. Call it once.")
-        database = AppDatabase(configuration, self._database_class)
+        database = AppDatabase(configuration, self._database_class, settings)
         if not is_late(configuration.source):
             database.database  # noqa: B018  a configuration that cannot work raises now
         self._databases[app] = database
@@ -116,19 +123,44 @@ def _none() -> None:
     """Stands for the reference to the only app, where there is no app or more than one."""
 
 
-class AppDatabase:
-    """The database of one app: made at once or, if a function returns its source, when it is needed."""
+class AppSettings(Protocol):
+    """What the settings of an app say of its database."""
 
-    def __init__(self, configuration: Configuration, database_class: type[DatabaseInterface[Any]]) -> None:
-        self._configuration = configuration
+    def changed(self) -> Configuration | None:
+        """Return the configuration with the settings of now, or None if these are the same as before."""
+
+    def completed(self, source: Any) -> Any:
+        """Return the source that a function has returned, completed by the settings."""
+
+
+class AppDatabase:
+    """The database of one app: made at once or, if a function returns its source, when it is needed.
+
+    If what names it changes later, it is configured anew; a shared `Database` is replaced.
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        database_class: type[DatabaseInterface[Any]],
+        settings: AppSettings | None = None,
+    ) -> None:
         self._database_class = database_class
+        self._settings = settings
         self._database: Any = None
+        self._follows: bool = False
         self._making = threading.Lock()
+        self._set_configuration(configuration)
+
+    def _set_configuration(self, configuration: Configuration) -> None:
+        self._configuration = configuration
+        source: Any = configuration.source
+        self._late_source = LateSource(source) if is_late(source) else None
 
     @property
     def is_late(self) -> bool:
         """True as long as the function that returns the source has not been called."""
-        return self._database is None and is_late(self._configuration.source)
+        return self._database is None and self._late_source is not None
 
     @property
     def database(self) -> Any:
@@ -137,19 +169,37 @@ class AppDatabase:
         Raises:
             ConfigurationError: it cannot be configured.
         """
-        if self._database is None:
+        if self._database is None or self._follows:
             with self._making:
+                if self._follows and self._find_change(False) is not None:
+                    self._database = None
                 self._database = self._database or self._make()
         return self._database
 
+    def _source(self) -> Any:
+        late = self._late_source
+        return self._configuration.source if late is None else self._completed(late.name())
+
+    def _completed(self, source: Any) -> Any:
+        return source if self._settings is None else self._settings.completed(source)
+
+    def _find_change(self, may_take_its_time: bool) -> Configuration | None:
+        """Return the configuration of now if what names the database has changed, else None."""
+        changed = None if self._settings is None else self._settings.changed()
+        if changed is not None:
+            self._set_configuration(changed)
+            return replace(changed, source=self._source())
+        source = None if self._late_source is None else self._late_source.named_anew(may_take_its_time)
+        return None if source is None else replace(self._configuration, source=self._completed(source))
+
     def _make(self) -> Any:
         given = self._configuration
-        source: Any = given.source
-        if is_late(source):
-            source = source()
+        source = self._source()
+        may_change = self._settings is not None or self._late_source is not None
+        self._follows = False
         if not isinstance(source, DatabaseInterface):
             database_class: Any = self._database_class
-            return database_class(
+            database = database_class(
                 source,
                 class_=given.class_,
                 policy=given.policy,
@@ -157,6 +207,9 @@ class AppDatabase:
                 binds=given.binds,
                 **given.options,
             )
+            if may_change:
+                core_of(database).watch(self._find_change)
+            return database
         if not isinstance(source, self._database_class):
             raise ConfigurationError(
                 f"This plugin needs a database of class {self._database_class.__name__}, and was given one of class "
@@ -167,4 +220,5 @@ class AppDatabase:
                 f"This plugin was given an existing database of class {type(source).__name__} together with further "
                 "options, which cannot be applied to it. Give the options where you construct the database."
             )
+        self._follows = may_change
         return source

@@ -32,6 +32,7 @@ NOT_CORE = (
     "tests/test_coming_from*",
     "tests/test_elsewhere*",
     "tests/test_fastapi_newer.py",
+    "tests/test_mounted.py",
     "tests/test_neighbours*",
     "tests/test_servers.py",
     "tests/test_soak.py",

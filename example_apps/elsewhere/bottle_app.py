@@ -6,10 +6,11 @@
 """
 
 import json
-import sys
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
-from bottle import Bottle, HTTPError, abort, request, response
+from bottle import Bottle, HTTPError, HTTPResponse, abort, request, response
 from sqlalchemy.exc import IntegrityError
 
 from session_plugin import Database, Outcome
@@ -20,17 +21,29 @@ from . import books
 
 
 def settle_inside(app: Bottle, db: Database[Any]) -> None:
-    """Settle inside Bottle, so that its error handlers answer a failed COMMIT; call it before other hooks are added."""
+    """Settle inside Bottle, so that its error handlers answer a failed COMMIT."""
 
-    @app.hook("after_request")  # they run in reverse order: the first one added comes last
-    def settle() -> None:
-        scope = db.scope
-        scope.error = sys.exc_info()[1]  # on its way to Bottle, which makes a 500 of it
-        try:
-            scope.settle(Outcome(response.status_code, scope.error, scope.method))
-        except Exception as error:
-            scope.error = error
-            raise
+    def settling(callback: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(callback)
+        def call_and_settle(*args: Any, **kwargs: Any) -> Any:
+            scope = db.scope
+            try:
+                try:
+                    result = callback(*args, **kwargs)
+                except HTTPResponse as raised:  # by abort() or redirect()
+                    result = raised
+                ended = result if isinstance(result, HTTPResponse) else response
+                scope.settle(Outcome(ended.status_code, method=scope.method))
+            except Exception as error:  # on its way to Bottle, which makes a 500 of it
+                scope.error = error
+                scope.settle(Outcome(error=error, method=scope.method))
+                raise
+            return result
+
+        return call_and_settle
+
+    app.plugins.insert(0, settling)  # outermost: other plugins, such as the one for JSON, may fail or write
+    app.reset()
 
 
 def create_app(db: Database[Any] | None = None, *, adapter: bool = True) -> Any:

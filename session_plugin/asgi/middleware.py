@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ..database.core import DatabaseCore, HasDatabase
@@ -105,6 +106,7 @@ class SessionScopeMiddleware:
                 unit.loop = asyncio.get_running_loop()
             except RuntimeError as error:
                 raise needs_asyncio() from error
+            unit.serves = partial(_serves, scope)
         kind = HttpCycle if scope["type"] == "http" else WebSocketCycle
         return kind(unit, client)
 
@@ -168,6 +170,23 @@ def find_cycle(scope: Scope, db: HasDatabase) -> RequestCycle | None:
     """Return the request cycle that a middleware further out has opened on the database of ``db``, or None."""
     cycles: dict[Any, RequestCycle] | None = scope.get(KEY)
     return cycles.get(core_of(db)) if cycles else None
+
+
+def _serves(scope: Scope, environ: Mapping[str, Any]) -> bool:
+    """Return True if a WSGI app that is called with ``environ`` is mounted in the ASGI app that serves ``scope``.
+
+    a2wsgi passes the scope on.  Starlette's own `WSGIMiddleware` does not: there the method and the path must be
+    those of the request, the environ as it makes it and no test client, and the endpoint none that may call a WSGI
+    app for reasons of its own.
+    """
+    passed_on = environ.get("asgi.scope")
+    if passed_on is not None:
+        return passed_on.get(KEY) is scope[KEY]
+    if environ["REQUEST_METHOD"] != scope.get("method") or not environ.get("wsgi.multiprocess"):
+        return False
+    path = (environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin1").decode(errors="replace")
+    endpoint = scope.get("endpoint")
+    return path.endswith(scope["path"]) and (endpoint is None or hasattr(endpoint, "app"))
 
 
 def _startup_failed(error: Exception) -> Message:

@@ -142,17 +142,23 @@ class HttpCycle(RequestCycle):
                 error_received(self.unit, message["status"])
         elif self._broken_off_by is not None and layer.outer is None:
             raise self._broken_off_by
-        if settle_if_idle(self.unit) or not layer.has_begun_transaction() or layer.inner_app_goes_on():
+        if (
+            self.unit.lent
+            or settle_if_idle(self.unit)
+            or not layer.has_begun_transaction()
+            or layer.inner_app_goes_on()
+        ):
             return None
         return asettle(self.unit, self._outcome())
 
     def _last_sent(self, layer: Layer) -> Awaitable[None] | None:
         unit = self.unit
         layer.complete = True
-        layer.left_unsettled = unit.active and not unit.late_calls
+        runs_beside = unit.lent or unit.late_calls > 0  # another thread or task goes on, and settles itself
+        layer.left_unsettled = unit.active and not runs_beside
         if layer.outer is not None:
             return None
-        if not unit.late_calls and not settle_if_idle(unit):  # a background task may run already, and settles itself
+        if not runs_beside and not settle_if_idle(unit):
             return self._settle_last()
         self.complete = True
         return None
@@ -177,7 +183,7 @@ class HttpCycle(RequestCycle):
 
     def _break_off(self, error: BaseException, *, complete: bool) -> None:
         has_started = self.status is not None and not (self.complete or complete)
-        if has_started and self.unit.active and isinstance(error, Exception):
+        if has_started and (self.unit.active or self.unit.cut_short) and isinstance(error, Exception):
             self._broken_off_by = error
 
     def app_returned(self, layer: Layer) -> Awaitable[None] | None:

@@ -11,7 +11,7 @@ from ..engines.registry import DEFAULT
 from ..policy import PolicyLike
 from ..scope import blocks, ending
 from ..scope.typevars import AsyncS
-from .interface import DatabaseInterface, ScopeRegistry, core_of
+from .interface import DatabaseInterface, ScopeRegistry, core_of, engine_is_fixed
 from .isolation import make_isolation
 
 if TYPE_CHECKING:
@@ -77,26 +77,30 @@ class AsyncInterface(DatabaseInterface[AsyncS]):
         Raises:
             IsolationError: it is isolated already, or something was done that cannot be undone.
         """
-        isolation = make_isolation(core_of(self))
+        isolation = make_isolation(core_of(self).up_to_date())
         async with isolation.aentered():
             yield isolation.session
 
     @property
     def engine(self) -> AsyncEngine:
         """The default engine."""
-        engine: AsyncEngine = core_of(self).engines.called(DEFAULT)
+        engine: AsyncEngine = core_of(self).up_to_date().engines.called(DEFAULT)
         return engine
+
+    @engine.setter
+    def engine(self, engine: object) -> None:
+        raise engine_is_fixed()
 
     @property
     def engines(self) -> Mapping[str, AsyncEngine]:
         """The engines by name; a database with one engine calls it ``"default"``."""
-        named: Mapping[str, AsyncEngine] = core_of(self).engines.named
+        named: Mapping[str, AsyncEngine] = core_of(self).up_to_date().engines.named
         return named
 
     @property
     def sessionmaker(self) -> async_sessionmaker[AsyncS]:
         """A factory of sessions that belong to no unit of work, configured like those that do."""
-        maker: async_sessionmaker[AsyncS] = core_of(self).maker
+        maker: async_sessionmaker[AsyncS] = core_of(self).up_to_date().maker
         return maker
 
     @property
@@ -113,7 +117,7 @@ class AsyncInterface(DatabaseInterface[AsyncS]):
 
     async def create_all(self) -> None:
         """Create the missing tables of ``metadata``, each on the engine that ``binds`` names."""
-        core = core_of(self)
+        core = core_of(self).up_to_date()
         core.adopt_running_loop()
         for engine, tables in core.tables_by_engine(self.metadata):
             async with core.schema_connection(engine) as connection:
@@ -121,7 +125,7 @@ class AsyncInterface(DatabaseInterface[AsyncS]):
 
     async def drop_all(self) -> None:
         """Drop the tables of ``metadata``, each on the engine that ``binds`` names."""
-        core = core_of(self)
+        core = core_of(self).up_to_date()
         core.adopt_running_loop()
         for engine, tables in core.tables_by_engine(self.metadata):
             async with core.schema_connection(engine) as connection:

@@ -78,6 +78,12 @@ class Configuration:
         given = self.options or self.binds or self.metadata is not None or self.policy is not commit_on_success
         return bool(given) or self.class_ is not None
 
+    @property
+    def session_factory(self) -> Any:
+        """The user's session factory, if one names the database, or None; its ``configure()`` may change it later."""
+        source = self.options.get("bind") if self.source is None else self.source
+        return source if hasattr(source, "class_") else None
+
     def unfolded(self) -> Configuration:
         """Return this configuration with ``bind=`` and a session factory replaced by what they contain.
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, Protocol, Self
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Engine, MetaData, Table
@@ -25,7 +27,7 @@ from ..engines.semaphore import MAX_PENDING_SESSIONS, ExtraThreads, FairSemaphor
 from ..exceptions import ConfigurationError
 from ..policy import Policy, as_policy
 from ..scope.blocks import asession_scope, session_scope
-from ..scope.log import log_failed_hook
+from ..scope.log import log_failed_hook, logger
 from ..scope.session import scope_session_class
 from ..scope.unit_of_work import UnitOfWork
 from .configuration import Configuration
@@ -45,14 +47,17 @@ class DatabaseCore(ABC):
     Attributes:
         engines: by name.
         maker: the session factory.
+        configuration: as given; that of a plugin may be replaced by a later one.
         metadata: as given, or None.
         default_policy: of units of work that choose no other one.
         semaphore: with a permit for each connection, for sync sessions under an event loop.
         pending_sessions: with a place for each of these sessions that has no permit yet.
         closes_itself: True if the user's session class has a ``close()`` of its own.
+        isolated: True while a test has isolated it.
     """
 
     is_async: bool
+    isolated: bool = False
     _max_pending_sessions: int = MAX_PENDING_SESSIONS
 
     def __init__(self, configuration: Configuration) -> None:
@@ -61,6 +66,17 @@ class DatabaseCore(ABC):
         Raises:
             ConfigurationError: the configuration cannot work.
         """
+        self._configuring = threading.Lock()
+        self._find_change: Callable[[bool], Configuration | None] | None = None
+        self._disposed: bool = False
+        self._changed: Configuration | None = None
+        self._configure(configuration)
+        alive.add(self)
+
+    def _configure(self, configuration: Configuration) -> None:
+        self.configuration: Configuration = configuration
+        factory = configuration.session_factory
+        factory_options = None if factory is None else dict(factory.kw)
         configuration = configuration.unfolded()
         if configuration.source in (None, {}) and configuration.binds:
             configuration = replace(configuration, source={})  # every entity has an engine of its own
@@ -87,7 +103,52 @@ class DatabaseCore(ABC):
             for base in each.__mro__
         )
         self.make_permits()
-        alive.add(self)
+        self._factory = factory
+        self._factory_options: dict[str, Any] | None = factory_options  # last: what failed before is tried again
+        self._may_change: bool = factory is not None or self._find_change is not None
+
+    def watch(self, find_change: Callable[[bool], Configuration | None]) -> None:
+        """Take over each configuration that ``find_change`` returns; None stands for that of before.
+
+        Its argument is True after ``dispose()``, when it may take its time.
+        """
+        self._find_change = find_change
+        self._may_change = True
+
+    def up_to_date(self) -> Self:
+        """Return this object, configured anew if what names the database has changed.
+
+        Sessions that exist keep their engines; those that are made from now on have the new ones.
+
+        Raises:
+            ConfigurationError: the new configuration cannot work, or a test has isolated the database.
+        """
+        if self._may_change:
+            with self._configuring:
+                if self._find_change is not None:
+                    self._changed = self._find_change(self._disposed) or self._changed
+                    self._disposed = False
+                if self._factory is not None and self._factory.kw != self._factory_options:
+                    self._changed = self._changed or self.configuration
+                if self._changed is not None:
+                    self._configure_anew(self._changed)
+                    self._changed = None
+        return self
+
+    def _configure_anew(self, configuration: Configuration) -> None:
+        if self.isolated:
+            raise ConfigurationError(
+                "What names the database was changed inside isolated(). Change it before the block, so that the block "
+                "isolates the new database."
+            )
+        before = self.engines
+        self._configure(configuration)
+        self.retire(before.made_here)
+        logger.info("What names the database has changed: sessions that are made from now on use the new one.")
+
+    @abstractmethod
+    def retire(self, engines: list[Any]) -> None:
+        """Close the pooled connections of engines that were replaced; sessions that exist may still use them."""
 
     def with_own_options(self, configuration: Configuration) -> Configuration:
         """Return ``configuration`` without the options that are neither the session's nor the engine's."""
@@ -181,11 +242,24 @@ class SyncCore(DatabaseCore):
 
     def make_maker(self, class_: Any, bind: Any, options: dict[str, Any]) -> Any:
         """Make a `sessionmaker`."""
-        return sessionmaker(bind, class_=scope_session_class(class_), **options)
+        return _fixed(sessionmaker)(bind, class_=scope_session_class(class_), **options)
+
+    def retire(self, engines: list[Any]) -> None:
+        """Close their pooled connections."""
+        for engine in engines:
+            engine.dispose()
+
+    def dispose(self) -> None:
+        """Close the pooled connections of the engines made here."""
+        self._disposed = True
+        for engine in self.engines.made_here:
+            engine.dispose()
 
     def new_session(self, unit: UnitOfWork[Any] | None) -> Any:
         """Make a session."""
         check_process()
+        if self._may_change:
+            self.up_to_date()
         session = self.maker()
         session._unit_of_work = unit
         return session
@@ -211,6 +285,10 @@ class AsyncCore(DatabaseCore):
     is_async: bool = True
     _loop: asyncio.AbstractEventLoop | None = None
 
+    def __init__(self, configuration: Configuration) -> None:
+        self._retired: list[Any] = []
+        super().__init__(configuration)
+
     def default_session_class(self) -> type[Any]:
         """Return `AsyncSession`."""
         require_greenlet()
@@ -224,7 +302,12 @@ class AsyncCore(DatabaseCore):
 
         sync_class = options.pop("sync_session_class", class_.sync_session_class)
         options.setdefault("expire_on_commit", False)
-        return async_sessionmaker(bind, class_=class_, sync_session_class=scope_session_class(sync_class), **options)
+        options["sync_session_class"] = scope_session_class(sync_class)
+        return _fixed(async_sessionmaker)(bind, class_=class_, **options)
+
+    def retire(self, engines: list[Any]) -> None:
+        """Keep them for `dispose`, which can await."""
+        self._retired += engines
 
     def new_session(self, unit: UnitOfWork[Any] | None) -> Any:
         """Make a session on the running event loop.
@@ -233,6 +316,8 @@ class AsyncCore(DatabaseCore):
             ConfigurationError: another event loop that is not closed uses this database.
         """
         check_process()
+        if self._may_change:
+            self.up_to_date()
         self.adopt_running_loop()
         session = self.maker()
         session.sync_session._unit_of_work = unit
@@ -262,8 +347,10 @@ class AsyncCore(DatabaseCore):
 
     async def dispose(self) -> None:
         """Close the pooled connections of the engines made here; then another event loop may use the database."""
-        for engine in self.engines.made_here:
+        self._disposed = True
+        for engine in [*self.engines.made_here, *self._retired]:
             await engine.dispose()
+        self._retired.clear()
         self._loop = None
 
     def forget_parent(self) -> None:
@@ -293,6 +380,25 @@ class AsyncCore(DatabaseCore):
             except BaseException as error:  # this task's own cancellation waits in `uncancelled`
                 interrupt = log_failed_hook(call, error) or interrupt
         return interrupt
+
+
+class _FixedBinds:
+    """First base of the session factory of a database, whose engines the database knows."""
+
+    def configure(self, **options: Any) -> None:
+        """As SQLAlchemy's, but the engines cannot be replaced."""
+        if "bind" in options or "binds" in options:
+            raise ConfigurationError(
+                "db.sessionmaker cannot be bound to another engine or connection. In a test, use "
+                "`with db.isolated() as session:`; to change the database later, let a function name it, or your own "
+                "sessionmaker."
+            )
+        super().configure(**options)  # type: ignore[misc]
+
+
+@lru_cache
+def _fixed(factory_class: type[Any]) -> type[Any]:
+    return type(factory_class.__name__, (_FixedBinds, factory_class), {"__module__": factory_class.__module__})
 
 
 alive: WeakSet[DatabaseCore] = WeakSet()

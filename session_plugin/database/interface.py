@@ -298,6 +298,14 @@ class DatabaseInterface(ABC, Generic[S]):
         return metadata
 
 
+def engine_is_fixed() -> ConfigurationError:
+    """Return the error of an assignment to ``db.engine``."""
+    return ConfigurationError(
+        "db.engine cannot be replaced. In a test, use `with db.isolated() as session:`; to change the database later, "
+        "let a function name it: SessionPlugin(lambda: settings.engine)."
+    )
+
+
 class ScopeRegistry(ScopedRegistry[Any]):
     """Makes a `scoped_session` proxy the session of the current unit of work; it registers nothing."""
 

@@ -14,7 +14,7 @@ from ..engines.registry import DEFAULT
 from ..policy import PolicyLike
 from ..scope import blocks, ending
 from ..scope.typevars import SyncS
-from .interface import DatabaseInterface, ScopeRegistry, core_of
+from .interface import DatabaseInterface, ScopeRegistry, core_of, engine_is_fixed
 from .isolation import make_isolation
 
 if TYPE_CHECKING:
@@ -77,26 +77,30 @@ class SyncInterface(DatabaseInterface[SyncS]):
         Raises:
             IsolationError: it is isolated already, or something was done that cannot be undone.
         """
-        isolation = make_isolation(core_of(self))
+        isolation = make_isolation(core_of(self).up_to_date())
         with isolation.entered():
             yield isolation.session
 
     @property
     def engine(self) -> Engine:
         """The default engine."""
-        engine: Engine = core_of(self).engines.called(DEFAULT)
+        engine: Engine = core_of(self).up_to_date().engines.called(DEFAULT)
         return engine
+
+    @engine.setter
+    def engine(self, engine: object) -> None:
+        raise engine_is_fixed()
 
     @property
     def engines(self) -> Mapping[str, Engine]:
         """The engines by name; a database with one engine calls it ``"default"``."""
-        named: Mapping[str, Engine] = core_of(self).engines.named
+        named: Mapping[str, Engine] = core_of(self).up_to_date().engines.named
         return named
 
     @property
     def sessionmaker(self) -> sessionmaker[SyncS]:
         """A factory of sessions that belong to no unit of work, configured like those that do."""
-        maker: sessionmaker[SyncS] = core_of(self).maker
+        maker: sessionmaker[SyncS] = core_of(self).up_to_date().maker
         return maker
 
     @property
@@ -111,19 +115,18 @@ class SyncInterface(DatabaseInterface[SyncS]):
 
     def create_all(self) -> None:
         """Create the missing tables of ``metadata``, each on the engine that ``binds`` names."""
-        core = core_of(self)
+        core = core_of(self).up_to_date()
         for engine, tables in core.tables_by_engine(self.metadata):
             with core.schema_connection(engine) as connection:
                 self.metadata.create_all(connection, tables=tables)
 
     def drop_all(self) -> None:
         """Drop the tables of ``metadata``, each on the engine that ``binds`` names."""
-        core = core_of(self)
+        core = core_of(self).up_to_date()
         for engine, tables in core.tables_by_engine(self.metadata):
             with core.schema_connection(engine) as connection:
                 self.metadata.drop_all(connection, tables=tables)
 
     def dispose(self) -> None:
         """Close the pooled connections of the engines made here; you dispose of engines that you created yourself."""
-        for engine in core_of(self).engines.made_here:
-            engine.dispose()
+        core_of(self).dispose()

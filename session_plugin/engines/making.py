@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakSet
 
 import sqlalchemy
-from sqlalchemy import URL, Engine, make_url
+from sqlalchemy import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.pool import QueuePool
 
@@ -48,6 +48,12 @@ def check_engine(given: Any, *, is_async: bool) -> None:
         ConfigurationError: it is not.
     """
     kind = type(given).__name__  # its repr might hold a password
+    if isinstance(given, Connection) or hasattr(given, "sync_connection"):
+        raise ConfigurationError(
+            f"An object of type {kind} cannot name a database: whoever began its transaction decides later whether "
+            "what a request has committed is kept. Give the Engine, and in a test use `with db.isolated() as "
+            "session:`, at whose end everything that the app has committed is undone."
+        )
     if not isinstance(sync_engine(given), Engine):
         raise ConfigurationError(
             f"An object of type {kind} does not name a database. Give a URL, an Engine, or named engines; a plugin "

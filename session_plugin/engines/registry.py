@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import Engine
@@ -45,7 +46,8 @@ class Engines:
         self._is_async = is_async
         given = source if isinstance(source, Mapping) else {DEFAULT: source}
         resolved = {name: resolve(each, options, owner, is_async=is_async) for name, each in given.items()}
-        self.named: Mapping[str, Any] = {name: engine for name, (engine, _) in resolved.items()}
+        named = {name: engine for name, (engine, _) in resolved.items()}
+        self.named: Mapping[str, Any] = MappingProxyType(named)  # assigning to it would replace no session's engine
         self._options = {name: made_with for name, (_, made_with) in resolved.items()}
         self.binds: Mapping[type[Any] | Mapper[Any] | Any, Any] = {key: self._bind(bind) for key, bind in binds.items()}
         self._made_with: dict[Engine, Mapping[str, Any] | None] = {

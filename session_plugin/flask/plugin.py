@@ -36,7 +36,7 @@ from ..scope.session import read_anew
 from ..scope.typevars import SyncS
 from ..scope.unit_of_work import UnitOfWork
 from ..wsgi.middleware import SessionScopeMiddleware
-from .configuration import configured
+from .configuration import FlaskSettings
 from .settling import SettlingMiddleware
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 EXTENSION = "session_plugin"
+SQLALCHEMY = "sqlalchemy"
+"""The key of Flask-SQLAlchemy's own extension, which refuses an app that has it."""
 APP_CONTEXT_METHOD = "GET"
 """An app context counts as a request that reads: an idle shell must not lock out SQLite's writers."""
 
@@ -67,6 +69,7 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
     In the app's configuration, which wins over the constructor: ``SQLALCHEMY_DATABASE_URI``,
     ``SQLALCHEMY_ENGINES`` and ``SQLALCHEMY_BINDS`` (engines by name), and
     ``SQLALCHEMY_ENGINE_OPTIONS``.  A relative SQLite path lies in ``app.instance_path``.
+
     """
 
     _database_class: type[DatabaseInterface[Any]] = Database
@@ -80,13 +83,22 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
         super()._set_up(configuration)
         self._app_context_units: WeakKeyDictionary[Any, UnitOfWork[SyncS]] = WeakKeyDictionary()
 
-    def init_app(self, app: Flask, source: Source | None = None, **options: Unpack[Options]) -> None:
+    def init_app(
+        self,
+        app: Flask,
+        source: Source | None = None,
+        *,
+        register_as_sqlalchemy: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
         """Give every request of ``app`` a unit of work.
 
         Args:
             app: a Flask app, before its first request; one plugin serves any number of them.
             source: as at construction, and replaces what was given there; the app's
                 configuration wins over both.
+            register_as_sqlalchemy: True to be ``app.extensions["sqlalchemy"]`` too, where extensions made for
+                Flask-SQLAlchemy look for it.
             **options: added to those of the construction, and win over them.
 
         Raises:
@@ -98,7 +110,15 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
             )
         if app._got_first_request:
             raise ConfigurationError("init_app() was called after the first request. Call it where you create the app.")
-        db = self._register(app, configured(app, self._configuration.updated(source, options)))
+        if register_as_sqlalchemy and (other := app.extensions.get(SQLALCHEMY)) is not None:
+            raise ConfigurationError(
+                f'app.extensions["sqlalchemy"] is set already, by an object of type {type(other).__name__}. Leave out '
+                "register_as_sqlalchemy, or initialise the app without the other one."
+            )
+        settings = FlaskSettings(app, self._configuration.updated(source, options))
+        db = self._register(app, settings.configured(), settings)
+        if register_as_sqlalchemy:
+            app.extensions[SQLALCHEMY] = self
         plugins: list[SessionPlugin[Any]] = app.extensions.setdefault(EXTENSION, [])
         if not plugins:
             app.wsgi_app = SettlingMiddleware(app, partial(_release_app_contexts, plugins))  # type: ignore[method-assign]

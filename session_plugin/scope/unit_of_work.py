@@ -90,6 +90,9 @@ class UnitOfWork(Generic[S]):
         interrupted: under WSGI, once the response is closed, True if it was cut short; None before.
         late_calls: how many callables that follow the response run now; see `late`.
         late_runners: by the `current.depth` at which such a callable runs, what runs it; an adapter sets it.
+        serves: of an ASGI request, returns True if a WSGI environ is that of the same request; else None.
+        lent: True while a WSGI app that is mounted in an ASGI app works with it in a thread, and settles it.
+        cut_short: True once the body of such a WSGI app has raised.
         loop: the event loop that serves its request with threads, or an outer one's, or None.
         place: gives back its place among the sessions that have no permit yet, or None; see `permits`.
         permit: gives back its permit to hold a connection, or None.
@@ -116,6 +119,9 @@ class UnitOfWork(Generic[S]):
     last_begun: SessionTransaction | None = None
     doomed: str | None = None
     interrupt: KeyboardInterrupt | None = None
+    serves: Callable[[Mapping[str, Any]], bool] | None = None
+    lent: bool = False
+    cut_short: bool = False
     loop: asyncio.AbstractEventLoop | None = None
     place: Callable[[], None] | None = None
     inherited: UnitOfWork[Any] | None = None

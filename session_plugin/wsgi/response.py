@@ -52,7 +52,7 @@ class Response:
             raise
         file_wrapper = environ.get("wsgi.file_wrapper")
         if isinstance(file_wrapper, type) and isinstance(self._body, file_wrapper):
-            close(self._unit)
+            self._end()
             return self._body  # the server may send it by sendfile(2) if it gets it as it is
         if type(self._body) in (list, tuple) and self._is_settled:
             self.close()  # no code of the app can run any more, and many test clients never close a response
@@ -119,8 +119,12 @@ class Response:
             finally:
                 self._close_body()
         finally:
-            close(unit)
-            self._started = self._failure = unit.error = None  # PEP 3333: no cycle through a traceback
+            self._end()
+            self._started = self._failure = None  # PEP 3333: no cycle through a traceback
+
+    def _end(self) -> None:
+        close(self._unit)
+        self._unit.error = None
 
     def _close_body(self) -> None:
         """Call the app's ``close``, and settle what it does as a transaction of its own."""
@@ -208,6 +212,39 @@ class Response:
                 server_write(b"")
             elif unit.saved and not self._sent_bytes:
                 error_received(unit, None)
+
+
+class MountedResponse(Response):
+    """The response of an app that is mounted in an ASGI app, whose unit of work it settles and does not close.
+
+    The app runs in a thread, beside the layers of the ASGI app, which must not settle meanwhile.
+    """
+
+    def run(self, app: WSGIApplication, environ: WSGIEnvironment) -> Iterable[bytes]:
+        """Call the app, and settle if it has called ``start_response`` by then."""
+        self._unit.lent = True
+        return super().run(app, environ)
+
+    def __next__(self) -> bytes:
+        try:
+            return super().__next__()
+        except BaseException as error:
+            self._unit.cut_short = not isinstance(error, StopIteration)
+            self._unit.lent = False  # Starlette's WSGIMiddleware never calls close()
+            raise
+
+    def close(self) -> None:
+        """Roll back if the response was not completed, and call the app's ``close``."""
+        self._unit.lent = True
+        super().close()
+
+    def _settle(self) -> None:
+        super()._settle()
+        self._unit.return_permit()  # a long stream must not keep it from other requests
+
+    def _end(self) -> None:
+        self._unit.return_permit()
+        self._unit.lent = False
 
 
 def no_write(data: bytes) -> None:

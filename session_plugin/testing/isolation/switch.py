@@ -37,6 +37,7 @@ def switched(core: DatabaseCore, isolation: SharedConnections) -> Generator[None
     """Isolate the sessions of a database for the block; its engines give no connection to anybody else."""
     engines = list(core.engines.known)
     connect = _schema_connection_async if core.is_async else _schema_connection
+    core.isolated = True
     core.engine_for = lambda engine, policy, *, may_write: engine  # type: ignore[method-assign]
     core.schema_connection = partial(connect, core.maker)  # type: ignore[method-assign]
     for engine in engines:
@@ -46,6 +47,7 @@ def switched(core: DatabaseCore, isolation: SharedConnections) -> Generator[None
         with _session_class(core, isolation, IsolatedSession):
             yield
     finally:
+        core.isolated = False
         del core.engine_for, core.schema_connection
         for engine in engines:
             event.remove(engine, "checkout", isolation.refuse_checkout)

@@ -1,7 +1,7 @@
 """The code in the documentation is executed, so that it stays correct.
 
 Every ``python`` block of `README.md` and of `docs/` runs; the blocks of one page run in order and in one
-module.  An HTML comment above a block can be ``<!-- needs: postgresql -->``, or
+module.  An HTML comment above a block can be ``<!-- needs: postgresql -->``, ``<!-- needs: redis -->``, or
 ``<!-- file: migrations/env.py -->``, which writes the block to that file for other blocks.  A
 comment that begins with ``<!-- check`` contains code that runs but is not shown.  ``# prints: ...``
 gives the output of a block.
@@ -38,6 +38,8 @@ BLOCK = re.compile(
 )
 PRINTS = re.compile(r"# prints: (.*)$", re.MULTILINE)
 POSTGRESQL_URL = re.compile(r"postgresql\+(\w+)://localhost/(\w+)")
+REDIS_URL = "redis://localhost"
+SERVERS = {"postgresql", "redis"}
 
 
 @dataclass(frozen=True)
@@ -118,24 +120,33 @@ class Namespace:
             exec(code, self._module.__dict__)
 
 
-def run_page(page: Path, namespace: Namespace, capsys: pytest.CaptureFixture[str], postgresql: Any = None) -> None:
+def run_page(
+    page: Path, namespace: Namespace, capsys: pytest.CaptureFixture[str], servers: dict[str, Any] | None = None
+) -> None:
+    """Run the blocks of a page, without those that need a server if there are no ``servers``."""
     databases: dict[str, str] = {}
 
     def real_url(match: re.Match[str]) -> str:
+        assert servers
         driver, name = match.groups()
         if name not in databases:
-            databases[name] = postgresql.new_database()
-        url: str = postgresql.url(driver, database=databases[name])
+            databases[name] = servers["postgresql"].new_database()
+        url: str = servers["postgresql"].url(driver, database=databases[name])
         return url
 
     with namespace:
         for block in blocks(page):
-            if block.needs and postgresql is None:
+            source = block.source
+            if block.needs and servers is None:
                 continue
             if block.file:
-                namespace.write(block.file, block.source)
+                namespace.write(block.file, source)
                 continue
-            namespace.run(POSTGRESQL_URL.sub(real_url, block.source) if block.needs else block.source)
+            if block.needs == "postgresql":
+                source = POSTGRESQL_URL.sub(real_url, source)
+            elif block.needs == "redis" and servers:
+                source = source.replace(REDIS_URL, servers["redis"].url)
+            namespace.run(source)
             assert capsys.readouterr().out.splitlines() == PRINTS.findall(block.source)
 
 
@@ -145,16 +156,17 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     run_page(page, Namespace(page, tmp_path, monkeypatch), capsys)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "postgresql" in needs(page)], ids=page_id)
-def test_page_on_postgresql(
+@pytest.mark.parametrize("page", [page for page in PAGES if needs(page)], ids=page_id)
+def test_page_with_servers(
     page: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    postgresql: Any,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """The blocks of a page that need PostgreSQL run too."""
-    run_page(page, Namespace(page, tmp_path, monkeypatch), capsys, postgresql)
+    """The blocks of a page that need PostgreSQL or Redis run too."""
+    servers = {name: request.getfixturevalue(name) for name in needs(page)}
+    run_page(page, Namespace(page, tmp_path, monkeypatch), capsys, servers)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -164,7 +176,7 @@ def test_page_is_checked(page: Path) -> None:
     text = page.read_text()
     assert text.count("```python") + text.count("<!-- check") == len(found)
     assert not found or any(block.checks for block in found)
-    assert needs(page) <= {"postgresql"}
+    assert needs(page) <= SERVERS
 
 
 def test_every_error_is_explained() -> None:

@@ -8,7 +8,7 @@ from re import Pattern
 from typing import Any, Literal, TypeAlias
 
 from sqlalchemy import URL, Connection, Engine
-from sqlalchemy.engine import Dialect
+from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.pool import PoolProxiedConnection
 
 from .syntax import Syntax
@@ -69,8 +69,13 @@ class Backend:
         """Return ``url`` with its relative path, if it names a file by one, put into ``folder``."""
         return url
 
-    def prepare(self, engine: Engine) -> None:
-        """Add the listeners that make the transactions of ``engine`` begin as their execution options say."""
+    def prepare(self, engine: Engine, *, made_here: bool) -> None:
+        """Add the listeners that make the transactions of ``engine`` begin as their execution options say.
+
+        Args:
+            engine: any engine of ours or of the user's.
+            made_here: False if the user made it: then only what units of work do on it may change.
+        """
 
     def begin_options(self, *, read_only: bool, may_write: bool) -> dict[str, Any]:
         """Return the execution options with which a transaction begins.
@@ -112,6 +117,17 @@ class Backend:
     def has_refused_to_write(self, error: BaseException) -> bool:
         """Return True if the driver's ``error`` says that the transaction or the connection is read-only."""
         return False
+
+    def is_locked(self, error: BaseException) -> bool:
+        """Return True if ``error`` says that a transaction on another connection keeps this one from its lock."""
+        return False
+
+    def locked_whole(self, engine: Engine) -> str | None:
+        """Return what a transaction locks as a whole, by the same name on all engines; None if it locks less."""
+        return None
+
+    def listen_for_errors(self, listener: Callable[[ExceptionContext], None]) -> None:
+        """Call ``listener`` with each error on a database that a transaction locks as a whole, on any engine."""
 
     def write_mark(self, pooled: PoolProxiedConnection) -> Any:
         """Return what `has_written` compares with, without asking the server; None if it compares with nothing."""

@@ -80,7 +80,7 @@ class MySQL(Backend):
     }
     disconnect_statement: str | None = "KILL CONNECTION_ID()"
 
-    def prepare(self, engine: Engine) -> None:
+    def prepare(self, engine: Engine, *, made_here: bool) -> None:
         """Begin READ ONLY where the execution options say so."""
         event.listen(engine, "begin", _begin)
 

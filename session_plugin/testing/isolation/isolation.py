@@ -179,7 +179,7 @@ class Isolation:
 
     def connect_beside(self, engine: Engine) -> Connection:
         """Open another connection to ``engine``, on which nothing is undone."""
-        prepare(engine)
+        prepare(engine, made_here=False)
         self._opening = True
         try:
             return engine.connect()

@@ -34,6 +34,9 @@ class Backend:
 
     Attributes:
         implicit_commit: matches statements that commit by themselves, or None.
+        mode_of_transaction: matches statements that set a mode of one transaction, with the group ``read_only`` if
+            that is READ ONLY; None if such a mode ends with a savepoint.
+        read_only_error_statement: raises the error of a statement that writes in a READ ONLY transaction.
         enforces_read_only_in_savepoint: True if `begin_read_only_savepoint` makes the server refuse writes.
         cancellation_closes_connection: True if drivers close a connection whose statement was cancelled.
         error_statements: statements that raise the error of a failed COMMIT, by its kind.
@@ -50,6 +53,8 @@ class Backend:
     sees_raw_writes: bool = False
     has_lazy_cursors: bool = True
     implicit_commit: Pattern[str] | None = None
+    mode_of_transaction: Pattern[str] | None = None
+    read_only_error_statement: str = ""
     enforces_read_only_in_savepoint: bool = False
     cancellation_closes_connection: bool = False
     error_statements: Mapping[CommitFailure, str] = {}
@@ -146,6 +151,9 @@ class Backend:
         It is called when the transaction of ``connection`` has just begun.
         """
         return _check_nothing
+
+    def begin_for_good(self, connection: Connection) -> None:
+        """Begin the transaction of ``connection`` on the server, where a savepoint alone does not."""
 
     def begin_read_only_savepoint(self, connection: Connection) -> None:
         """Let the database refuse writes until the savepoint that has just begun ends."""

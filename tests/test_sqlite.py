@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import sqlite3
 import threading
@@ -492,6 +493,8 @@ def test_whoever_waits_for_others_gets_no_note(impatient: Any, own_engine: Any, 
         assert refused() == []
     with impatient.session_scope() as session:
         assert refused() == []  # it has no transaction
+        inherited = contextvars.copy_context()
+    assert inherited.run(refused) == []  # it has ended
     holder.close()
 
 

@@ -8,12 +8,13 @@ from re import Pattern
 from typing import Any, Literal, TypeAlias
 
 from sqlalchemy import URL, Connection, Engine
-from sqlalchemy.engine import Dialect, ExceptionContext
+from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
 from .syntax import Syntax
 
 CommitFailure: TypeAlias = Literal["integrity", "serialization"]
+LockListener: TypeAlias = Callable[[BaseException, Callable[[Connection], bool]], None]
 
 
 class Backend:
@@ -123,16 +124,11 @@ class Backend:
         """Return True if the driver's ``error`` says that the transaction or the connection is read-only."""
         return False
 
-    def is_locked(self, error: BaseException) -> bool:
-        """Return True if ``error`` says that a transaction on another connection keeps this one from its lock."""
-        return False
+    def listen_for_locks(self, listener: LockListener) -> None:
+        """Call ``listener`` whenever a transaction that locks a whole database has kept a statement waiting too long.
 
-    def locked_whole(self, engine: Engine) -> str | None:
-        """Return what a transaction locks as a whole, by the same name on all engines; None if it locks less."""
-        return None
-
-    def listen_for_errors(self, listener: Callable[[ExceptionContext], None]) -> None:
-        """Call ``listener`` with each error on a database that a transaction locks as a whole, on any engine."""
+        It gets the error, and a function that returns True for a connection with a transaction on that database.
+        """
 
     def write_mark(self, pooled: PoolProxiedConnection) -> Any:
         """Return what `has_written` compares with, without asking the server; None if it compares with nothing."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,7 +25,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from ...exceptions import ConfigurationError
 from ..autocommit import is_autocommit
-from .interface import Backend, CommitFailure
+from .interface import Backend, CommitFailure, LockListener
 from .syntax import HARMLESS, Syntax, words
 
 SYNTAX = Syntax(
@@ -59,6 +60,7 @@ _SQLITE_READONLY = 8
 """SQLITE_READONLY, among SQLite's result codes."""
 _LOCKED = {5, 6}
 """SQLITE_BUSY, _LOCKED."""
+_lock_listeners: set[LockListener] = set()
 _REFUSALS = {1, 5, 6, 8, 9, 13, 19}
 """SQLITE_ERROR, _BUSY, _LOCKED, _READONLY, _INTERRUPT, _FULL, _CONSTRAINT.  Not _IOERR: a COMMIT whose last
 ``fsync`` failed may be found in the file all the same."""
@@ -148,21 +150,20 @@ class SQLite(Backend):
         code: int | None = getattr(error, "sqlite_errorcode", None)
         return code is not None and code & 0xFF == _SQLITE_READONLY
 
-    def is_locked(self, error: BaseException) -> bool:
-        """By SQLite's result code."""
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF in _LOCKED
-
-    def locked_whole(self, engine: Engine) -> str | None:
-        """The file, which has one writer at a time."""
-        path = (engine.url.database or "").removeprefix("file:").partition("?")[0]
-        return None if path in ("", ":memory:") else str(Path(path).resolve())
-
-    def listen_for_errors(self, listener: Callable[[ExceptionContext], None]) -> None:
+    def listen_for_locks(self, listener: LockListener) -> None:
         """Listen on the dialect, since the engine that is kept waiting may be one that nobody has given to us."""
+        if listener in _lock_listeners:
+            return
+        _lock_listeners.add(listener)
         from sqlalchemy.dialects.sqlite import dialect  # the base of those of all drivers
 
-        if not event.contains(dialect, "handle_error", listener):
-            event.listen(dialect, "handle_error", listener)
+        def handle_error(context: ExceptionContext) -> None:
+            error, engine = context.sqlalchemy_exception, context.engine
+            code = getattr(context.original_exception, "sqlite_errorcode", 0)
+            if code & 0xFF in _LOCKED and error is not None and engine is not None:
+                listener(error, partial(_has_transaction_on, _file_of(engine), context.connection))
+
+        event.listen(dialect, "handle_error", handle_error)
 
     def write_mark(self, pooled: PoolProxiedConnection) -> Any:
         """SQLite counts the rows that a connection has changed."""
@@ -233,6 +234,18 @@ def _reset(dbapi_connection: Any, record: Any, reset_state: Any) -> None:
         cursor = dbapi_connection.cursor()
         cursor.execute("PRAGMA query_only = OFF")
         cursor.close()
+
+
+def _file_of(engine: Engine) -> Path | None:
+    """Return the file that ``engine`` opens, which has one writer at a time; None if its URL does not say."""
+    path = (engine.url.database or "").removeprefix("file:").partition("?")[0]
+    return None if path in ("", ":memory:") else Path(path).resolve()
+
+
+def _has_transaction_on(file: Path | None, besides: Connection | None, connection: Connection) -> bool:
+    if connection is besides or connection.dialect.name != "sqlite" or file is None:
+        return False
+    return not is_autocommit(connection.get_execution_options()) and _file_of(connection.engine) == file
 
 
 def _recommend_wal(connection: Connection) -> None:

@@ -20,9 +20,11 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from session_plugin import Database
+from session_plugin import Database, Outcome
 from session_plugin.asgi import SessionScopeMiddleware
-from session_plugin.scope import threads
+from session_plugin.database.interface import core_of
+from session_plugin.scope import ending, threads
+from session_plugin.scope.opening import open_unit_of_work
 from session_plugin.scope.session import ScopeSession, runs_listeners
 from session_plugin.scope.threads import WORKERS, in_anyio_thread
 from session_plugin.starlette import SessionPlugin
@@ -280,6 +282,48 @@ def test_failed_commits(store: Store) -> None:
 
 
 # -- what becomes of the task that waits for anyio's thread -----------------------------------------
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_cancelled_request(file_store: Store, native: bool) -> None:
+    """The COMMIT and the hooks of a request that is cancelled are awaited, by anyio or by the task itself."""
+    file_store.clear()
+    db, calls, gate = Database(file_store.url), Calls(), Gate()
+    scopes: list[anyio.CancelScope] = []
+
+    def hook() -> None:
+        gate.pass_through()
+        calls.make("hook")
+
+    async def request() -> None:
+        unit = open_unit_of_work(core_of(db), origin="test")
+        with anyio.CancelScope() as scope:
+            scopes.append(scope)
+            try:
+                await to_thread.run_sync(insert("tea"), unit.session)
+                unit.add_hook("commit", hook)
+                await ending.asettle(unit, Outcome())
+            finally:
+                calls.made.append("settled")
+                await ending.aclose(unit)
+
+    async def scenario() -> None:
+        task = asyncio.create_task(request())
+        await asyncio.to_thread(gate.reached.wait, 10)
+        if native:
+            task.cancel()
+        else:
+            scopes[0].cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        gate.opened.set()
+        await asyncio.wait([task])
+        assert task.cancelled() == native
+
+    asyncio.run(scenario())
+    assert calls.taken() == ["hook", 4, "settled"]
+    assert file_store.names() == ["tea"]
+    db.dispose()
 
 
 def test_a_cancelled_task_does_not_stop_the_call() -> None:

@@ -24,6 +24,7 @@ _carriers: set[asyncio.Task[None]] = set()
 """The tasks of `in_anyio_thread`: an event loop keeps only weak references."""
 
 after_fork_in_child(_executors.clear)
+after_fork_in_child(_limiters.clear)
 after_fork_in_child(_carriers.clear)
 
 

@@ -938,3 +938,115 @@ def test_names_of_custom_settings_in_parameters(parameters: Any) -> None:
     """They are found in each way in which drivers take parameters; a long text is none."""
     assert custom_settings("SELECT set_config($1, $2, true)", parameters) == {"app.tenant"}
     assert custom_settings("SELECT set_config($1, $2, true)", ["a.b" * 100]) == set()
+
+
+# -- what a transaction of MariaDB ends ---------------------------------------------------------------
+
+READ_ONLY_MODES = [
+    "SET TRANSACTION READ ONLY",
+    "set transaction isolation level read committed, read only",
+    "SET @@tx_read_only = 1",
+    "SET @@tx_read_only = ON",
+]
+MODES = [
+    *READ_ONLY_MODES,
+    "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE",
+    "SET TRANSACTION READ WRITE",
+    "SET @@tx_isolation = 'SERIALIZABLE'",
+]
+
+
+def error_of(units: Units, *statements: str) -> tuple[Any, ...]:
+    """Return the driver's error for ``statements`` in one unit of work, or an empty tuple."""
+    try:
+        units.run(executing(*statements))
+    except DBAPIError as error:
+        assert error.orig is not None
+        return type(error), error.orig.args
+    return ()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@on(*MARIADB)
+def test_the_mode_of_a_transaction_ends_with_its_unit_of_work(units: Units, mode: str) -> None:
+    """As in production: it may be set at the beginning of each, holds in it, and is not seen by the next one."""
+    attempts = [
+        (mode, "SET @tenant = 1", mode, "SELECT count(*) FROM parent"),
+        (mode, "INSERT INTO parent (name) VALUES ('one')"),
+        ("SET @tenant = 2", "INSERT INTO parent (name) VALUES ('two')"),
+        ("INSERT INTO parent (name) VALUES ('three')", mode),
+        ("SELECT count(*) FROM parent", mode),
+        ("SET @tenant = (SELECT count(*) FROM parent)", mode),
+        ("SET STATEMENT max_statement_time = 9 FOR SELECT count(*) FROM parent", mode),
+        (mode, "INSERT INTO parent (name) VALUES ('four')", "INSERT INTO parent (name) VALUES ('five')"),
+    ]
+    real = [error_of(units, *attempt) for attempt in attempts]
+    names = units.store.names()
+    units.store.clear()
+    for _ in range(2):
+        with Isolated(units) as isolated:
+            for attempt, expected in zip(attempts, real, strict=True):
+                assert error_of(units, *attempt) == expected, attempt
+            assert isolated.names() == names
+        assert units.store.names() == []
+    assert bool(real[1]) == (mode in READ_ONLY_MODES)
+    assert (real[2], [error[1][0] for error in real[3:7]]) == ((), [1568] * 4)
+
+
+@on("mariadb+pymysql", "mariadb+asyncmy")
+def test_the_mode_of_a_unit_of_work_around_another_one(units: Units) -> None:
+    """A nested unit of work writes although the one around it is READ ONLY, which stays so."""
+
+    def work(session: Session) -> None:
+        session.execute(text("SET TRANSACTION READ ONLY"))
+        nested(units, insert("kept"))
+        with pytest.raises(DBAPIError, match="READ ONLY transaction"):
+            session.execute(text("INSERT INTO parent (name) VALUES ('refused')"))
+
+    with Isolated(units) as isolated:
+        units.run(work)
+        assert isolated.names() == ["kept"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "ANALYZE TABLE parent",
+        "CHECK TABLE parent",
+        "FLUSH STATUS",
+        "LOCK TABLE parent READ",
+        "OPTIMIZE LOCAL TABLE parent",
+        "REPAIR TABLE parent",
+        "RESET QUERY CACHE",
+        "SET @tenant = 1, autocommit = 1",
+        "SET DEFAULT ROLE NONE",
+        "set session autocommit=ON",
+    ],
+)
+@on("mariadb+pymysql")
+def test_statements_that_commit_are_refused(units: Units, statement: str) -> None:
+    """Whatever would commit the work of the test raises instead."""
+    with Isolated(units):
+        units.run(add("tea"))
+        with pytest.raises(IsolationError, match="commits or ends the transaction"):
+            units.run(executing(statement))
+    assert units.store.names() == []
+
+
+@on("mariadb+pymysql")
+def test_what_the_session_of_mariadb_keeps(units: Units) -> None:
+    """User variables, SET SESSION, SET LOCAL and GET_LOCK do not end with a transaction, and stay on the connection."""
+    change = executing(
+        "SET @tenant = 77", "SET SESSION lock_wait_timeout = 77", "SET LOCAL sort_buffer_size = 131072",
+        "SELECT GET_LOCK('shop', 0)", "SET STATEMENT max_statement_time = 9 FOR SELECT 1",
+    )  # fmt: skip
+    show = executing(
+        "SELECT @tenant", "SELECT @@lock_wait_timeout", "SELECT @@sort_buffer_size", "SELECT IS_USED_LOCK('shop') > 0",
+        "SELECT @@max_statement_time",
+    )  # fmt: skip
+    units.run(change)
+    real = units.run(show)  # the pool has one connection
+    units.run(executing("DO RELEASE_LOCK('shop')", "SET @tenant = NULL"))
+    with Isolated(units):
+        units.run(change)
+        assert units.run(show) == real == [77, 77, 131072, 1, None]

@@ -259,7 +259,7 @@ def test_a_hook_that_stops_the_process_is_not_swallowed() -> None:
 
 @on(*SYNC)
 def test_a_sync_scope_under_an_event_loop_uses_a_thread_only_for_io(units: Units) -> None:
-    """Settling runs in a separate thread, but stays on the event loop's thread if nothing is sent to the database."""
+    """Settling stays on the event loop's thread if nothing is sent to the database and no code of the user runs."""
     threads: list[Any] = []
     event.listen(units.sync_engine, "commit", lambda connection: threads.append(threading.current_thread()))
 
@@ -269,7 +269,12 @@ def test_a_sync_scope_under_an_event_loop_uses_a_thread_only_for_io(units: Units
         await ending.asettle(scope, Outcome())
         await ending.aclose(scope)
 
-    def begins(session: Session) -> None:
+    def begins(session: Any) -> None:
+        commit = session.commit
+        session.commit = lambda: (silent.append(threading.current_thread()), commit())
+        session.begin()
+
+    def listens(session: Session) -> None:
         event.listen(session, "after_commit", lambda session: silent.append(threading.current_thread()))
         session.begin()
 
@@ -277,6 +282,8 @@ def test_a_sync_scope_under_an_event_loop_uses_a_thread_only_for_io(units: Units
     asyncio.run(main(lambda session: None))
     asyncio.run(main(begins))
     assert (threads, silent) == ([], [threading.main_thread()])
+    asyncio.run(main(listens))
+    assert (threads, silent.pop() is threading.main_thread()) == ([], False)
     asyncio.run(main(insert("tea")))
     asyncio.run(main(add("milk")))
     assert [thread is threading.main_thread() for thread in threads] == [False, False]

@@ -27,6 +27,7 @@ from ..engines.semaphore import MAX_PENDING_SESSIONS, ExtraThreads, FairSemaphor
 from ..exceptions import ConfigurationError
 from ..policy import Policy, as_policy
 from ..scope.blocks import asession_scope, session_scope
+from ..scope.locks import explain_locks
 from ..scope.log import log_failed_hook, logger
 from ..scope.session import scope_session_class
 from ..scope.unit_of_work import UnitOfWork
@@ -92,6 +93,7 @@ class DatabaseCore(ABC):
         session_options, engine_options = configuration.divided_options(session_class)
         binds = configuration.binds or {}
         self.engines: Engines = Engines(configuration.source, binds, engine_options, self, is_async=self.is_async)
+        explain_locks(self.engines.known)
         if self.engines.binds:
             session_options["binds"] = self.engines.binds
         self.maker: Any = self.make_maker(session_class, self.engines.named.get(DEFAULT), session_options)

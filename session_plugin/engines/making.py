@@ -79,8 +79,8 @@ _prepared: WeakSet[Engine] = WeakSet()
 """The engines that have our listeners: `event.contains` goes by an id, which another engine may have had."""
 
 
-def prepare(engine: Engine) -> None:
-    """Add the listeners to ``engine`` that the promises need; a second call changes nothing.
+def prepare(engine: Engine, *, made_here: bool) -> None:
+    """Add the listeners to ``engine``, which was made here or by the user, that the promises need; once.
 
     An engine with other execution options has the listeners of the engine that it was made from.
     """
@@ -88,7 +88,7 @@ def prepare(engine: Engine) -> None:
         return
     _prepared.add(engine)
     guard_connections(engine)
-    backend_for(engine.dialect.name).prepare(engine)
+    backend_for(engine.dialect.name).prepare(engine, made_here=made_here)
 
 
 def make_engine(url: str | URL, options: Mapping[str, Any], owner: object, *, is_async: bool) -> Any:

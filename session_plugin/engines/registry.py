@@ -55,8 +55,8 @@ class Engines:
             **{sync_engine(engine): made_with for engine, made_with in resolved.values()},
         }
         self.variants: EngineVariants = EngineVariants(self._made_with, owner, is_async=is_async)
-        for engine in self.known:
-            prepare(engine)
+        for engine, options_of_engine in self._made_with.items():
+            prepare(engine, made_here=options_of_engine is not None)
         self.stream_results: bool = any(engine.get_execution_options().get("stream_results") for engine in self.known)
 
     def _bind(self, bind: Any) -> Any:

@@ -52,7 +52,7 @@ class EngineVariants:
         variant = self._variants.get(key)
         if variant is None:
             if not self._is_derived(engine):
-                prepare(engine)  # a get_bind() of the user's may return one that is new here
+                prepare(engine, made_here=False)  # a get_bind() of the user's may return one that is new here
             if policy.reads_without_transactions:
                 variant = self._autocommit_engine(engine)
             else:
@@ -85,7 +85,7 @@ class EngineVariants:
         options = autocommit.autocommit_options(options)
         made = make_engine(engine.url, options, self._owner, is_async=self._is_async)
         forbid_writing(sync_engine(made))
-        prepare(sync_engine(made))
+        prepare(sync_engine(made), made_here=True)
         self._made_with[sync_engine(made)] = options
         return made
 

@@ -104,6 +104,20 @@ def is_inside(unit: UnitOfWork[Any]) -> bool:
     return around is not None
 
 
+def units_around() -> list[UnitOfWork[Any]]:
+    """Return the open units of work that the running code is inside, with those in which they were opened."""
+    found = [innermost.get(), find(None)]
+    around: list[UnitOfWork[Any]] = []
+    while found:
+        unit = found.pop()
+        if unit is None or unit in around:
+            continue
+        if not unit.closed and (unit.holder is None or unit.holder.is_around()):
+            around.append(unit)
+        found += (unit.inherited, unit.outer)
+    return around
+
+
 def is_session_open() -> bool:
     """Return True if a unit of work that the running code is inside has a session."""
     unit = innermost.get()

@@ -16,7 +16,8 @@ from .joined import note_settled
 from .log import logger
 from .release import release as release_steps
 from .runner import Steps, arun, run, uncancelled
-from .threads import in_thread
+from .session import runs_listeners
+from .threads import in_anyio_thread, in_thread
 from .unit_of_work import UnitOfWork
 
 
@@ -45,9 +46,8 @@ async def asettle(unit: UnitOfWork[Any], outcome: Outcome) -> None:
     if settle_if_idle(unit):
         return
     unit.settled = True
-    sends = _may_send(unit) or unit.wrote or bool(unit.hooks.waiting)
     try:
-        await _arun(unit, lifecycle.settle(unit, outcome), sends=sends)
+        await _arun(unit, lifecycle.settle(unit, outcome), sends=_may_send(unit) or unit.wrote)
     finally:
         unit.return_permit()
 
@@ -130,12 +130,18 @@ def _may_send(unit: UnitOfWork[Any]) -> bool:
 
 
 async def _arun(unit: UnitOfWork[Any], steps: Steps[None], *, sends: bool) -> None:
-    """Run ``steps`` to their end; ``sends`` is True if they send something to the database."""
-    if not sends:
+    """Run ``steps`` to their end; ``sends`` is True if they send something to the database.
+
+    Where hooks or listeners of the user run in them, the thread is one in which ``anyio.from_thread`` works.
+    """
+    is_async = unit.database.is_async
+    runs_code = bool(unit.hooks.waiting) or (not is_async and runs_listeners(unit.sync_session))
+    if not (sends or runs_code):
         await arun(steps)
-    elif unit.database.is_async:
+    elif is_async:
         unit.transaction.end_in_another_task()
         await uncancelled(arun(steps))
     else:
         ready = unit.transaction.connected or unit.permit is not None
-        await uncancelled(in_thread(partial(run, steps), can_wait=not ready))
+        thread = in_anyio_thread if runs_code else in_thread
+        await uncancelled(thread(partial(run, steps), can_wait=not ready))

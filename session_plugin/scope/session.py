@@ -7,6 +7,7 @@ Only documented extension points of SQLAlchemy are used: a subclass that overrid
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event, inspect
@@ -248,3 +249,51 @@ def _run_hooks(session: ScopeSession, transaction: SessionTransaction) -> None:
             unit.transaction.report = None
         if not unit.releases:
             unit.interrupt = unit.database.run_hooks(unit.hooks.take(ended_by)) or unit.interrupt
+
+
+class _Listeners:
+    """The listeners for some events, of which some are ours."""
+
+    def __init__(self, ours: dict[str, int]) -> None:
+        self._collections = attrgetter(*ours)
+        self._ours = tuple(ours.values())
+
+    def has_others(self, dispatch: Any) -> bool:
+        """Return True if there is one that is not ours in ``dispatch``, the listeners of an object by event."""
+        return tuple(map(len, self._collections(dispatch))) != self._ours
+
+
+_OF_AN_ENDING = _Listeners({
+    "before_commit": 0,
+    "after_commit": 1,
+    "after_rollback": 1,
+    "after_soft_rollback": 0,
+    "after_transaction_end": 1,
+    "after_transaction_create": 1,
+    "after_begin": 1,
+})  # fmt: skip
+_OF_A_FLUSH = _Listeners({
+    "before_flush": 1,
+    "after_flush": 0,
+    "after_flush_postexec": 0,
+    "pending_to_persistent": 0,
+    "persistent_to_deleted": 0,
+})  # fmt: skip
+_OF_A_ROW = _Listeners({
+    "before_insert": 0,
+    "after_insert": 0,
+    "before_update": 0,
+    "after_update": 0,
+    "before_delete": 0,
+    "after_delete": 0,
+})  # fmt: skip
+
+
+def runs_listeners(session: Session) -> bool:
+    """Return True if listeners of the user run when the transaction of ``session`` ends, or in its last flush."""
+    if _OF_AN_ENDING.has_others(session.dispatch):
+        return True
+    if not has_changes(session):
+        return False
+    mappers = {inspect(row).mapper for rows in (session.new, session.dirty, session.deleted) for row in rows}
+    return _OF_A_FLUSH.has_others(session.dispatch) or any(_OF_A_ROW.has_others(mapper.dispatch) for mapper in mappers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 from weakref import ref
 
@@ -154,6 +154,11 @@ class TransactionState:
     def connected(self) -> bool:
         """True while the session holds a connection."""
         return bool(self._guards)
+
+    @property
+    def connections(self) -> Collection[Connection]:
+        """Those that the session holds, each in a transaction."""
+        return list(self._guards)
 
     def announce_id(self, engine: Engine) -> None:
         """Name the two-phase transaction that is about to begin on ``engine``, unless one is open there."""

@@ -14,6 +14,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from .syntax import Syntax
 
 CommitFailure: TypeAlias = Literal["integrity", "serialization"]
+LockListener: TypeAlias = Callable[[BaseException, Callable[[Connection], bool]], None]
 
 
 class Backend:
@@ -34,6 +35,9 @@ class Backend:
 
     Attributes:
         implicit_commit: matches statements that commit by themselves, or None.
+        mode_of_transaction: matches statements that set a mode of one transaction, with the group ``read_only`` if
+            that is READ ONLY; None if such a mode ends with a savepoint.
+        read_only_error_statement: raises the error of a statement that writes in a READ ONLY transaction.
         enforces_read_only_in_savepoint: True if `begin_read_only_savepoint` makes the server refuse writes.
         cancellation_closes_connection: True if drivers close a connection whose statement was cancelled.
         error_statements: statements that raise the error of a failed COMMIT, by its kind.
@@ -50,6 +54,8 @@ class Backend:
     sees_raw_writes: bool = False
     has_lazy_cursors: bool = True
     implicit_commit: Pattern[str] | None = None
+    mode_of_transaction: Pattern[str] | None = None
+    read_only_error_statement: str = ""
     enforces_read_only_in_savepoint: bool = False
     cancellation_closes_connection: bool = False
     error_statements: Mapping[CommitFailure, str] = {}
@@ -69,8 +75,13 @@ class Backend:
         """Return ``url`` with its relative path, if it names a file by one, put into ``folder``."""
         return url
 
-    def prepare(self, engine: Engine) -> None:
-        """Add the listeners that make the transactions of ``engine`` begin as their execution options say."""
+    def prepare(self, engine: Engine, *, made_here: bool) -> None:
+        """Add the listeners that make the transactions of ``engine`` begin as their execution options say.
+
+        Args:
+            engine: any engine of ours or of the user's.
+            made_here: False if the user made it: then only what units of work do on it may change.
+        """
 
     def begin_options(self, *, read_only: bool, may_write: bool) -> dict[str, Any]:
         """Return the execution options with which a transaction begins.
@@ -113,6 +124,12 @@ class Backend:
         """Return True if the driver's ``error`` says that the transaction or the connection is read-only."""
         return False
 
+    def listen_for_locks(self, listener: LockListener) -> None:
+        """Call ``listener`` whenever a transaction that locks a whole database has kept a statement waiting too long.
+
+        It gets the error, and a function that returns True for a connection with a transaction on that database.
+        """
+
     def write_mark(self, pooled: PoolProxiedConnection) -> Any:
         """Return what `has_written` compares with, without asking the server; None if it compares with nothing."""
         return None
@@ -130,6 +147,9 @@ class Backend:
         It is called when the transaction of ``connection`` has just begun.
         """
         return _check_nothing
+
+    def begin_for_good(self, connection: Connection) -> None:
+        """Begin the transaction of ``connection`` on the server, where a savepoint alone does not."""
 
     def begin_read_only_savepoint(self, connection: Connection) -> None:
         """Let the database refuse writes until the savepoint that has just begun ends."""

@@ -72,7 +72,19 @@ class MySQL(Backend):
     goes_on_after_abort: bool = True
     cancellation_closes_connection: bool = True
     implicit_commit: re.Pattern[str] | None = re.compile(
-        r"\s*(?:(?:CREATE|DROP)(?!\s+TEMPORARY)|ALTER|TRUNCATE|RENAME|LOCK\s+TABLES|GRANT|REVOKE)\b", re.IGNORECASE
+        r"\s*(?:CREATE(?!\s+(?:OR\s+REPLACE\s+)?TEMPORARY)|DROP(?!\s+TEMPORARY)|ALTER|TRUNCATE|RENAME|GRANT|REVOKE|"
+        r"LOCK\s+TABLES?|(?:ANALYZE|CHECK|OPTIMIZE|REPAIR)\s+(?:NO_WRITE_TO_BINLOG\s+|LOCAL\s+)?TABLES?|FLUSH|RESET|"
+        r"INSTALL|UNINSTALL|BACKUP|SET\s+(?:PASSWORD|DEFAULT\s+ROLE)|SET\b[^;]*?\bautocommit\s*:?=)(?:\b|(?<==))",
+        re.IGNORECASE,
+    )
+    mode_of_transaction: re.Pattern[str] | None = re.compile(
+        r"\s*SET\s+(?:TRANSACTION\b|@@(?:tx|transaction)_(?=(?:isolation|read_only)\b))"
+        r"(?:[^;]*?(?P<read_only>READ\s+ONLY|READ_ONLY\s*:?=\s*(?:1|ON|TRUE))\b)?",
+        re.IGNORECASE,
+    )
+    read_only_error_statement: str = (
+        "SIGNAL SQLSTATE '25006' SET MYSQL_ERRNO = 1792, "
+        "MESSAGE_TEXT = 'Cannot execute statement in a READ ONLY transaction'"
     )
     error_statements: Mapping[CommitFailure, str] = {
         "integrity": "SIGNAL SQLSTATE '23000' SET MYSQL_ERRNO = 1062, MESSAGE_TEXT = 'a test asked for this'",
@@ -80,13 +92,17 @@ class MySQL(Backend):
     }
     disconnect_statement: str | None = "KILL CONNECTION_ID()"
 
-    def prepare(self, engine: Engine) -> None:
+    def prepare(self, engine: Engine, *, made_here: bool) -> None:
         """Begin READ ONLY where the execution options say so."""
         event.listen(engine, "begin", _begin)
 
     def begin_options(self, *, read_only: bool, may_write: bool) -> dict[str, Any]:
         """Begin READ ONLY where the policy says so."""
         return {_READ_ONLY_OPTION: True} if read_only else {}
+
+    def begin_for_good(self, connection: Connection) -> None:
+        """The driver leaves it to the first statement that reads or writes a table; SAVEPOINT is not one."""
+        connection.exec_driver_sql("START TRANSACTION")
 
     def is_aborted(self, pooled: PoolProxiedConnection, error: BaseException, dialect: Dialect) -> bool:
         """The code of the error says so; for a lock wait timeout, together with a setting of the server."""

@@ -1,28 +1,31 @@
 """SQLite, with real transactions.
 
 Python's driver decides by itself when to send BEGIN, so that DDL is not rolled back and a released
-savepoint survives an outer ROLLBACK.  Here BEGIN is always sent, and says what the transaction is for:
-IMMEDIATE where it may write, so that two writers wait for one another instead of failing with
-"database is locked".
+savepoint survives an outer ROLLBACK.  Here BEGIN is sent, and says what the transaction is for: IMMEDIATE
+where it may write, so that two writers wait for one another instead of failing with "database is locked".
+
+On an engine that the user made, it is sent where a unit of work begins only: a connection that nobody has
+taken for a unit of work holds no lock between its statements, and its user may rely on that.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 from weakref import finalize
 
 from sqlalchemy import URL, Connection, Engine, event
-from sqlalchemy.engine import Dialect
+from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.pool import PoolProxiedConnection
 
 from ...exceptions import ConfigurationError
 from ..autocommit import is_autocommit
-from .interface import Backend, CommitFailure
+from .interface import Backend, CommitFailure, LockListener
 from .syntax import HARMLESS, Syntax, words
 
 SYNTAX = Syntax(
@@ -47,12 +50,17 @@ SYNTAX = Syntax(
 )
 
 _BEGIN_OPTION = "session_plugin_sqlite_begin"
+_DEFERRED = "DEFERRED"
 _IMMEDIATE = "IMMEDIATE"
 _READ_ONLY = "READ ONLY"
-_QUERY_ONLY = "session_plugin.query_only"
+_BEGAN = "session_plugin.began"
+"""In the ``info`` of a connection on which a transaction was begun here: how."""
 _SHARED_MEMORY_SINCE = (3, 36)
 _SQLITE_READONLY = 8
 """SQLITE_READONLY, among SQLite's result codes."""
+_LOCKED = {5, 6}
+"""SQLITE_BUSY, _LOCKED."""
+_lock_listeners: set[LockListener] = set()
 _REFUSALS = {1, 5, 6, 8, 9, 13, 19}
 """SQLITE_ERROR, _BUSY, _LOCKED, _READONLY, _INTERRUPT, _FULL, _CONSTRAINT.  Not _IOERR: a COMMIT whose last
 ``fsync`` failed may be found in the file all the same."""
@@ -107,17 +115,25 @@ class SQLite(Backend):
         Path(folder).mkdir(parents=True, exist_ok=True)
         return url.set(database=f"{scheme}{Path(folder) / path}")
 
-    def prepare(self, engine: Engine) -> None:
-        """Make every transaction of ``engine`` a real one."""
-        event.listen(engine, "begin", _recommend_wal, once=True)
-        event.listen(engine, "begin", _begin)
+    def prepare(self, engine: Engine, *, made_here: bool) -> None:
+        """Make every transaction of ``engine`` a real one; on one that the user made, those of units of work."""
+        recommends_wal = True
+
+        def begin(connection: Connection) -> None:
+            nonlocal recommends_wal
+            mode = connection.get_execution_options().get(_BEGIN_OPTION, _DEFERRED if made_here else None)
+            if mode is not None:
+                if recommends_wal:
+                    recommends_wal = False
+                    _recommend_wal(connection)
+                _begin(connection, mode)
+
+        event.listen(engine, "begin", begin)
         event.listen(engine, "reset", _reset)
 
     def begin_options(self, *, read_only: bool, may_write: bool) -> dict[str, Any]:
         """Refuse writes, or take the write lock at BEGIN, before the first read."""
-        if read_only:
-            return {_BEGIN_OPTION: _READ_ONLY}
-        return {_BEGIN_OPTION: _IMMEDIATE} if may_write else {}
+        return {_BEGIN_OPTION: _READ_ONLY if read_only else _IMMEDIATE if may_write else _DEFERRED}
 
     def is_aborted(self, pooled: PoolProxiedConnection, error: BaseException, dialect: Dialect) -> bool:
         """SQLite itself knows whether a transaction is open."""
@@ -133,6 +149,21 @@ class SQLite(Backend):
         """By SQLite's result code."""
         code: int | None = getattr(error, "sqlite_errorcode", None)
         return code is not None and code & 0xFF == _SQLITE_READONLY
+
+    def listen_for_locks(self, listener: LockListener) -> None:
+        """Listen on the dialect, since the engine that is kept waiting may be one that nobody has given to us."""
+        if listener in _lock_listeners:
+            return
+        _lock_listeners.add(listener)
+        from sqlalchemy.dialects.sqlite import dialect  # the base of those of all drivers
+
+        def handle_error(context: ExceptionContext) -> None:
+            error, engine = context.sqlalchemy_exception, context.engine
+            code = getattr(context.original_exception, "sqlite_errorcode", 0)
+            if code & 0xFF in _LOCKED and error is not None and engine is not None:
+                listener(error, partial(_has_transaction_on, _file_of(engine), context.connection))
+
+        event.listen(dialect, "handle_error", handle_error)
 
     def write_mark(self, pooled: PoolProxiedConnection) -> Any:
         """SQLite counts the rows that a connection has changed."""
@@ -179,15 +210,14 @@ class SQLite(Backend):
         return [Path(f"{url.database}{suffix}") for suffix in ("", "-wal", "-shm")]
 
 
-def _begin(connection: Connection) -> None:
+def _begin(connection: Connection, mode: str) -> None:
     if is_autocommit(connection.get_execution_options()):
         return
     pooled: Any = connection.connection
+    pooled.info[_BEGAN] = mode
     if pooled.driver_connection.in_transaction:
         return  # the owner of the engine listens too, or has chosen autocommit=False
-    mode = connection.get_execution_options().get(_BEGIN_OPTION)
     if mode == _READ_ONLY:
-        pooled.info[_QUERY_ONLY] = True
         connection.exec_driver_sql("PRAGMA query_only = ON")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if mode == _IMMEDIATE else "BEGIN")
 
@@ -195,12 +225,27 @@ def _begin(connection: Connection) -> None:
 def _reset(dbapi_connection: Any, record: Any, reset_state: Any) -> None:
     if reset_state.terminate_only:
         return
+    began = record.info.pop(_BEGAN, None)
+    if began is None:
+        return  # a connection of the user's own engine, or a raw one
     if record.driver_connection.in_transaction:
         dbapi_connection.rollback()  # after a COMMIT that failed, SQLAlchemy takes the connection for clean
-    if record.info.pop(_QUERY_ONLY, None):
+    if began == _READ_ONLY:
         cursor = dbapi_connection.cursor()
         cursor.execute("PRAGMA query_only = OFF")
         cursor.close()
+
+
+def _file_of(engine: Engine) -> Path | None:
+    """Return the file that ``engine`` opens, which has one writer at a time; None if its URL does not say."""
+    path = (engine.url.database or "").removeprefix("file:").partition("?")[0]
+    return None if path in ("", ":memory:") else Path(path).resolve()
+
+
+def _has_transaction_on(file: Path | None, besides: Connection | None, connection: Connection) -> bool:
+    if connection is besides or connection.dialect.name != "sqlite" or file is None:
+        return False
+    return not is_autocommit(connection.get_execution_options()) and _file_of(connection.engine) == file
 
 
 def _recommend_wal(connection: Connection) -> None:

@@ -35,6 +35,9 @@ from .turns import Turn, Turns
 Failure = Callable[[Connection], None]
 Check = Callable[[Connection], None]
 
+DO_NOTHING = "DO 0"
+"""What MariaDB and MySQL execute in place of a statement that must have no effect."""
+
 
 class IsolationWarning(UserWarning):
     """What a test saw is not what a real database would have kept."""
@@ -166,6 +169,7 @@ class Isolation:
         try:
             backend = backend_for(engine.dialect.name)
             connection.execution_options(**backend.begin_options(read_only=False, may_write=True)).begin()
+            backend.begin_for_good(connection)
             self._opened[connection] = backend.deferred_constraints_check(connection), engine.pool
         except BaseException:
             connection.close()
@@ -179,7 +183,7 @@ class Isolation:
 
     def connect_beside(self, engine: Engine) -> Connection:
         """Open another connection to ``engine``, on which nothing is undone."""
-        prepare(engine)
+        prepare(engine, made_here=False)
         self._opening = True
         try:
             return engine.connect()
@@ -312,13 +316,39 @@ class Isolation:
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> tuple[str, Any]:
         if self._turns.find(self._active.session) is self._active:
+            if self._sets_mode(self._active, connection, statement, parameters):
+                return DO_NOTHING, parameters
             self._note(self._active, connection, statement)
             if statements.may_set(statement, backend_for(connection.dialect.name).syntax):
                 self._before_setting(self._active, connection, statement, parameters)
         return self._savepoints.before(statement), parameters
 
+    def _sets_mode(self, turn: Turn, connection: Connection, statement: str, parameters: Any) -> bool:
+        """Return True if ``statement`` sets a mode of the transaction that is about to begin, which ends with it.
+
+        On the server, the transaction of the test has begun long before and refuses that.  It is right to
+        do so if ``turn`` has sent something else.
+        """
+        matches = backend_for(connection.dialect.name).mode_of_transaction
+        found = None if matches is None or turn.sends or parameters else matches.match(statement)
+        if found is None:
+            turn.sends = turn.sends or statements.may_begin(statement)
+            return False
+        turn.read_only = turn.read_only or found["read_only"] is not None
+        return True
+
+    def _refuse_to_write(self, turn: Turn, connection: Connection) -> None:
+        """Raise the error of the server for a statement that writes in a READ ONLY transaction."""
+        turn.read_only = False  # for the statement that raises it
+        try:
+            connection.exec_driver_sql(backend_for(connection.dialect.name).read_only_error_statement)
+        finally:
+            turn.read_only = True
+
     def _note(self, turn: Turn, connection: Connection, statement: str) -> None:
         writes = statements.check(connection, statement, turn.session._unit_of_work)
+        if writes and turn.read_only:
+            self._refuse_to_write(turn, connection)
         if writes:
             self._check_last(turn)
         turn.wrote = turn.wrote or writes

@@ -25,6 +25,7 @@ _ENDS = re.compile(
 )
 
 
+_PLAIN_SET = re.compile(r"\s*SET\s+(?!STATEMENT\b|[^;]*?\bSELECT\b)", re.IGNORECASE)
 _CUSTOM_SETTING = re.compile(r"\b[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)+")
 """The name of a setting that an app makes up, such as ``app.tenant``."""
 _LONGEST_NAME = 200
@@ -64,6 +65,11 @@ def _values(parameters: Any) -> Iterator[str]:
 def controls(statement: str) -> bool:
     """Return True if ``statement`` begins, ends, sets or checks a transaction or a savepoint."""
     return statement == CHECK_CONSTRAINTS or _CONTROL.match(statement) is not None
+
+
+def may_begin(statement: str) -> bool:
+    """Return True if ``statement`` may begin a transaction on the server: a SET without a query in it does not."""
+    return not (controls(statement) or _PLAIN_SET.match(statement))
 
 
 def check(connection: Connection, statement: str, unit: UnitOfWork[Any] | None) -> bool:

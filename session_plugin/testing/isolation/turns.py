@@ -34,6 +34,8 @@ class Turn:
         leaves: True while the test's session is being committed for the sake of another one.
         savepoints: by connection, the savepoint that stands for the session's transaction.
         settings: by connection, the settings of the transaction as it began, once a statement may have changed one.
+        sends: True once it sent a statement that may have begun a transaction on the server.
+        read_only: True once it made its transaction READ ONLY by a statement of its own.
         sets_constraints: True once it sent a SET CONSTRAINTS.
         guards: by connection, the guard of the transaction around it; see `session_plugin.engines.guard`.
         wrote: True once it sent an INSERT, UPDATE, DELETE or the like.
@@ -51,6 +53,8 @@ class Turn:
         self.savepoints: dict[Connection, str] = {}
         self.guards: dict[Connection, Any] = {}
         self.settings: dict[Connection, dict[str, str]] = {}
+        self.sends = False
+        self.read_only = False
         self.sets_constraints = False
         self.wrote = False
         self.executing = False

@@ -189,16 +189,16 @@ def cancelled(units: Units) -> str:
 
 
 PROBES: dict[str, Probe] = {
-    "[2](promises.md#2-nothing-for-nothing): an unused session takes no connection": unused,
+    "[2](promises.md#2-no-session-connection-or-wait-unless-used): an unused session takes no connection": unused,
     "[3](promises.md#3-the-response-tells-the-truth), [6](promises.md#6-clean-connections): "
-    "a failed COMMIT is told, and nothing of it is lent on": failed_commit,
+    "a failed COMMIT is reported, and its connection is clean": failed_commit,
     "[4](promises.md#4-no-phantom-commit): after an error that the code caught, the transaction": swallowed_error,
     "[4](promises.md#4-no-phantom-commit): a savepoint takes the error": savepoint,
     "[5](promises.md#5-roll-back-on-errors): DDL is rolled back": ddl,
-    "[6](promises.md#6-clean-connections): a connection that the server ends is told, and the next one works": killed,
+    "[6](promises.md#6-clean-connections): a connection that the server ends is reported, and the next one works": killed,
     "[6](promises.md#6-clean-connections): cancelled in the middle of a statement, its transaction ends": cancelled,
     "[7](promises.md#7-early-release): an open stream is closed, and says so": stream,
-    "[11](promises.md#11-after-the-end-refusal): two tasks at once are refused": two_at_once,
+    "[11](promises.md#11-a-closed-session-cannot-be-reused): two tasks at once are refused": two_at_once,
     "[`read_only`](policies.md) refuses to flush": under_read_only(ReadOnlyError, add("tea")),
     "[`read_only`](policies.md): the database refuses to write": under_read_only(
         DBAPIError, lambda session: session.execute(text("INSERT INTO parent (name) VALUES ('tea')"))

@@ -252,7 +252,7 @@ def by_method(*, safe: PolicyLike, other: PolicyLike) -> Policy:
     Raises:
         PolicyError: one of them is not a policy.
     """
-    return replace(as_policy(other), safe=as_policy(safe))
+    return replace(as_policy(other), safe=as_policy(safe).for_method("GET"))
 
 
 _ENDPOINT_ATTRIBUTE = "__session_policies__"

@@ -67,6 +67,16 @@ def test_its_parts_are_policies() -> None:
         by_method(safe="read_only", other=manual)  # type: ignore[arg-type]
 
 
+def test_policies_by_method_inside_one_another() -> None:
+    """Each half is what it would be by itself."""
+    nested = by_method(
+        safe=by_method(safe=read_only, other=manual),
+        other=by_method(safe=manual, other=commit_on_success),
+    )
+    assert nested.for_method("GET") is read_only
+    assert nested.for_method("POST").name == commit_on_success.name
+
+
 def test_flask(database: Any, caplog: pytest.LogCaptureFixture) -> None:
     """For an app, and for a blueprint and a view that have another one."""
     app, db = Flask("shop"), FlaskPlugin(database)

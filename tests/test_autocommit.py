@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import ForeignKey, create_engine, create_mock_engine, func, inspect, select, text
+from sqlalchemy import ForeignKey, create_engine, create_mock_engine, event, func, inspect, select, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
+    ORMExecuteState,
     Session,
     joinedload,
     mapped_column,
@@ -194,13 +195,149 @@ def test_a_lock_of_the_session_is_kept(units: Units) -> None:
     reading(units, work)
 
 
-def test_an_error_while_rows_are_fetched(units: Units) -> None:
+def test_an_error_gives_the_connection_back(units: Units) -> None:
     """It is raised where the statement is executed, and the next statement is executed all the same."""
 
     def work(session: Session) -> None:
         with pytest.raises(DBAPIError):
             session.execute(text("SELECT * FROM nowhere"))
+        assert held(units) == 0
         assert names(session) == []
+        assert held(units) == 0
+        with pytest.raises(DBAPIError):
+            session.execute(text("SELECT nowhere()"))  # which might have done anything
+        assert held(units) == (1 if units.store.backend != "sqlite" else held(units))
+
+    reading(units, work)
+
+
+@on(*POSTGRESQL)
+def test_a_connection_that_was_lost_between_statements(units: Units) -> None:
+    """One statement fails, and the next one takes another connection."""
+
+    def work(session: Session) -> None:
+        pid = session.scalar(text("SELECT pg_backend_pid()"))
+        with units.store.engine.connect() as other:
+            assert other.scalar(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+        with pytest.raises(DBAPIError):
+            names(session)
+        assert names(session) == []
+
+    reading(units, work)
+
+
+def test_a_transaction_that_is_begun_in_sql(units: Units) -> None:
+    """A snapshot for two statements: it holds the connection."""
+
+    def work(session: Session) -> None:
+        session.execute(text("BEGIN"))
+        names(session)
+        assert held(units) == 1
+        session.execute(text("COMMIT"))
+
+    reading(units, work)
+
+
+@on(*MARIADB)
+def test_what_the_next_statement_asks_for(units: Units) -> None:
+    """The connection knows how many rows there are without the LIMIT."""
+    units.run(lambda session: session.add_all([Parent(name=str(number)) for number in range(10)]))
+
+    def work(session: Session) -> None:
+        session.execute(text("SELECT SQL_CALC_FOUND_ROWS name FROM parent LIMIT 2")).all()
+        assert held(units) == 1
+        assert session.scalar(text("SELECT FOUND_ROWS()")) == 10
+
+    reading(units, work)
+
+
+def test_results_are_those_of_any_session(units: Units) -> None:
+    """Whatever is asked of them."""
+    units.run(lambda session: session.add_all([Parent(name=str(number)) for number in range(5)]))
+    questions: list[Callable[[Any], Any]] = [
+        lambda result: (result.fetchmany(2), result.fetchone(), result.all(), result.fetchone()),
+        lambda result: (result.fetchmany(), result.all()),
+        lambda result: (result.freeze()().all(), result.closed),
+        lambda result: (result.first(), result.closed),
+        lambda result: (result.fetchone(), result.close(), result.closed),
+        lambda result: [*result.partitions(2)],
+        lambda result: [*result.yield_per(2).partitions()],
+        lambda result: [*result.mappings()],
+        lambda result: getattr(result, "rowcount", None),
+    ]
+
+    def ask(session: Session) -> list[str]:
+        statements: list[Any] = [select(Parent.name), select(Parent.__table__), text("SELECT name FROM parent")]
+        return [str(question(session.execute(statement))) for statement in statements for question in questions]
+
+    assert reading(units, ask) == units.run(ask)
+
+
+@on("mariadb+pymysql")
+def test_a_result_that_may_depend_on_the_connection_is_left_alone(units: Units) -> None:
+    """Its cursor has further results."""
+
+    def work(session: Session) -> None:
+        with pytest.raises(DBAPIError):
+            session.execute(text("CALL nowhere()"))
+        result: Any = session.execute(text("SELECT last_value(1, 2)"))
+        assert result.cursor is not None
+        assert held(units) == 1
+
+    reading(units, work)
+
+
+def test_a_result_of_a_cache(units: Units) -> None:
+    """A listener of the app's may serve a statement from rows that it has kept."""
+    units.run(add("tea"))
+    kept: list[Any] = []
+
+    def serve(state: ORMExecuteState) -> Any:
+        if not kept:
+            kept.append(state.invoke_statement().freeze())
+        return kept[0]()
+
+    def work(session: Session) -> None:
+        event.listen(session, "do_orm_execute", serve)
+        assert [names(session), names(session)] == [["tea"], ["tea"]]
+        assert held(units) == 0
+
+    reading(units, work)
+
+
+def test_a_connection_that_another_thread_has_begun_to_use(units: Units) -> None:
+    """Its statement comes first; the connection goes back after the next one."""
+
+    def work(session: Session) -> None:
+        [*locks] = []
+
+        def take(state: ORMExecuteState) -> Any:
+            result = state.invoke_statement()
+            [guard] = session._unit_of_work.transaction._guards.values()  # type: ignore[attr-defined]
+            guard._lock.acquire()
+            guard._owner = locks
+            locks.append(guard._lock)
+            return result
+
+        event.listen(session, "do_orm_execute", take, once=True)
+        result = session.execute(select(Parent.name))
+        assert held(units) == 1
+        locks.pop().release()
+        assert result.all() == names(session) == []
+        assert held(units) == 0
+
+    reading(units, work)
+
+
+@on("sqlite+pysqlite")
+def test_a_statement_of_core_that_streams(units: Units) -> None:
+    """Its rows are not fetched before they are read."""
+    units.run(add("tea"))
+
+    def work(session: Session) -> None:
+        result = session.execute(text("SELECT name FROM parent"), execution_options={"stream_results": True})
+        assert held(units) == 1
+        assert result.scalars().all() == names(session) == ["tea"]
         assert held(units) == 0
 
     reading(units, work)

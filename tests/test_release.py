@@ -7,11 +7,16 @@ import contextvars
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
-from sqlalchemy import ForeignKey, event, insert, select, text
+from fastapi import Depends, FastAPI
+from sqlalchemy import ForeignKey, event, insert, inspect, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from session_plugin import ConcurrentUseError, Database, NoScopeError, ReleaseError, ScopeClosedError, read_only
+from session_plugin.database.interface import core_of
+from session_plugin.fastapi import SessionPlugin
+from session_plugin.scope.permits import _end_loan
 
 from .drivers import ASYNC, MARIADB, POSTGRESQL, SYNC
 from .harness import Parent, add, count, release
@@ -82,6 +87,29 @@ def test_hooks_wait_for_the_decision(units: Units) -> None:
     assert called == ["rolled back"]
 
 
+def test_a_rollback_after_it(units: Units) -> None:
+    """It is one of the whole unit of work so far: its rows are read anew, and its hooks learn of it."""
+    units.run(add("tea"))
+    called: list[str] = []
+
+    def work(session: Session) -> Session:
+        tea = session.get_one(Parent, "tea")
+        units.db.on_commit(called.append, "committed")
+        units.db.on_rollback(called.append, "rolled back")
+        release(units.db)
+        session.rollback()
+        assert inspect(tea).expired
+        assert called == ["rolled back"]
+        session.rollback()
+        units.db.on_commit(called.append, "later")
+        count(session)
+        release(units.db)
+        return session
+
+    units.run(work).rollback()
+    assert called == ["rolled back", "later"]
+
+
 def test_a_doomed_unit_of_work_stays_doomed(units: Units) -> None:
     """Its later transactions are doomed too."""
 
@@ -134,6 +162,35 @@ def test_locks(units: Units) -> None:
     def work(session: Session) -> None:
         lock_row(session)
         with pytest.raises(ReleaseError, match="holds a lock or a setting"):
+            release(units.db)
+
+    units.run(work)
+
+
+def test_a_savepoint_in_sql(units: Units) -> None:
+    """The session knows nothing of it."""
+
+    def work(session: Session) -> None:
+        session.execute(text("SAVEPOINT a"))
+        with pytest.raises(ReleaseError):
+            release(units.db)
+        session.execute(text("ROLLBACK TO SAVEPOINT a"))
+
+    units.run(work)
+
+
+@on(*POSTGRESQL)
+@pytest.mark.parametrize("later", [False, True])
+def test_options_of_the_connection(units: Units, later: bool) -> None:
+    """An isolation level or a schema that the app has chosen for this transaction would be another one in the next."""
+    options = {"isolation_level": "SERIALIZABLE"} if not later else {"schema_translate_map": {None: "tenant"}}
+
+    def work(session: Session) -> None:
+        if later:
+            session.connection().execution_options(**options)
+        else:
+            session.connection(execution_options=options)
+        with pytest.raises(ReleaseError, match="a lock or a setting"):
             release(units.db)
 
     units.run(work)
@@ -332,6 +389,62 @@ def test_beside_another_statement(units: Units) -> None:
             await units.db.release()
 
     units.runner.run(main())
+
+
+@on("postgresql+psycopg_async", "postgresql+asyncpg", "mariadb+asyncmy")
+def test_a_statement_beside_it(units: Units) -> None:
+    """While the connection is given back, another task cannot have it."""
+
+    async def main() -> None:
+        async with units.db.session_scope() as session:
+            (await session.execute(select(1))).all()
+            giving_back = asyncio.create_task(units.db.release())
+            while not session.sync_session._unit_of_work.releases:
+                await asyncio.sleep(0)
+            with pytest.raises(ConcurrentUseError):
+                await session.execute(select(1))
+            await giving_back
+            await session.execute(select(1))
+
+    units.runner.run(main())
+
+
+@pytest.mark.parametrize("on_event_loop", [False, True])
+def test_permits(on_event_loop: bool) -> None:
+    """A sync session under ASGI gives its permit back too, unless it would wait for the next on the event loop."""
+    app, db = FastAPI(), SessionPlugin("sqlite://", pool_size=1, max_overflow=0)
+    db.init_app(app)
+    free: list[bool] = []
+    needed: Any = Depends(db.get_session)
+
+    def work(session: Session) -> None:
+        semaphore = core_of(db.database_for(app)).semaphore
+        session.execute(select(1)).all()
+        db.release()
+        assert db.engine.pool.checkedout() == 0
+        _end_loan(session._unit_of_work)  # type: ignore[attr-defined]
+        free.append(semaphore.take())
+        if free[-1]:
+            semaphore.release()
+        session.execute(select(1)).all()
+
+    @app.get("/async")
+    async def on_the_event_loop(session: Session = needed) -> None:
+        work(session)
+
+    @app.get("/")
+    def in_a_thread(session: Session = needed) -> None:
+        work(session)
+
+    async def get() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+            return (await client.get("/async" if on_event_loop else "/")).status_code
+
+    assert asyncio.run(get()) == 200
+    assert free == [not on_event_loop]
+    database = core_of(db.database_for(app))
+    assert database.semaphore.take()
+    db.database_for(app).dispose()
 
 
 def test_a_read_only_policy(units: Units) -> None:

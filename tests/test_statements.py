@@ -52,13 +52,20 @@ READS = [
     "SAVEPOINT sa_savepoint_1",
     "ROLLBACK TO SAVEPOINT sa_savepoint_1",
     "RELEASE SAVEPOINT sa_savepoint_1",
-    "BEGIN IMMEDIATE",
-    "START TRANSACTION READ ONLY",
-    "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ WRITE",
     "COMMIT",
     "PREPARE TRANSACTION 'x'",
     "COMMIT PREPARED 'x'",
+    "XA END 'x'",
+]
+BEGINS = [
+    "BEGIN IMMEDIATE",
+    "START TRANSACTION READ ONLY",
+    "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ WRITE",
+    "SAVEPOINT a",
+    'SAVEPOINT "a"',
+    "SELECT 1; SAVEPOINT a; SAVEPOINT sa_savepoint_1",
     "XA START 'x'",
+    "XA BEGIN 'x'; XA END 'x'",
 ]
 WRITES = [
     "INSERT INTO t (a, b) VALUES (1, lower('x'))",
@@ -156,6 +163,14 @@ def test_plain_reads_and_what_begins_or_ends_a_transaction_write_nothing(stateme
 
 
 @pytest.mark.parametrize("dialect", EVERYWHERE)
+@pytest.mark.parametrize("statement", BEGINS)
+def test_a_transaction_or_a_savepoint_that_the_app_begins_is_held(statement: str, dialect: str) -> None:
+    """The session knows nothing of it, other than of its own savepoints."""
+    assert on(dialect, statement) == LOCK
+    assert kind(statement, backend_for(dialect).syntax) is Kind.HOLDS
+
+
+@pytest.mark.parametrize("dialect", EVERYWHERE)
 @pytest.mark.parametrize(
     ("statement", "expected"),
     [(each, WRITE) for each in WRITES] + [(each, EVERYTHING) for each in EVERYTHINGS],
@@ -187,6 +202,9 @@ def test_a_function_of_which_nothing_is_known_may_do_everything(statement: str, 
         ("mysql", "SELECT * FROM t LOCK IN SHARE MODE", LOCK),
         ("mysql", "SELECT * FROM t FOR SHARE", LOCK),
         ("postgresql", "SELECT substring(a FROM 2 FOR 3), share FROM t", READ),
+        ("mssql", "SELECT a FROM t WITH (UPDLOCK, ROWLOCK)", LOCK),
+        ("mssql", "SELECT a FROM t WITH (NOLOCK)", READ),
+        ("mysql", "SELECT SQL_CALC_FOUND_ROWS a FROM t LIMIT 1", LOCK),
         # the state of the session
         ("postgresql", "SET LOCAL app.tenant = 'me'", LOCAL),
         ("postgresql", "SET TRANSACTION READ ONLY", LOCAL),

@@ -18,10 +18,10 @@ def autocommit_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ``create_engine()`` options of an engine, changed to those of one in autocommit mode.
 
     The level is an option of the engine: as an execution option, SQLAlchemy would set and reset it at
-    every checkout.
+    every checkout.  A result knows its ``rowcount`` after its cursor was closed too.
     """
     return {
         **options,
         "isolation_level": LEVEL,
-        "execution_options": {**options.get("execution_options", {}), _OPTION: True},
+        "execution_options": {**options.get("execution_options", {}), _OPTION: True, "preserve_rowcount": True},
     }

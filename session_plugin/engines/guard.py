@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 from weakref import WeakSet, ref
@@ -105,15 +105,16 @@ class ConnectionGuard:
         left: True once the session has given the connection back, or is about to discard it.
         on_first_write: called before its first statement that is not known to be a plain read.
         has_lazy_cursors: True if the driver reads rows from the database as they are fetched.
+        options: the execution options of the connection when the session took it.
         read_only_policy: the name of the policy under which nothing may be written, or None.
         wrote: True once a statement was executed that is not known to be a plain read.
         xid: the id of its prepared transaction once PREPARE was sent, or None.
     """
 
     __slots__ = (
-        "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_many", "_mark", "_options", "_owner",
+        "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_many", "_mark", "_owner",
         "_results", "_syntax", "commit_error", "commit_state", "doomed", "ending", "error", "fellows",
-        "has_lazy_cursors", "holds", "inherited", "left", "on_first_write", "read_only_policy", "wrote", "xid",
+        "has_lazy_cursors", "holds", "inherited", "left", "on_first_write", "options", "read_only_policy", "wrote", "xid",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, fellows: Guards, on_first_write: Callable[[], None]) -> None:
@@ -125,6 +126,7 @@ class ConnectionGuard:
         self.doomed: str | None = None
         self.error: BaseException | None = None
         self.inherited: bool = False
+        self.options: Mapping[str, Any] = connection.get_execution_options()
         self.holds: bool = False
         self.read_only_policy: str | None = None
         self.left: bool = False
@@ -138,7 +140,6 @@ class ConnectionGuard:
         self._results: list[Result[Any]] = []
         self._many = MANY_RESULTS
         self._mark: Any = _NO_CURSOR
-        self._options = connection.get_execution_options()
         self._lock = threading.Lock()
         self._owner: object = None
         self._current_owner: Callable[[], object] = (
@@ -246,7 +247,7 @@ class ConnectionGuard:
     @property
     def streams(self) -> bool:
         """True if every result of the connection is to be streamed."""
-        return bool(self._options.get("stream_results"))
+        return bool(self.options.get("stream_results"))
 
     def handed_out(self, pooled: PoolProxiedConnection) -> None:
         """Note that the user has the connection, and may use the driver's own cursors from now on."""
@@ -373,7 +374,7 @@ class ConnectionGuard:
 
     def _is_aborted(self, pooled: PoolProxiedConnection, error: BaseException | None) -> bool:
         backend = backend_for(self._dialect.name)
-        if error is not None and not is_autocommit(self._options) and backend.is_aborted(pooled, error, self._dialect):
+        if error is not None and not is_autocommit(self.options) and backend.is_aborted(pooled, error, self._dialect):
             return True
         return backend.is_known_to_be_aborted(pooled)
 

@@ -261,6 +261,9 @@ _HARMLESS_PRAGMAS = words("""
     index_xinfo integrity_check module_list pragma_list query_only quick_check table_info table_list table_xinfo
 """)
 _WRITING_PRAGMAS = words("optimize wal_checkpoint incremental_vacuum shrink_memory")
+_OWN_SAVEPOINT = "SA_SAVEPOINT_"
+"""How the names begin that SQLAlchemy gives to its savepoints, which its session knows of."""
+_LOCK_HINTS = words("HOLDLOCK TABLOCK TABLOCKX UPDLOCK XLOCK")
 _SERVER_SETTINGS = words("GLOBAL PERSIST PERSIST_ONLY")
 _OTHER_SETTINGS = words("PASSWORD STATEMENT DEFAULT RESOURCE")
 _BEFORE_TARGET = words("INSERT REPLACE MERGE IGNORE ABORT FAIL ROLLBACK LOW_PRIORITY HIGH_PRIORITY DELAYED")
@@ -292,7 +295,7 @@ class _Reader:
     Attributes:
         writes: True if an INSERT or the like stands there.
         calls: True if a function is called of which nothing is known.
-        holds: True if rows are locked, or something is set for the transaction.
+        holds: True if rows are locked, something is set for the transaction, or a transaction or savepoint begins.
         changes: True if the state of the session may change.
     """
 
@@ -332,9 +335,16 @@ class _Reader:
         elif token in _EXPLAINS:
             self._state = self._read_explain
         elif token in ("BEGIN", "START"):
+            self.holds = True
             self._state = self._read_begin
         else:
-            states = {"SET": self._read_set, "PRAGMA": self._read_pragma, "PREPARE": self._read_prepare}
+            states = {
+                "SET": self._read_set,
+                "PRAGMA": self._read_pragma,
+                "PREPARE": self._read_prepare,
+                "SAVEPOINT": self._read_savepoint,
+                "XA": self._read_xa,
+            }
             self._state = states.get(token, self._skip)
             if token in ("USE", "RESET"):
                 self.changes = True
@@ -344,6 +354,14 @@ class _Reader:
 
     def _skip(self, token: str) -> None:
         """Read what changes nothing any more."""
+
+    def _read_savepoint(self, token: str) -> None:
+        self.holds = self.holds or not token.startswith(_OWN_SAVEPOINT)
+        self._state = self._skip
+
+    def _read_xa(self, token: str) -> None:
+        self.holds = self.holds or token in ("BEGIN", "START")
+        self._state = self._skip
 
     def _read_begin(self, token: str) -> None:
         if token != "," and token not in _AFTER_BEGIN:
@@ -427,6 +445,8 @@ class _Reader:
             self.holds = True
         elif token in ("INSERT", "UPDATE", "DELETE", "MERGE"):
             self.writes = self._changes_rows = True
+        elif token == "SQL_CALC_FOUND_ROWS" or token in _LOCK_HINTS:
+            self.holds = True
         elif token == "SHARE":
             self.holds = self.holds or before in ("FOR", "KEY", "IN")
         elif token in _BEFORE_PARENTHESIS:

@@ -15,6 +15,7 @@ from .begin_blocks import leave_blocks
 from .joined import note_settled
 from .log import logger
 from .release import release as release_steps
+from .release import return_permit
 from .runner import Steps, arun, run, uncancelled
 from .session import runs_listeners
 from .threads import in_anyio_thread, in_thread
@@ -57,7 +58,7 @@ def release(unit: UnitOfWork[Any]) -> None:
     try:
         run(release_steps(unit))
     finally:
-        unit.return_permit()
+        return_permit(unit)
 
 
 async def arelease(unit: UnitOfWork[Any]) -> None:

@@ -43,7 +43,7 @@ async def wait_for_permit(unit: UnitOfWork[Any]) -> None:
 
 
 def _end_loan(unit: UnitOfWork[Any]) -> None:
-    if not unit.in_transaction:
+    if not unit.in_transaction and not unit.released:
         unit.return_permit()
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from sqlalchemy.engine import CursorResult, Result
 from sqlalchemy.engine.cursor import CursorFetchStrategy, FullyBufferedCursorFetchStrategy
-from sqlalchemy.exc import IllegalStateChangeError
+from sqlalchemy.exc import IllegalStateChangeError, StatementError
 from sqlalchemy.orm import ORMExecuteState
 
 from ..engines.guard import TWO_AT_ONCE
+from ..engines.semaphore import running_loop
 from ..exceptions import ConcurrentUseError, ReleaseError, ScopeClosedError
 from .lifecycle import run_sync
 from .log import log_failed_rollback
@@ -50,7 +51,7 @@ def end_transaction(unit: UnitOfWork[Any]) -> None:
     """End the transaction of the session with a ROLLBACK; nothing is expired, and no hook runs or is dropped."""
     root = unit.sync_session.get_transaction()
     unit.transaction.forget_read_results()
-    unit.releases = True
+    unit.releases = unit.released = True
     try:
         if root is not None:
             root.close()
@@ -65,17 +66,50 @@ def end_transaction(unit: UnitOfWork[Any]) -> None:
         unit.releases = False
 
 
+def return_permit(unit: UnitOfWork[Any]) -> None:
+    """Give the permit back with the connection, unless the next statement would wait for one on the event loop.
+
+    There it would keep those that have a permit from going on.
+    """
+    if unit.permit is not None and running_loop() is None:
+        unit.return_permit()
+
+
 def execute_and_release(unit: UnitOfWork[Any], state: ORMExecuteState) -> Result[Any]:
     """Execute a statement outside any transaction, fetch its rows, and give the connection back.
 
     The connection is kept if something may depend on it: a lock, a setting, a function of which nothing is known, a
     result that is streamed, or what ``session.connection()`` or ``session.begin()`` has returned.
     """
-    result = state.invoke_statement()
-    if _fetch_rows(result) and not unit.transaction.was_handed_out and not _what_is_held(unit):
-        end_transaction(unit)
-        unit.return_permit()
+    try:
+        result = state.invoke_statement()
+    except StatementError:
+        _release_after(unit, None)
+        raise
+    _release_after(unit, result)
     return result
+
+
+def _release_after(unit: UnitOfWork[Any], result: Result[Any] | None) -> None:
+    transaction = unit.transaction
+    if transaction.wrote or transaction.holds or transaction.was_handed_out or transaction.busy:
+        return
+    if (result is None or _fetch_rows(result)) and not _what_is_held(unit):
+        end_transaction(unit)
+        return_permit(unit)
+
+
+class _FetchedRows(FullyBufferedCursorFetchStrategy):
+    """Rows that were fetched; ``fetchmany()`` without a number returns as many of them as it would of the cursor's."""
+
+    __slots__ = ("_arraysize",)
+
+    def __init__(self, rows: Any, arraysize: int) -> None:
+        super().__init__(None, initial_buffer=rows)
+        self._arraysize = arraysize
+
+    def fetchmany(self, result: Any, dbapi_cursor: Any, size: int | None = None) -> Any:
+        return super().fetchmany(result, dbapi_cursor, self._arraysize if size is None else size)
 
 
 def _fetch_rows(result: Any) -> bool:
@@ -83,11 +117,13 @@ def _fetch_rows(result: Any) -> bool:
 
     `Result.freeze` would do for Core, but an ORM result that needs ``unique()`` would do without it afterwards.
     """
-    raw: CursorResult[Any] = getattr(result, "raw", result)  # of an ORM result, that of Core
+    raw: CursorResult[Any] | None = getattr(result, "raw", result)  # of an ORM result, that of Core
+    if raw is None:
+        return True  # a listener has made it from rows, for example of a cache
     strategy: Any = raw.cursor_strategy
     if type(strategy) is CursorFetchStrategy:
-        rows = strategy.fetchall(raw, raw.cursor)
-        raw.cursor_strategy = FullyBufferedCursorFetchStrategy(None, initial_buffer=rows)
+        cursor: Any = raw.cursor
+        raw.cursor_strategy = _FetchedRows(strategy.fetchall(raw, cursor), cursor.arraysize)
         return True
     return raw.cursor is None or isinstance(strategy, FullyBufferedCursorFetchStrategy)
 

@@ -15,7 +15,8 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
 
 from ..engines.backends import backend_for
-from ..exceptions import ReadOnlyError, ScopeClosedError
+from ..engines.guard import TWO_AT_ONCE
+from ..exceptions import ConcurrentUseError, ReadOnlyError, ScopeClosedError
 from .begin_blocks import note_begun
 from .current import depth
 from .joined import note_settled
@@ -69,7 +70,7 @@ class ScopeSession(Session):
             unit.transaction.check_alone(error)
             raise
         backend_for(connection.dialect.name).begin_now(connection)
-        unit.transaction.handed_out(connection)
+        unit.transaction.handed_out(connection, with_options=bool(execution_options))
         return connection
 
     def begin(self, nested: bool = False) -> SessionTransaction:
@@ -110,8 +111,11 @@ class ScopeSession(Session):
     def rollback(self) -> None:
         """As SQLAlchemy's, but the blocks of other tasks and threads that have joined learn that their work is lost."""
         unit = self._unit_of_work
-        if unit is not None and unit.was_joined and unit.wrote:
-            note_settled(unit.joined_blocks, lost=ROLLED_BACK)
+        if unit is not None and not unit.closed:
+            if unit.was_joined and unit.wrote:
+                note_settled(unit.joined_blocks, lost=ROLLED_BACK)
+            if unit.released and not self.in_transaction():
+                super().begin()  # what release() has ended was a part of what is rolled back: its rows and its hooks
         super().rollback()
 
     def close(self) -> None:
@@ -199,6 +203,8 @@ def _before_statement(state: ORMExecuteState) -> Any:
     if unit.closed:
         raise ScopeClosedError(unit.closed_message)
     unit.transaction.check_alone()
+    if unit.releases:
+        raise ConcurrentUseError(TWO_AT_ONCE)
     leases = False
     if unit.policy.read_only:
         if state.is_insert or state.is_update or state.is_delete:
@@ -210,7 +216,7 @@ def _before_statement(state: ORMExecuteState) -> Any:
         result = state.invoke_statement()
         unit.transaction.keep_result(result)
         return result
-    return execute_and_release(unit, state) if leases else None
+    return execute_and_release(unit, state) if leases and not streams else None
 
 
 @event.listens_for(ScopeSession, "after_commit", insert=True)
@@ -248,6 +254,7 @@ def _run_hooks(session: ScopeSession, transaction: SessionTransaction) -> None:
             log_commit_failure(unit, unit.transaction.report, unknown=ended_by == "unknown")
             unit.transaction.report = None
         if not unit.releases:
+            unit.released = False
             unit.interrupt = unit.database.run_hooks(unit.hooks.take(ended_by)) or unit.interrupt
 
 

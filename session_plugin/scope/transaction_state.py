@@ -100,8 +100,11 @@ class TransactionState:
 
     @property
     def holds(self) -> bool:
-        """True if a statement of this transaction has locked or set something."""
-        return any(guard.holds for guard in self._guards.values())
+        """True if a statement of this transaction has locked or set something, or a connection was given options."""
+        return any(
+            guard.holds or connection.get_execution_options() is not guard.options
+            for connection, guard in self._guards.items()
+        )
 
     @property
     def was_handed_out(self) -> bool:
@@ -129,12 +132,13 @@ class TransactionState:
         before = loaded_rows(session) if self._loaded is None else self._loaded  # None: nothing was written
         self.kept = unchanged_rows(session, before)
 
-    def handed_out(self, connection: Connection) -> None:
+    def handed_out(self, connection: Connection, *, with_options: bool) -> None:
         """Note that the user was given ``connection``, and with it the driver's own cursors."""
         guard = self._guards.get(connection)
         if guard is not None:
             self._note_first_write()  # that of a raw cursor is not seen
             guard.handed_out(connection.connection)
+            guard.holds = guard.holds or with_options
 
     @property
     def may_have_raw_writes(self) -> bool:

@@ -81,6 +81,7 @@ class UnitOfWork(Generic[S]):
         settled: True once its transaction was settled; what follows is late work.
         rolls_back: True while its end rolls back, which keeps unchanged rows readable.
         releases: True while `release` ends a transaction, for which no hook waits.
+        released: True once it has, until a transaction ends otherwise.
         saved: True once a settlement has committed work.
         saved_status: the status of the response under which a settlement has committed work, or None.
         discarded: True once a settlement has rolled work back.
@@ -108,6 +109,7 @@ class UnitOfWork(Generic[S]):
     settled: bool = False
     rolls_back: bool = False
     releases: bool = False
+    released: bool = False
     saved: bool = False
     saved_status: int | None = None
     discarded: bool = False

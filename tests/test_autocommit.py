@@ -226,6 +226,19 @@ def test_a_connection_that_was_lost_between_statements(units: Units) -> None:
     reading(units, work)
 
 
+def test_a_block_of_the_app_keeps_its_connection(units: Units) -> None:
+    """It is a transaction of SQLAlchemy's, in whose block nothing could be executed once it has ended."""
+
+    def work(session: Session) -> None:
+        with session.begin():
+            assert names(session) == names(session) == []
+            assert held(units) == 1
+        names(session)
+        assert held(units) == 0
+
+    reading(units, work)
+
+
 def test_a_transaction_that_is_begun_in_sql(units: Units) -> None:
     """A snapshot for two statements: it holds the connection."""
 

@@ -352,6 +352,43 @@ def test_a_flush_that_failed_before_its_first_statement(units: Units) -> None:
     units.run(work)
 
 
+def test_a_flush_that_failed_without_a_statement(units: Units) -> None:
+    """SQLAlchemy refuses everything until the rollback(), and so does release()."""
+
+    def work(session: Session) -> None:
+        session.add(Parent(name="tea"))
+        event.listen(Parent, "before_insert", fail)
+        try:
+            with pytest.raises(ZeroDivisionError):
+                session.flush()
+        finally:
+            event.remove(Parent, "before_insert", fail)
+        session.expunge_all()
+        with pytest.raises(ReleaseError, match="a flush has failed"):
+            release(units.db)
+        session.rollback()
+        release(units.db)
+
+    units.run(work)
+
+
+@on(*SYNC)
+def test_in_the_middle_of_a_commit(units: Units) -> None:
+    """A listener is too early for it, and the COMMIT goes on."""
+
+    def give_back(session: Session) -> None:
+        with pytest.raises(ReleaseError, match="a COMMIT is under way"):
+            release(units.db)
+
+    def work(session: Session) -> None:
+        count(session)
+        event.listen(session, "after_commit", give_back, once=True)
+        session.commit()
+        count(session)
+
+    units.run(work)
+
+
 def fail(*arguments: Any) -> None:
     raise ZeroDivisionError
 
@@ -403,8 +440,33 @@ def test_a_statement_beside_it(units: Units) -> None:
                 await asyncio.sleep(0)
             with pytest.raises(ConcurrentUseError):
                 await session.execute(select(1))
+            units.db.on_commit(called.append, "committed")
+            with pytest.raises(ConcurrentUseError):
+                await units.db.release()
             await giving_back
+            assert called == []
             await session.execute(select(1))
+
+    called: list[str] = []
+    units.runner.run(main())
+    assert called == ["committed"]
+
+
+@on("postgresql+psycopg_async", "postgresql+asyncpg")
+def test_beside_a_rollback(units: Units) -> None:
+    """Another task is giving the connection back."""
+
+    async def main() -> None:
+        async with units.db.session_scope() as session:
+            (await session.execute(select(1))).all()
+            begun: list[Any] = []
+            event.listen(units.sync_engine, "rollback", begun.append, once=True)
+            other = asyncio.create_task(session.rollback())
+            while not begun:
+                await asyncio.sleep(0)
+            with pytest.raises(ConcurrentUseError):
+                await units.db.release()
+            await other
 
     units.runner.run(main())
 

@@ -49,6 +49,8 @@ def release(unit: UnitOfWork[Any]) -> Steps[None]:
 
 def end_transaction(unit: UnitOfWork[Any]) -> None:
     """End the transaction of the session with a ROLLBACK; nothing is expired, and no hook runs or is dropped."""
+    if unit.releases:
+        raise ConcurrentUseError(TWO_AT_ONCE)
     root = unit.sync_session.get_transaction()
     unit.transaction.forget_read_results()
     unit.releases = unit.released = True
@@ -146,5 +148,5 @@ def _what_is_held(unit: UnitOfWork[Any]) -> str | None:
     if transaction.begun is not None and transaction.begun is session.get_transaction():
         return "session.begin() is open. Remove it: the unit of work begins by itself"
     if not session.is_active:
-        return "a flush has failed, or another thread or task is taking the connection"
+        return "a flush has failed, a COMMIT is under way, or another thread or task is taking the connection"
     return None

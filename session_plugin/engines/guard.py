@@ -112,9 +112,31 @@ class ConnectionGuard:
     """
 
     __slots__ = (
-        "__weakref__", "_current_owner", "_dialect", "_info", "_lock", "_many", "_mark", "_owner",
-        "_results", "_syntax", "commit_error", "commit_state", "doomed", "ending", "error", "fellows",
-        "has_lazy_cursors", "holds", "inherited", "left", "on_first_write", "options", "read_only_policy", "wrote", "xid",
+        "__weakref__",
+        "_current_owner",
+        "_dialect",
+        "_info",
+        "_lock",
+        "_many",
+        "_mark",
+        "_owner",
+        "_results",
+        "_syntax",
+        "commit_error",
+        "commit_state",
+        "doomed",
+        "ending",
+        "error",
+        "fellows",
+        "has_lazy_cursors",
+        "holds",
+        "inherited",
+        "left",
+        "on_first_write",
+        "options",
+        "read_only_policy",
+        "wrote",
+        "xid",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, fellows: Guards, on_first_write: Callable[[], None]) -> None:

@@ -14,8 +14,8 @@ from sqlalchemy.engine.cursor import CursorFetchStrategy, FullyBufferedCursorFet
 from sqlalchemy.exc import IllegalStateChangeError, StatementError
 from sqlalchemy.orm import ORMExecuteState
 
+from ..engines.event_loop import running_loop
 from ..engines.guard import TWO_AT_ONCE
-from ..engines.semaphore import running_loop
 from ..exceptions import ConcurrentUseError, ReleaseError, ScopeClosedError
 from .lifecycle import run_sync
 from .log import log_failed_rollback

@@ -195,7 +195,9 @@ PROBES: dict[str, Probe] = {
     "[4](promises.md#4-no-phantom-commit): after an error that the code caught, the transaction": swallowed_error,
     "[4](promises.md#4-no-phantom-commit): a savepoint takes the error": savepoint,
     "[5](promises.md#5-roll-back-on-errors): DDL is rolled back": ddl,
-    "[6](promises.md#6-clean-connections): a connection that the server ends is reported, and the next one works": killed,
+    "[6](promises.md#6-clean-connections): a connection that the server ends is reported, and the next one works": (
+        killed
+    ),
     "[6](promises.md#6-clean-connections): cancelled in the middle of a statement, its transaction ends": cancelled,
     "[7](promises.md#7-early-release): an open stream is closed, and says so": stream,
     "[11](promises.md#11-a-closed-session-cannot-be-reused): two tasks at once are refused": two_at_once,

@@ -14,8 +14,8 @@ from . import lifecycle
 from .begin_blocks import leave_blocks
 from .joined import note_settled
 from .log import logger
+from .release import has_something_to_release, return_permit
 from .release import release as release_steps
-from .release import return_permit
 from .runner import Steps, arun, run, uncancelled
 from .session import runs_listeners
 from .threads import in_anyio_thread, in_thread
@@ -55,15 +55,17 @@ async def asettle(unit: UnitOfWork[Any], outcome: Outcome) -> None:
 
 def release(unit: UnitOfWork[Any]) -> None:
     """Give the connection of a sync session back in the middle of its unit of work; see `release.release`."""
-    try:
-        run(release_steps(unit))
-    finally:
-        return_permit(unit)
+    if has_something_to_release(unit):
+        try:
+            run(release_steps(unit))
+        finally:
+            return_permit(unit)
 
 
 async def arelease(unit: UnitOfWork[Any]) -> None:
     """Give the connection of an async session back in the middle of its unit of work; see `release.release`."""
-    await uncancelled(arun(release_steps(unit)))
+    if has_something_to_release(unit):
+        await uncancelled(arun(release_steps(unit)))
 
 
 def close_if_idle(unit: UnitOfWork[Any]) -> bool:

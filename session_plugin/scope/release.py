@@ -24,19 +24,27 @@ from .transaction_state import has_changes
 from .unit_of_work import UnitOfWork
 
 
-def release(unit: UnitOfWork[Any]) -> Steps[None]:
-    """End the transaction of ``unit``, which has written nothing and holds nothing, and give its connection back.
+def has_something_to_release(unit: UnitOfWork[Any]) -> bool:
+    """Return True if ``unit`` has a transaction; called by the thread or task that releases.
 
     Raises:
         ScopeClosedError: the unit of work has ended.
         ConcurrentUseError: another thread or task is executing a statement.
-        ReleaseError: something would be lost.
     """
     if unit.closed:
         raise ScopeClosedError(unit.closed_message)
-    if not unit.in_transaction:
-        return
-    unit.transaction.check_alone()
+    if unit.in_transaction:
+        unit.transaction.check_alone()
+    return unit.in_transaction
+
+
+def release(unit: UnitOfWork[Any]) -> Steps[None]:
+    """End the transaction of ``unit``, which has written nothing and holds nothing, and give its connection back.
+
+    Raises:
+        ConcurrentUseError: another thread or task is executing a statement.
+        ReleaseError: something would be lost.
+    """
     if unit.transaction.may_have_raw_writes:
         yield partial(run_sync, unit, unit.transaction.ask_whether_wrote)
     if reason := _what_is_held(unit):

@@ -65,33 +65,44 @@ IMPORTED_BEFORE = (
 MODULES = (
     "policy", "plugin",
     "engines/making", "engines/registry", "engines/variants", "engines/autocommit", "engines/pools",
-    "engines/semaphore",
+    "engines/semaphore", "engines/commits", "engines/twophase",
     "engines/guard", "engines/backends/interface", "engines/backends/sqlite", "engines/backends/postgresql",
     "engines/backends/mysql",
     "scope/lifecycle", "scope/ending", "scope/unit_of_work", "scope/transaction_state", "scope/session", "scope/blocks",
     "scope/current", "scope/opening", "scope/permits", "scope/hooks", "scope/log", "scope/runner", "scope/threads",
-    "scope/session_scope",
+    "scope/session_scope", "scope/frames", "scope/joined", "scope/late", "scope/rows",
     "database/configuration", "database/core", "database/interface", "database/sync_interface",
     "database/async_interface", "database/forks", "database/middleware",
     "wsgi/middleware", "wsgi/response", "asgi/middleware", "asgi/request_cycle", "asgi/client",
-    "flask/plugin", "flask/settling", "flask/configuration", "starlette/plugin", "starlette/settling",
+    "flask/plugin", "flask/settling", "flask/configuration", "flask/late_calls",
+    "starlette/plugin", "starlette/settling", "starlette/background", "testing/isolation/statements",
 )  # fmt: skip
 TESTS = [
     f"tests/test_{name}.py"
     for name in (
-        "access", "asgi", "autocommit", "cancellation", "careless", "client", "crowds", "database", "databases",
-        "disorder", "drive", "failing_parts", "fastapi", "fastapi_newer", "flask", "lifecycle", "mysql", "pools",
-        "scope", "secrets", "sqlite", "starlette", "threads", "wsgi",
+        "access", "asgi", "autocommit", "background", "cancellation", "careless", "client", "crowds", "current",
+        "database", "databases", "disorder", "drive", "failing_parts", "fastapi", "fastapi_newer", "flask", "isolation",
+        "joined", "lifecycle", "mysql", "pools", "rows", "scope", "secrets", "sqlite", "starlette", "statements",
+        "streaming", "threads", "two_phases", "unknown_outcome", "writes", "wsgi",
     )
 ]  # fmt: skip
 DRIVERS = (  # SQLite's drivers, and one of PostgreSQL for what SQLite cannot show
     "(not mariadb or test_mysql) and not mysqldb and not psycopg2 and not psycopg_async"
-    " and (not asyncpg or sibling or beside)"
+    " and (not asyncpg or sibling or beside or test_current)"
     " and (not postgresql or test_threads or test_crowds or test_cancellation or test_disorder or test_databases"
-    " or test_autocommit or test_isolation_level or test_read_only)"
+    " or test_autocommit or test_isolation_level or test_read_only or test_two_phases or test_unknown_outcome"
+    " or test_statements or test_writes or test_isolation or test_current)"
 )
 NEAR = {
     "scope": ("tests/test_scope.py", "tests/test_lifecycle.py"),
+    "frames": ("tests/test_current.py",),
+    "current": ("tests/test_current.py",),
+    "blocks": ("tests/test_joined.py", "tests/test_current.py", "tests/test_scope.py"),
+    "joined": ("tests/test_joined.py",),
+    "late": ("tests/test_background.py",),
+    "late_calls": ("tests/test_background.py", "tests/test_flask.py"),
+    "background": ("tests/test_background.py",),
+    "rows": ("tests/test_rows.py",),
     "runner": ("tests/test_drive.py",),
     "permits": ("tests/test_threads.py",),
     "database": ("tests/test_database.py", "tests/test_secrets.py"),
@@ -102,6 +113,10 @@ NEAR = {
     "autocommit": ("tests/test_autocommit.py",),
     "semaphore": ("tests/test_threads.py", "tests/test_pools.py"),
     "pools": ("tests/test_pools.py",),
+    "commits": ("tests/test_unknown_outcome.py", "tests/test_two_phases.py"),
+    "twophase": ("tests/test_two_phases.py",),
+    "postgresql": ("tests/test_statements.py", "tests/test_writes.py"),
+    "statements": ("tests/test_isolation.py",),
     "guard": ("tests/test_scope.py", "tests/test_lifecycle.py"),
     "sqlite": ("tests/test_sqlite.py",),
     "mysql": ("tests/test_mysql.py",),

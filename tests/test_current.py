@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import gc
 import os
+import sys
 import threading
 import unittest
 from collections.abc import AsyncIterator, Iterator
@@ -264,6 +265,63 @@ def test_a_block_that_is_entered_by_hand_and_dropped_ends_at_once(db: Database[A
         assert session() is None
     finally:
         gc.enable()
+
+
+def test_a_block_that_a_helper_has_entered(db: Database[Any], adb: AsyncDatabase[Any]) -> None:
+    """It is around what follows, in threads and tasks that inherit the context too, although the helper returned."""
+
+    async def main() -> None:
+        async def aenter() -> Any:
+            return await stack.enter_async_context(adb.session_scope())
+
+        async def current_session() -> Any:
+            return adb.session
+
+        async with AsyncExitStack() as stack:
+            session = await aenter()
+            assert adb.session is session
+            assert await asyncio.create_task(current_session()) is session
+
+    def enter() -> Any:
+        return stack.enter_context(db.session_scope())
+
+    with ExitStack() as stack:
+        session = enter()
+        assert db.session is session
+        seen: list[Any] = []
+        thread = threading.Thread(target=copy_context().run, args=(lambda: seen.append(db.session),))
+        thread.start()
+        thread.join(10)
+        assert seen == [session]
+    asyncio.run(main())
+
+
+def test_a_unit_of_work_knows_where_its_block_was_opened(db: Database[Any], adb: AsyncDatabase[Any]) -> None:
+    """The line that enters the block, also by an ExitStack; what is inside contextlib is no place of the app's."""
+
+    def check(line: int) -> None:
+        assert str(current.find_open()) == f"session_scope() at {__file__}:{line}"
+
+    def here() -> int:
+        return sys._getframe(1).f_lineno
+
+    async def acheck() -> None:
+        line = here() + 1
+        async with adb.session_scope():
+            check(line)
+        async with AsyncExitStack() as stack:
+            line = here() + 1
+            await stack.enter_async_context(adb.session_scope())
+            check(line)
+
+    line = here() + 1
+    with db.session_scope():
+        check(line)
+    with ExitStack() as stack:
+        line = here() + 1
+        stack.enter_context(db.session_scope())
+        check(line)
+    asyncio.run(acheck())
 
 
 # -- context managers ------------------------------------------------------------------------------

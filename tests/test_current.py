@@ -167,6 +167,54 @@ def test_the_nearest_block_counts_in_whatever_order_blocks_were_entered(db: Data
     other.dispose()
 
 
+def test_a_block_in_what_a_generator_calls_is_further_in(db: Database[Any]) -> None:
+    """Of the helper's block and the generator's, that of the helper counts while it runs."""
+    seen: list[bool] = []
+
+    def helper() -> None:
+        with db.session_scope(new=True) as session:
+            seen.append(db.session is session)
+
+    def reader() -> Iterator[None]:
+        with db.session_scope(new=True) as own:
+            helper()
+            seen.append(db.session is own)
+            yield
+
+    for _ in reader():
+        pass
+    assert seen == [True, True]
+
+
+def test_what_the_running_code_is_inside(db: Database[Any]) -> None:
+    """The databases from the innermost unit of work outwards; one beside the innermost one, or closed, is not around."""
+    other = Database("sqlite://")
+    assert not current.is_session_open()
+    with other.session_scope() as _, db.session_scope() as _:
+        inner = current.find(core_of(db))
+        outer = current.find(core_of(other))
+        assert inner is not None and outer is not None
+        assert [*dict.fromkeys(entered_databases())] == [core_of(db), core_of(other)]
+        assert current.is_session_open()
+        assert current.is_inside(inner) and current.is_inside(outer)
+    context = copy_context()
+    with db.session_scope():
+        assert not current.is_inside(inner)
+        kept = copy_context()
+
+        def reader() -> Iterator[Any]:
+            with other.session_scope(new=True):
+                yield next(entered_databases())
+
+        assert [*reader()] == [core_of(other)]
+    assert not current.is_session_open()
+    with pytest.raises(ScopeClosedError):
+        kept.run(lambda: db.session)
+    with pytest.raises(NoScopeError):
+        context.run(lambda: db.session)
+    other.dispose()
+
+
 def test_a_generator_that_ends_inside_a_later_block_leaves_it_open(db: Database[Any]) -> None:
     """Blocks are left in any order: what is entered stays the current one until it is left itself."""
     with db.session_scope() as outer:

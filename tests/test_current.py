@@ -187,7 +187,7 @@ def test_a_block_in_what_a_generator_calls_is_further_in(db: Database[Any]) -> N
 
 
 def test_what_the_running_code_is_inside(db: Database[Any]) -> None:
-    """The databases from the innermost unit of work outwards; one beside the innermost one, or closed, is not around."""
+    """The databases, the innermost first; a unit of work beside the innermost one, or closed, is not around."""
     other = Database("sqlite://")
     assert not current.is_session_open()
     with other.session_scope() as _, db.session_scope() as _:

@@ -55,6 +55,8 @@ LONGEST = 900
 """The time limit of all tests of one mutant, in seconds."""
 BOUND = 15.0
 """The time, in seconds, that the tests of one mutant may take together without ``--wide``."""
+TIMED_OUT = "from pytest-timeout"
+"""What the output of a test contains that has reached its time limit."""
 IMPORTED_BEFORE = (
     "aiosqlite", "asyncpg", "fastapi", "flask", "httptools", "httpx", "hypothesis", "psycopg", "psycopg2",
     "pymysql", "sqlalchemy.ext.asyncio", "sqlalchemy.orm", "sqlalchemy.dialects.sqlite.aiosqlite",
@@ -65,33 +67,44 @@ IMPORTED_BEFORE = (
 MODULES = (
     "policy", "plugin",
     "engines/making", "engines/registry", "engines/variants", "engines/autocommit", "engines/pools",
-    "engines/semaphore",
+    "engines/semaphore", "engines/commits", "engines/twophase",
     "engines/guard", "engines/backends/interface", "engines/backends/sqlite", "engines/backends/postgresql",
     "engines/backends/mysql",
     "scope/lifecycle", "scope/ending", "scope/unit_of_work", "scope/transaction_state", "scope/session", "scope/blocks",
     "scope/current", "scope/opening", "scope/permits", "scope/hooks", "scope/log", "scope/runner", "scope/threads",
-    "scope/session_scope",
+    "scope/session_scope", "scope/frames", "scope/joined", "scope/late", "scope/rows",
     "database/configuration", "database/core", "database/interface", "database/sync_interface",
     "database/async_interface", "database/forks", "database/middleware",
     "wsgi/middleware", "wsgi/response", "asgi/middleware", "asgi/request_cycle", "asgi/client",
-    "flask/plugin", "flask/settling", "flask/configuration", "starlette/plugin", "starlette/settling",
+    "flask/plugin", "flask/settling", "flask/configuration", "flask/late_calls",
+    "starlette/plugin", "starlette/settling", "starlette/background", "testing/isolation/statements",
 )  # fmt: skip
 TESTS = [
     f"tests/test_{name}.py"
     for name in (
-        "access", "asgi", "autocommit", "cancellation", "careless", "client", "crowds", "database", "databases",
-        "disorder", "drive", "failing_parts", "fastapi", "fastapi_newer", "flask", "lifecycle", "mysql", "pools",
-        "scope", "secrets", "sqlite", "starlette", "threads", "wsgi",
+        "access", "asgi", "autocommit", "background", "cancellation", "careless", "client", "crowds", "current",
+        "database", "databases", "disorder", "drive", "failing_parts", "fastapi", "fastapi_newer", "flask", "isolation",
+        "joined", "lifecycle", "mysql", "pools", "rows", "scope", "secrets", "sqlite", "starlette", "statements",
+        "streaming", "threads", "two_phases", "unknown_outcome", "writes", "wsgi",
     )
 ]  # fmt: skip
 DRIVERS = (  # SQLite's drivers, and one of PostgreSQL for what SQLite cannot show
     "(not mariadb or test_mysql) and not mysqldb and not psycopg2 and not psycopg_async"
-    " and (not asyncpg or sibling or beside)"
+    " and (not asyncpg or sibling or beside or test_current)"
     " and (not postgresql or test_threads or test_crowds or test_cancellation or test_disorder or test_databases"
-    " or test_autocommit or test_isolation_level or test_read_only)"
+    " or test_autocommit or test_isolation_level or test_read_only or test_two_phases or test_unknown_outcome"
+    " or test_statements or test_writes or test_isolation or test_current)"
 )
 NEAR = {
     "scope": ("tests/test_scope.py", "tests/test_lifecycle.py"),
+    "frames": ("tests/test_current.py",),
+    "current": ("tests/test_current.py",),
+    "blocks": ("tests/test_joined.py", "tests/test_current.py", "tests/test_scope.py"),
+    "joined": ("tests/test_joined.py",),
+    "late": ("tests/test_background.py",),
+    "late_calls": ("tests/test_background.py", "tests/test_flask.py"),
+    "background": ("tests/test_background.py",),
+    "rows": ("tests/test_rows.py",),
     "runner": ("tests/test_drive.py",),
     "permits": ("tests/test_threads.py",),
     "database": ("tests/test_database.py", "tests/test_secrets.py"),
@@ -102,6 +115,10 @@ NEAR = {
     "autocommit": ("tests/test_autocommit.py",),
     "semaphore": ("tests/test_threads.py", "tests/test_pools.py"),
     "pools": ("tests/test_pools.py",),
+    "commits": ("tests/test_unknown_outcome.py", "tests/test_two_phases.py"),
+    "twophase": ("tests/test_two_phases.py",),
+    "postgresql": ("tests/test_statements.py", "tests/test_writes.py"),
+    "statements": ("tests/test_isolation.py",),
     "guard": ("tests/test_scope.py", "tests/test_lifecycle.py"),
     "sqlite": ("tests/test_sqlite.py",),
     "mysql": ("tests/test_mysql.py",),
@@ -120,6 +137,8 @@ EXCLUDED = [
     "core/ReplaceComparisonOperator_(GtE_(?!Gt$)|Gt_(?!GtE)|LtE_(?!Lt$)|Lt_(?!LtE))",
     "core/ReplaceUnaryOperator_USub_",
 ]
+DEFINITION = re.compile(r"\s*(@|def |async def )")
+"""A line that runs when the module is imported, and whose effect is seen by the tests of the function's body."""
 COMPOUND = re.compile(r"\b(not|is|and|or)\b|[=<>]")
 """A compound condition: its parts are mutated, so it is not negated as a whole."""
 
@@ -158,7 +177,7 @@ cosmic_ray.plugins.OPERATOR_PROVIDERS["own"] = {"RemoveStatement": RemoveStateme
 
 
 def test_module(module: str, *, wide: bool) -> str:
-    """Run the mutants of ``module``, and return a line with the number of survivors."""
+    """Run the mutants of ``module``, and return a line with the numbers of those that survived or timed out."""
     path = RESULTS / f"{module.replace('/', '.')}.sqlite"
     if wide and path.exists():
         _forget_survivors(path)
@@ -193,7 +212,8 @@ def _run(mutation: MutationSpec, limit: float) -> WorkResult:
         killed = any(_tests_fail(["-x", *OPTIONS, *tests]) for tests in _tests_of(mutation, limit) if tests)
         outcome = TestOutcome.KILLED if killed else TestOutcome.SURVIVED
         diff = "\n".join(unified_diff(code.splitlines(), mutant.splitlines(), str(mutation.module_path), lineterm=""))
-    return WorkResult(WorkerOutcome.NORMAL, None, outcome, diff)
+    output = TIMED_OUT if killed and TIMED_OUT in Path("last-output").read_text(errors="replace") else None
+    return WorkResult(WorkerOutcome.NORMAL, output, outcome, diff)
 
 
 class Recorder:
@@ -243,6 +263,7 @@ def _tests_fail(arguments: list[str], plugins: Sequence[object] = ()) -> bool:
     if process.is_alive():
         _kill(process)
         process.join()
+        Path("last-output").write_text(TIMED_OUT)
     return process.exitcode != 0
 
 
@@ -277,13 +298,17 @@ def _tests_of(mutation: MutationSpec, limit: float) -> tuple[list[str], list[str
     first, last = mutation.start_pos[0], mutation.end_pos[0]
     found = {test for line in range(first, last + 1) for test in of_lines.get(str(line), ())}
     if not found:  # the line runs when the module is imported, or is in the middle of a statement
-        before = [line for line in map(int, of_lines) if first - 6 < line < first and of_lines[str(line)]]
-        found = set(of_lines[str(max(before))] if before else [test for tests in of_lines.values() for test in tests])
-    near = NEAR.get(mutation.module_path.stem) or NEAR.get(mutation.module_path.parts[1], NEAR["scope"])
-    tests = sorted(found, key=lambda test: (not test.startswith(near), seconds.get(test, 0)))
+        is_definition = DEFINITION.match(mutation.module_path.read_text().splitlines()[first - 1])
+        near = range(first + 1, first + 40) if is_definition else range(first - 1, first - 6, -1)
+        beside = next((of_lines[str(line)] for line in near if of_lines.get(str(line))), None)
+        found = set(beside or [test for tests in of_lines.values() for test in tests])
+    nearest = NEAR.get(mutation.module_path.stem) or NEAR.get(mutation.module_path.parts[1], NEAR["scope"])
+    tests = sorted(found, key=lambda test: (not test.startswith(nearest), seconds.get(test, 0)))
     until = accumulate(seconds.get(test, 0) for test in tests)
     bounded = [test for test, ends_at in zip(tests, until, strict=True) if ends_at < limit]
-    return [test for test in bounded if test.startswith(near)], [test for test in bounded if not test.startswith(near)]
+    return [test for test in bounded if test.startswith(nearest)], [
+        test for test in bounded if not test.startswith(nearest)
+    ]
 
 
 def _forget_survivors(path: Path) -> None:
@@ -296,7 +321,9 @@ def _figure(module: str, found: WorkDB) -> str:
     outcomes = Counter(result.test_outcome for result in results)
     survivors = [result.diff for result in results if result.test_outcome is TestOutcome.SURVIVED]
     (RESULTS / f"{module.replace('/', '.')}.survivors").write_text("\n".join(map(str, survivors)))
-    return f"{module}: {len(results)} mutants, {outcomes[TestOutcome.SURVIVED]} survived"
+    timed_out = sum(result.output == TIMED_OUT for result in results)
+    survived = outcomes[TestOutcome.SURVIVED]
+    return f"{module}: {len(results)} mutants, {survived} survived, {timed_out} killed by a time limit only"
 
 
 def _work_in_copy() -> None:

@@ -8,10 +8,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Annotated, Any
 
-from sqlalchemy import select, text
+from sqlalchemy import create_engine, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -77,6 +77,11 @@ def look(session: Session, name: str) -> dict[str, Any]:
     }
 
 
+def length(query: Mapping[str, str]) -> dict[str, str]:
+    """The headers of a stream, which has a Content-Length if its client asks for it."""
+    return {"Content-Length": query["length"]} if "length" in query else {}
+
+
 WORKS = {"pair": pair, "orphan": orphan, "hold": hold, "look": look, "refuse": pair}
 LATE = {"saved": pair, "lost": orphan}
 preloaded: list[int] = []
@@ -99,14 +104,15 @@ def wait_in_gevent(connection: Any) -> None:
 
 
 def make_flask(site: str) -> Any:
-    from flask import Flask, Response
+    from flask import Flask, Response, request
 
     from session_plugin.flask import SessionPlugin
 
-    db = SessionPlugin(os.environ[DATABASE], **POOL)
+    url = os.environ[DATABASE]
+    db = SessionPlugin(create_engine(url, **POOL)) if "given" in site else SessionPlugin(url, **POOL)
     app = Flask(__name__)
     db.init_app(app)
-    if site == "flask-used":
+    if "used" in site:
         use_while_importing(db)
     if site == "flask-green":
         from psycopg2 import extensions
@@ -129,7 +135,7 @@ def make_flask(site: str) -> Any:
             yield b"chunk"
             yield b"chunk"
 
-        return Response(body(), 201)
+        return Response(body(), 201, length(request.args))
 
     @app.post("/endless/<name>")
     def endless(name: str) -> Any:
@@ -190,7 +196,7 @@ def make_fastapi(*, is_async: bool) -> Any:
             work(db.session, name)
 
     @app.post("/stream/{fate}/{name}")
-    async def stream(fate: str, name: str) -> Any:
+    async def stream(fate: str, name: str, request: Request) -> Any:
         await late(pair, name)
 
         async def body() -> AsyncIterator[bytes]:
@@ -198,7 +204,7 @@ def make_fastapi(*, is_async: bool) -> Any:
             yield b"chunk"
             yield b"chunk"
 
-        return StreamingResponse(body(), 201)
+        return StreamingResponse(body(), 201, length(request.query_params))
 
     @app.post("/endless/{name}", status_code=201)
     async def endless(name: str) -> Any:

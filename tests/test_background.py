@@ -339,38 +339,64 @@ def test_tasks_that_run_at_once_share_a_transaction(store: Store) -> None:
         assert wait_for(store.names) == ["first", "second"]
 
 
-def test_one_of_several_tasks_at_once_fails(store: Store) -> None:
-    """Then what they did together is rolled back."""
+@pytest.mark.parametrize("last_fails", [True, False])
+def test_one_of_several_tasks_at_once_fails(store: Store, last_fails: bool) -> None:
+    """What they did together is rolled back or saved as the last one to end says."""
     site = Site(store)
 
     class Gathered(StarletteBackgroundTasks):
         async def __call__(self) -> None:
-            await asyncio.gather(*[task() for task in self.tasks], return_exceptions=True)
+            at_once.extend(asyncio.ensure_future(task()) for task in self.tasks)
+            await asyncio.gather(*at_once, return_exceptions=True)
 
     async def first() -> None:
         await site.db.session.run_sync(insert("first"))
         begun.set()
-        await failed.wait()
-        raise LookupError
+        await asyncio.wait(at_once[1:])
+        if last_fails:
+            raise LookupError
 
     async def second() -> None:
         await begun.wait()
-        failed.set()
         raise RuntimeError("boom")
 
     @site.app.get("/")
     async def endpoint() -> Any:
-        nonlocal begun, failed
-        begun, failed = asyncio.Event(), asyncio.Event()
+        nonlocal begun
+        begun = asyncio.Event()
         return JSONResponse({}, background=Gathered([BackgroundTask(first), BackgroundTask(second)]))
 
+    at_once: list[asyncio.Future[Any]] = []
     begun: Any = None
-    failed: Any = None
     with site.running():
         assert site.get().status == 200
         site.settle_down()
         assert wait_for(lambda: not site._server.server_state.tasks)
-        assert store.names() == []
+        assert store.names() == ([] if last_fails else ["first"])
+
+
+@pytest.mark.parametrize("how", ["raises", "refused"])
+def test_the_log_of_a_task_whose_work_is_lost(file_store: Store, caplog: pytest.LogCaptureFixture, how: str) -> None:
+    """An ERROR: no response can say it any more."""
+    site = Site(file_store)
+
+    async def task() -> None:
+        await site.db.session.run_sync(insert("lost") if how == "raises" else add_orphan)
+        if how == "raises":
+            raise LookupError
+
+    @site.app.get("/")
+    async def endpoint() -> Any:
+        return JSONResponse({}, background=BackgroundTask(task))
+
+    with site.running():
+        assert site.get().status == 200
+        assert wait_for(lambda: not site._server.server_state.tasks)
+    errors = [record.getMessage() for record in caplog.records if record.name == "session_plugin"]
+    expected = {"raises": "its work is discarded (LookupError", "refused": "the work after the response was not saved"}
+    assert [level for name, level, _ in caplog.record_tuples if name == "session_plugin"] == [logging.ERROR]
+    assert expected[how] in errors[0]
+    assert file_store.names() == []
 
 
 def test_a_task_after_its_request(file_store: Store) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import gc
 import os
+import sys
 import threading
 import unittest
 from collections.abc import AsyncIterator, Iterator
@@ -166,6 +167,54 @@ def test_the_nearest_block_counts_in_whatever_order_blocks_were_entered(db: Data
     other.dispose()
 
 
+def test_a_block_in_what_a_generator_calls_is_further_in(db: Database[Any]) -> None:
+    """Of the helper's block and the generator's, that of the helper counts while it runs."""
+    seen: list[bool] = []
+
+    def helper() -> None:
+        with db.session_scope(new=True) as session:
+            seen.append(db.session is session)
+
+    def reader() -> Iterator[None]:
+        with db.session_scope(new=True) as own:
+            helper()
+            seen.append(db.session is own)
+            yield
+
+    for _ in reader():
+        pass
+    assert seen == [True, True]
+
+
+def test_what_the_running_code_is_inside(db: Database[Any]) -> None:
+    """The databases, the innermost first; a unit of work beside the innermost one, or closed, is not around."""
+    other = Database("sqlite://")
+    assert not current.is_session_open()
+    with other.session_scope() as _, db.session_scope() as _:
+        inner = current.find(core_of(db))
+        outer = current.find(core_of(other))
+        assert inner is not None and outer is not None
+        assert [*dict.fromkeys(entered_databases())] == [core_of(db), core_of(other)]
+        assert current.is_session_open()
+        assert current.is_inside(inner) and current.is_inside(outer)
+    context = copy_context()
+    with db.session_scope():
+        assert not current.is_inside(inner)
+        kept = copy_context()
+
+        def reader() -> Iterator[Any]:
+            with other.session_scope(new=True):
+                yield next(entered_databases())
+
+        assert [*reader()] == [core_of(other)]
+    assert not current.is_session_open()
+    with pytest.raises(ScopeClosedError):
+        kept.run(lambda: db.session)
+    with pytest.raises(NoScopeError):
+        context.run(lambda: db.session)
+    other.dispose()
+
+
 def test_a_generator_that_ends_inside_a_later_block_leaves_it_open(db: Database[Any]) -> None:
     """Blocks are left in any order: what is entered stays the current one until it is left itself."""
     with db.session_scope() as outer:
@@ -264,6 +313,63 @@ def test_a_block_that_is_entered_by_hand_and_dropped_ends_at_once(db: Database[A
         assert session() is None
     finally:
         gc.enable()
+
+
+def test_a_block_that_a_helper_has_entered(db: Database[Any], adb: AsyncDatabase[Any]) -> None:
+    """It is around what follows, in threads and tasks that inherit the context too, although the helper returned."""
+
+    async def main() -> None:
+        async def aenter() -> Any:
+            return await stack.enter_async_context(adb.session_scope())
+
+        async def current_session() -> Any:
+            return adb.session
+
+        async with AsyncExitStack() as stack:
+            session = await aenter()
+            assert adb.session is session
+            assert await asyncio.create_task(current_session()) is session
+
+    def enter() -> Any:
+        return stack.enter_context(db.session_scope())
+
+    with ExitStack() as stack:
+        session = enter()
+        assert db.session is session
+        seen: list[Any] = []
+        thread = threading.Thread(target=copy_context().run, args=(lambda: seen.append(db.session),))
+        thread.start()
+        thread.join(10)
+        assert seen == [session]
+    asyncio.run(main())
+
+
+def test_a_unit_of_work_knows_where_its_block_was_opened(db: Database[Any], adb: AsyncDatabase[Any]) -> None:
+    """The line that enters the block, also by an ExitStack; what is inside contextlib is no place of the app's."""
+
+    def check(line: int) -> None:
+        assert str(current.find_open()) == f"session_scope() at {__file__}:{line}"
+
+    def here() -> int:
+        return sys._getframe(1).f_lineno
+
+    async def acheck() -> None:
+        line = here() + 1
+        async with adb.session_scope():
+            check(line)
+        async with AsyncExitStack() as stack:
+            line = here() + 1
+            await stack.enter_async_context(adb.session_scope())
+            check(line)
+
+    line = here() + 1
+    with db.session_scope():
+        check(line)
+    with ExitStack() as stack:
+        line = here() + 1
+        stack.enter_context(db.session_scope())
+        check(line)
+    asyncio.run(acheck())
 
 
 # -- context managers ------------------------------------------------------------------------------

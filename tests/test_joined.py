@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from contextvars import copy_context
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from session_plugin import AsyncDatabase, Database, ScopeClosedError, TransactionAbortedError
 from session_plugin.asgi import SessionScopeMiddleware
 from session_plugin.fastapi import AsyncSessionPlugin, SessionPlugin
+from session_plugin.scope.joined import _around
 from session_plugin.wsgi import SessionScopeMiddleware as WSGIMiddleware
 
 from .asgi_site import stores
@@ -260,6 +262,91 @@ def test_a_thread_whose_request_rolls_back_is_refused(sync_store: Store) -> None
     threads[0].join(10)
     assert len(raised) == 1
     assert sync_store.names() == []
+    db.dispose()
+
+
+def test_a_block_that_no_running_task_is_inside_hinders_no_commit(async_store: Store) -> None:
+    """One that the same task, or one that has ended, has left open; and one that a task has left before it goes on."""
+    async_store.clear()
+
+    async def main() -> None:
+        db = AsyncDatabase(async_store.url)
+        left, go_on = asyncio.Event(), asyncio.Event()
+
+        async def leave() -> None:
+            async with db.session_scope():
+                pass
+            left.set()
+            await asyncio.wait_for(go_on.wait(), 10)
+
+        async def enter() -> Any:
+            block = db.session_scope()
+            await block.__aenter__()
+            return block
+
+        async with db.session_scope() as session:
+            session.add(Parent(name="saved"))
+            blocks = [await enter(), await asyncio.create_task(enter())]
+            task = asyncio.create_task(leave())
+            await asyncio.wait_for(left.wait(), 10)
+        go_on.set()
+        await task
+        for block in blocks:
+            await block.__aexit__(None, None, None)
+        await db.dispose()
+
+    asyncio.run(main())
+    assert async_store.names() == ["saved"]
+
+
+def test_blocks_that_are_left_in_the_order_in_which_they_were_entered(async_store: Store) -> None:
+    """The second one is still refused if its unit of work rolls back, and afterwards nothing keeps either of them."""
+    async_store.clear()
+
+    async def main() -> None:
+        db = AsyncDatabase(async_store.url)
+        joined, go_on = asyncio.Event(), asyncio.Event()
+
+        async def beside() -> None:
+            async with AsyncExitStack() as second:
+                async with AsyncExitStack() as first:
+                    await first.enter_async_context(db.session_scope())
+                    await second.enter_async_context(db.session_scope())
+                db.session.add(Parent(name="beside"))
+                joined.set()
+                await asyncio.wait_for(go_on.wait(), 10)
+
+        async with db.session_scope() as session:
+            async with db.session_scope():
+                pass
+            assert not [*_around()]
+            task = asyncio.create_task(beside())
+            await asyncio.wait_for(joined.wait(), 10)
+            await session.rollback()
+            go_on.set()
+            with pytest.raises(TransactionAbortedError, match="its transaction was rolled back"):
+                await task
+            db.doom("over")
+        await db.dispose()
+
+    asyncio.run(main())
+    assert async_store.names() == []
+
+
+def test_a_thread_with_the_context_of_a_block_joins_it() -> None:
+    """In sync code too, only that of a hook is for its own thread."""
+    db = Database("sqlite://")
+    joined: list[bool] = []
+
+    def beside() -> None:
+        with db.session_scope() as session:
+            joined.append(session is outer)
+
+    with db.session_scope() as outer:
+        thread = threading.Thread(target=copy_context().run, args=(beside,))
+        thread.start()
+        thread.join(10)
+    assert joined == [True]
     db.dispose()
 
 

@@ -245,8 +245,15 @@ def load_notes_after_a_write(session: Session) -> None:
     assert set(load(session).notes) == {"hello", "two"}
 
 
+def change_note_after_a_write(session: Session) -> None:
+    add_user(session)
+    load(session).notes["hello"].body = "bye"
+    session.flush()
+
+
 @pytest.mark.parametrize(
-    "work", [attach_note, attach_note_after_a_write, attach_pending_note, load_notes_after_a_write]
+    "work",
+    [attach_note, attach_note_after_a_write, attach_pending_note, load_notes_after_a_write, change_note_after_a_write],
 )
 def test_a_collection_that_was_changed_is_expired_alone(work: Work, stored: Units) -> None:
     """A row stays loaded if only a collection of it was changed or read after a write; the collection is expired."""
@@ -254,6 +261,22 @@ def test_a_collection_that_was_changed_is_expired_alone(work: Work, stored: Unit
     assert attached and values is not None
     assert values["name"] == "ann"
     assert "notes" not in values
+
+
+@on("sqlite+pysqlite")
+def test_what_is_beside_a_change_stays_loaded(stored: Units) -> None:
+    """A row that was loaded after one that is expired, and a relationship after one that was not loaded."""
+    with stored.db.session_scope() as session:
+        changed = load(session)
+        user = session.scalars(select(User).where(User.id == 3).options(selectinload(User.notes))).one()
+        add_user(session)
+        changed.name = "eve"
+        session.flush()
+        stored.db.scope.settle(FAILED)
+        assert "name" not in inspect(changed).dict
+        values = inspect(user).dict
+        assert (values["name"], values["notes"]) == ("joe", {})
+        assert "team" not in values
 
 
 @on(*SYNC)

@@ -6,6 +6,7 @@ import http.client
 import itertools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ class Kind:
     """A server, the site it serves, and how it differs from other servers.
 
     Attributes:
-        command: the arguments of the server; ``{port}`` stands for the port.
+        command: the name and the arguments of the server; ``{port}`` stands for the port.
         stop: the signal that requests a graceful shutdown.
         code: its exit code after that.
         cuts_streams: False if a failed stream looks complete to its clients.
@@ -55,6 +56,13 @@ class Kind:
     cuts_streams: bool = True
     runs_exit_functions: bool = True
 
+    def command_line(self, port: int) -> list[str]:
+        """The command for a free port; uWSGI is a program that contains Python, the others are modules."""
+        name, *arguments = shlex.split(self.command.format(port=port))
+        if name == "uwsgi":
+            return [str(Path(sys.executable).with_name(name)), *arguments]
+        return [sys.executable, "-m", name, *arguments]
+
 
 APP = "tests.server_site:app"
 UVICORN = f"uvicorn {APP} --port {{port}} --log-level warning"
@@ -63,6 +71,8 @@ GRANIAN = f"granian {APP} --port {{port}} --log-level warning --workers-kill-tim
 GUNICORN = f"gunicorn {APP} --bind 127.0.0.1:{{port}} --graceful-timeout 10 --no-control-socket"
 GTHREAD = f"{GUNICORN} --worker-class gthread --threads"
 GEVENT = f"{GUNICORN} --worker-class gevent"
+UWSGI = f"uwsgi --module {APP} --http-socket 127.0.0.1:{{port}} --master --add-header 'Connection: close'"
+GRACEFUL = "--hook-master-start 'unix_signal:15 gracefully_kill_them_all' --worker-reload-mercy 10"
 WAITRESS = f"waitress --listen 127.0.0.1:{{port}} --threads 8 {APP}"
 
 KINDS = {
@@ -80,6 +90,7 @@ KINDS = {
     "gunicorn-gthread": Kind(f"{GTHREAD} 8", "flask"),
     "gunicorn-gevent": Kind(GEVENT, "flask"),
     "gunicorn-asgi": Kind(f"{GUNICORN} --worker-class asgi --asgi-disconnect-grace-period 0", "fastapi", "asyncpg"),
+    "uwsgi": Kind(f"{UWSGI} --threads 8 {GRACEFUL}", "flask", cuts_streams=False),
     "waitress": Kind(WAITRESS, "flask", stop=signal.SIGINT),
 }
 
@@ -123,10 +134,9 @@ class Running:
         if self.alive:
             return
         self.port = free_port()
-        command = self.kind.command.format(port=self.port).split()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                self.kind.command_line(self.port),
                 stdout=log, stderr=log, cwd=ROOT, env=self.environ, start_new_session=True,
             )  # fmt: skip
         assert wait_for(self.responds, 20), self.log.read_text()
@@ -304,12 +314,21 @@ class TestEveryServer:
         assert (reply.status, reply.complete) == (201, not server.kind.cuts_streams)
         assert server.store.names() == rows("tea", "late tea", "milk")
 
+    def test_stream_of_known_length(self, server: Running) -> None:
+        """With a Content-Length, every server shows its clients that a failed stream is incomplete."""
+        assert server.ask("/stream/saved/tea?length=10") == Reply(201, b"chunkchunk", complete=True)
+        reply = server.ask("/stream/lost/milk?length=10")
+        assert (reply.status, reply.complete) == (201, False)
+        assert server.store.names() == rows("tea", "late tea", "milk")
+
     def test_client_that_leaves(self, server: Running) -> None:
         """If a client disconnects during a stream, its work is rolled back."""
         with server.connect() as connection:
             connection.request("POST", "/endless/tea")
-            assert connection.getresponse().read(5) == b"chunk"
+            response = connection.getresponse()
+            assert response.read(5) == b"chunk"
             assert server.store.open_transactions()
+            response.close()  # it has taken over a connection that the server announced to close
         assert wait_for(lambda: not server.store.open_transactions())
         assert server.store.names() == []
 
@@ -352,17 +371,23 @@ class TestEveryServer:
         assert {201, 400, 409} <= {*statuses.values()} <= {201, 400, 409, 500, 503, None}
 
 
-@pytest.mark.parametrize("running", [Kind(WAITRESS, "flask")], indirect=True, ids=["waitress"])
-class TestWaitress:
-    def test_sigterm(self, server: Running) -> None:
-        """Waitress has no graceful SIGTERM: a request in progress gets no response, and nothing is written."""
+AT_ONCE = {
+    "waitress": Kind(WAITRESS, "flask", stop=signal.SIGTERM, code=-signal.SIGTERM),
+    "uwsgi": Kind(f"{UWSGI} --threads 8 --die-on-term", "flask"),
+}
+
+
+@pytest.mark.parametrize("running", AT_ONCE.values(), indirect=True, ids=AT_ONCE)
+class TestEndAtOnce:
+    def test_request_in_progress(self, server: Running) -> None:
+        """On a signal that ends the server at once, a request in progress gets no response and writes nothing."""
         with server.locked(), ThreadPoolExecutor(1) as pool:
             held = pool.submit(server.ask, "/hold/held")
             assert wait_for(server.waiting)
-            server.signal(signal.SIGTERM)
+            server.signal(server.kind.stop)
             with pytest.raises(http.client.RemoteDisconnected):
                 held.result()
-        assert server.ended() == -signal.SIGTERM
+        assert server.ended() == server.kind.code
         assert wait_for(lambda: server.connections() == [])
         assert server.store.names() == []
 
@@ -383,11 +408,14 @@ def assert_apart(looks: list[Any]) -> None:
     assert all(look["same"] and look["seen"] == [look["name"]] for look in looks)
 
 
-PRELOADED = Kind(f"{GTHREAD} 3 --worker-connections 3 --workers 2 --preload", "flask-used")
-"""Six simultaneous requests occupy both workers."""
+PRELOADED = {
+    "gunicorn": Kind(f"{GTHREAD} 3 --worker-connections 3 --workers 2 --preload", "flask-used"),
+    "uwsgi": Kind(f"{UWSGI} --threads 3 --processes 2", "flask-used"),
+}
+"""Six simultaneous requests occupy both workers.  uWSGI forks in C, by default without the callbacks of `os`."""
 
 
-@pytest.mark.parametrize("running", [PRELOADED], indirect=True, ids=["gunicorn-preload"])
+@pytest.mark.parametrize("running", PRELOADED.values(), indirect=True, ids=PRELOADED)
 class TestPreload:
     NAMES = ("a", "b", "c", "d", "e", "f")
 
@@ -438,6 +466,26 @@ class TestPreload:
         workers = {look["worker"] for look in looks}
         assert len(workers) == 2
         assert killed not in workers
+
+
+PROCESSES = f"{UWSGI} --processes 3"
+FORKING = {
+    "without hooks": Kind(PROCESSES, "flask-used"),
+    "an engine of the app's": Kind(PROCESSES, "flask-used-given"),
+    "hooks": Kind(f"{PROCESSES} --enable-threads --py-call-uwsgi-fork-hooks", "flask-used"),
+    "lazy": Kind(f"{PROCESSES} --lazy-apps", "flask-used"),
+}
+
+
+class TestUwsgi:
+    @pytest.mark.parametrize("running", FORKING.values(), indirect=True, ids=FORKING)
+    def test_forks(self, server: Running) -> None:
+        """Workers without threads have their own connections, however uWSGI forks after the database was used."""
+        looks = look_at_once(server, [*"abc"], waiting=3)
+        assert_apart(looks)
+        assert len({look["worker"] for look in looks}) == 3
+        imported = {tuple(look["preloaded"]) for look in looks}
+        assert len(imported) == (3 if "--lazy-apps" in server.kind.command else 1)
 
 
 COOPERATIVE = {

@@ -632,3 +632,15 @@ class Guard:
 def test_the_outcome_of_several_engines(guards: list[Guard], result: str) -> None:
     """One unknown makes the whole unknown, and so does a part that is durable, unless it only read."""
     assert commits.outcome(dict(enumerate(guards))) == result
+
+
+def test_what_the_error_of_a_commit_names() -> None:
+    """The engines that have committed, and what to do by hand only where something may be prepared still."""
+
+    def note(*guards: Guard) -> str:
+        engines = [create_engine(f"sqlite:///{number}.db") for number in range(len(guards))]
+        return str(commits.note_for(dict(zip(engines, guards, strict=True))))
+
+    assert "committed on sqlite:///0.db. Engines" in note(Guard(commits.COMMITTED), Guard(commits.OPEN))
+    assert "commit it by hand" in note(Guard(commits.COMMITTED, xid="id"), Guard(commits.PREPARED, xid="id"))
+    assert note(Guard(commits.ROLLED_BACK, xid="id")).endswith("rolled back (prepared transaction 'id').")

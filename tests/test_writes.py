@@ -11,6 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from session_plugin import Database, ReadOnlyError, read_only
+from session_plugin.engines.backends import backend_for
 
 from .harness import Base, Parent, insert
 from .units import Units, on
@@ -101,6 +102,20 @@ def test_where_nothing_shows_raw_writes_they_are_not_seen(units: Units) -> None:
 
     units.run(work)
     assert units.store.names() == ["tea"]
+
+
+@on("postgresql+psycopg")
+def test_a_server_that_cannot_say_counts_as_one_that_wrote(units: Units) -> None:
+    """A connection that the server has ended, before the driver knows of it."""
+    backend = backend_for("postgresql")
+    with units.store.engine.connect() as connection:
+        pooled, dialect = connection.connection, connection.dialect
+        assert not backend.has_written(pooled, None, dialect)
+        ended = connection.scalar(text("SELECT pg_backend_pid()"))
+        with units.store.engine.connect() as other:
+            other.execute(text("SELECT pg_terminate_backend(:ended, 5000)"), {"ended": ended})
+        assert backend.has_written(pooled, None, dialect)
+        connection.invalidate()
 
 
 @on("sqlite+pysqlite")

@@ -32,11 +32,10 @@ class JoinedBlock:
         self.in_doubt: bool = False
         self.lost: str | None = None
         self.outlived: bool = False
-        self._outer: JoinedBlock | None = None
 
     def enter(self) -> None:
         """Mark the context as inside this block."""
-        self._outer = _innermost.get()
+        self._outer: JoinedBlock | None = _innermost.get()
         _innermost.set(self)
 
     def leave(self) -> bool:

@@ -46,7 +46,7 @@ class Size:
 SIZES = {
     "full": Size(40, 25, True, 50, (1, 10, 100, 400), 3, 0.8, (10, 100), 8, 500, 1_000_000),
     "quick": Size(8, 25, False, 10, (10, 100), 1, 0.4, (), 2, 100, 20_000),
-    "smoke": Size(2, 2, False, 2, (10,), 1, 0.1, (), 1, 10, 1_000, ("session_plugin",)),
+    "smoke": Size(1, 1, False, 1, (5,), 1, 0.1, (), 1, 5, 200, ("session_plugin",)),
 }
 
 

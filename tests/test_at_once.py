@@ -12,9 +12,10 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
 
-from session_plugin import ConcurrentUseError, ScopeClosedError
+from session_plugin import ConcurrentUseError, Policy, ScopeClosedError, commit_on_success, read_only
 from session_plugin.engines import guard
 
+from .drivers import SYNC
 from .harness import Parent, insert
 from .units import Units, on
 
@@ -236,3 +237,25 @@ def test_what_a_guard_refuses() -> None:
             mine.execute(pooled, lambda *call: None, cursor, "SELECT 1")
         mine.release()
     engine.dispose()
+
+
+@on(*SYNC)
+@pytest.mark.parametrize("policy", [commit_on_success, read_only])
+def test_the_next_owner_of_a_connection(units: Units, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool hands a connection on before the session that had it has left it; the next one is no second user."""
+    kept: list[guard.ConnectionGuard] = []
+    monkeypatch.setattr(guard.ConnectionGuard, "release", kept.append)
+
+    def read(session: Session) -> Any:
+        units.db.use(policy)
+        return session.scalar(text("SELECT 1"))
+
+    with ThreadPoolExecutor(1) as elsewhere:
+        assert elsewhere.submit(units.run, read).result() == 1
+    with units.sync_engine.begin() as connection:
+        assert connection.execute(text("SELECT 1")).scalar() == 1
+    kept[0].doomed = "it is another one's"
+    with units.sync_engine.begin() as connection:
+        assert connection.execute(text("SELECT 1")).scalar() == 1
+    assert units.run(read) == 1
+    assert len(kept) == 2

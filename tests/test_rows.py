@@ -63,15 +63,15 @@ class Note(Base):
 def stored(units: Units) -> Iterator[Units]:
     """Two users of one team, and one without; the first one has a note."""
     engine = units.store.engine
-    Base.metadata.drop_all(engine)
     Base.metadata.create_all(engine)
     with Session(engine) as session, session.begin():
+        for table in reversed(Base.metadata.sorted_tables):
+            session.execute(table.delete())
         team = Team(id=1, name="red")
         session.add_all([User(id=1, name="ann", about="a", team=team), User(id=2, name="bob", team=team)])
         session.flush()
         session.add_all([Note(id=1, body="hello", user_id=1), User(id=3, name="joe")])
     yield units
-    Base.metadata.drop_all(engine)
 
 
 def load(session: Session, ident: int = 1) -> User:

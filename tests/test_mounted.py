@@ -11,6 +11,7 @@ import a2wsgi
 import pytest
 from fastapi import FastAPI, Request
 from flask import Flask, Response, stream_with_context
+from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse
@@ -154,6 +155,41 @@ def test_a_stream(site: Site, flask: Flask, store: Store, fails: str | None) -> 
                 response.read()
             assert wait_for(lambda: site.db.engine.pool.checkedout() == 0)
             assert store.names() == ["before", "user"]
+
+
+@pytest.mark.parametrize("fails", ["status", "orphan"])
+def test_a_middleware_beside_a_stream(site: Site, flask: Flask, store: Store, fails: str) -> None:
+    """What a middleware does once the response has begun is settled before the first byte, and by its own outcome."""
+    go_on, ended = threading.Event(), threading.Event()
+
+    @site.app.middleware("http")
+    async def log(request: Request, call_next: Any) -> Any:
+        response = await call_next(request)
+        session = site.db.session
+        if fails == "orphan":
+            await run_in_threadpool(add_orphan, session)
+            event.listen(session, "before_commit", lambda _: go_on.set(), once=True)
+            return response
+        await run_in_threadpool(insert("log"), session)
+        go_on.set()
+        await run_in_threadpool(ended.wait, 10)
+        await run_in_threadpool(insert("more"), session)
+        return PlainTextResponse("conflict", 409)
+
+    @flask.post("/stream")
+    def stream() -> Any:
+        insert("view")(site.plugin.session)  # type: ignore[attr-defined]
+
+        def chunks() -> Iterator[str]:
+            yield "one"
+            go_on.wait(3)
+            ended.set()
+
+        return Response(chunks(), 201)
+
+    with site.running():
+        assert site.get("/old/stream", "POST").status == (409 if fails == "status" else 500)
+        assert store.names() == ["view"]
 
 
 def test_what_follows_the_response(store: Store) -> None:

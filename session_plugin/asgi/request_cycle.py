@@ -143,7 +143,7 @@ class HttpCycle(RequestCycle):
         elif self._broken_off_by is not None and layer.outer is None:
             raise self._broken_off_by
         if (
-            self.unit.lent
+            self.unit.at_work_in_thread
             or settle_if_idle(self.unit)
             or not layer.has_begun_transaction()
             or layer.inner_app_goes_on()
@@ -154,7 +154,9 @@ class HttpCycle(RequestCycle):
     def _last_sent(self, layer: Layer) -> Awaitable[None] | None:
         unit = self.unit
         layer.complete = True
-        runs_beside = unit.lent or unit.late_calls > 0  # another thread or task goes on, and settles itself
+        runs_beside = (
+            unit.at_work_in_thread or unit.late_calls > 0
+        )  # another thread or task goes on, and settles itself
         layer.left_unsettled = unit.active and not runs_beside
         if layer.outer is not None:
             return None

@@ -179,10 +179,6 @@ class ConnectionGuard:
         if (held := self._info.get(KEY)) is not None and held() is self:
             del self._info[KEY]
 
-    def guards(self, pooled: PoolProxiedConnection) -> bool:
-        """Return False if ``pooled`` is the same connection as somebody else has taken it from the pool since."""
-        return self._pooled() is pooled
-
     @property
     def busy(self) -> bool:
         """True while another thread or task waits for a statement or a COMMIT on this connection."""
@@ -415,13 +411,17 @@ def guard_of(connection: Connection) -> ConnectionGuard | None:
 
 
 def _guard_of(pooled: PoolProxiedConnection) -> ConnectionGuard | None:
-    """As `guard_of`; a session that has given the connection back may not have released its guard yet."""
+    """As `guard_of`.
+
+    A session that has given the connection back may not have released its guard when somebody else takes it from the
+    pool, as another object.
+    """
     try:
         held: Callable[[], ConnectionGuard | None] | None = pooled.info.get(KEY)
     except NotImplementedError:
         return None  # a dialect's first connection, on which it asks the server for its version
     guard = None if held is None else held()
-    return guard if guard is not None and guard.guards(pooled) else None
+    return guard if guard is not None and guard._pooled() is pooled else None
 
 
 def guard_connections(engine: Engine) -> None:

@@ -1,5 +1,6 @@
 """A WSGI app that is mounted in an ASGI app with the same database: one request, one session."""
 
+import asyncio
 import http.client
 import importlib
 import threading
@@ -190,6 +191,43 @@ def test_a_middleware_beside_a_stream(site: Site, flask: Flask, store: Store, fa
     with site.running():
         assert site.get("/old/stream", "POST").status == (409 if fails == "status" else 500)
         assert store.names() == ["view"]
+
+
+def test_a_middleware_that_does_not_wait(site: Site, flask: Flask, store: Store) -> None:
+    """An error that is sent while the view still runs is true: the view saves nothing."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Impatient:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+                return
+
+            async def ignore(message: Any) -> None:
+                pass
+
+            task = asyncio.create_task(self.app(scope, receive, ignore))
+            assert await run_in_threadpool(begun.wait, 10)
+            await PlainTextResponse("late", 504)(scope, receive, send)
+            go_on.set()
+            await asyncio.wait([task])
+            task.exception()
+
+    @flask.post("/slow")
+    def slow() -> Any:
+        insert("one")(site.plugin.session)  # type: ignore[attr-defined]
+        begun.set()
+        assert go_on.wait(10)
+        insert("two")(site.plugin.session)  # type: ignore[attr-defined]
+        return "", 201
+
+    site.app.add_middleware(Impatient)
+    with site.running():
+        assert site.get("/old/slow", "POST").status == 504
+    assert store.names() == []
 
 
 def test_what_follows_the_response(store: Store) -> None:

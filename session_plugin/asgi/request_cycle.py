@@ -138,6 +138,8 @@ class HttpCycle(RequestCycle):
         self._has_trailers = message.get("trailers", False)
         if message["status"] >= 400:
             self._broken_off_by = None
+            if layer.outer is None and self.unit.lent and not self.unit.settled:
+                self.unit.doom(f"a middleware has responded with status {self.status} meanwhile")
             if layer.outer is None and not self.client.start:
                 error_received(self.unit, message["status"])
         elif self._broken_off_by is not None and layer.outer is None:

@@ -4,21 +4,24 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from sqlite3 import ProgrammingError
 from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, event, text
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import IntegrityError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.orm import Session
 
-from session_plugin import ConcurrentUseError, Policy, ScopeClosedError, commit_on_success, read_only
+from session_plugin import ConcurrentUseError, Database, Policy, ScopeClosedError, commit_on_success, read_only
 from session_plugin.engines import guard
 
+from .conftest import make_store
 from .drivers import SYNC
 from .harness import Parent, insert
 from .units import Units, on
 
+POOL_OF_ONE: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 3}
 OTHERS = {
     "execute": lambda session: session.execute(text("SELECT 1")),
     "flush": lambda session: (session.add(Parent(name="other")), session.flush()),
@@ -199,6 +202,101 @@ def test_statements_beside_a_rollback(units: Units) -> None:
 
     units.runner.run(main())
     assert units.store.names() == []
+
+
+def one_after_the_other(units: Units, *works: Callable[[Session], Any]) -> None:
+    """Do the ``works`` in one unit of work, each in a thread or a task of its own."""
+
+    async def amain() -> None:
+        async with units.db.session_scope() as session:
+            for work in works:
+                await asyncio.create_task(session.run_sync(work))
+
+    def main() -> None:
+        with units.db.session_scope() as session:
+            threads = [ThreadPoolExecutor(1) for _ in works]  # all of them live: no two have the same identity
+            for thread, work in zip(threads, works, strict=True):
+                thread.submit(work, session).result()
+            for thread in threads:
+                thread.shutdown()
+
+    units.runner.run(amain()) if units.is_async else main()
+
+
+ONE_AFTER_THE_OTHER = on("sqlite+pysqlite", "postgresql+psycopg", "postgresql+asyncpg", "mariadb+asyncmy")
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@ONE_AFTER_THE_OTHER
+def test_a_session_whose_flush_has_failed_in_another_thread(units: Units, other: str) -> None:
+    """Nobody else uses it: SQLAlchemy's own error says what to do."""
+
+    def fail(session: Session) -> None:
+        session.execute(text("INSERT INTO parent (name) VALUES ('tea')"))
+        with pytest.raises(IntegrityError):
+            insert("tea")(session)
+
+    def use(session: Session) -> None:
+        with pytest.raises(PendingRollbackError):
+            OTHERS[other](session)
+        session.expunge_all()
+
+    one_after_the_other(units, fail, use, lambda session: session.rollback(), insert("milk"))
+    assert units.store.names() == ["milk"]
+
+
+@pytest.mark.parametrize("driver", ["postgresql+psycopg2", "postgresql+asyncpg", "mariadb+pymysql", "mariadb+asyncmy"])
+def test_the_second_phase_in_another_thread(driver: str, request: pytest.FixtureRequest) -> None:
+    """A thread or a task has called ``prepare()``, and the end of the unit of work commits."""
+    units = Units(driver, make_store(request, driver), twophase=True)
+    one_after_the_other(units, insert("tea"), lambda session: session.prepare())
+    assert units.store.names() == ["tea"]
+    units.close()
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_a_connection_that_a_session_has_just_given_back(tmp_path: Path, end: str) -> None:
+    """Another thread may use it, although the session is still giving another one back."""
+    db = Database({name: f"sqlite:///{tmp_path / name}" for name in ("first", "second")}, binds={}, **POOL_OF_ONE)
+    served: list[str] = []
+
+    def use(name: str) -> None:
+        with db.engines[name].connect() as connection:
+            connection.execute(text("CREATE TABLE t (i INTEGER)"))
+            connection.rollback()
+        served.append(name)
+
+    def checked_in(*_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        with ThreadPoolExecutor(1) as elsewhere:
+            for name in db.engines:
+                if not db.engines[name].pool.checkedout():
+                    elsewhere.submit(use, name).result()
+
+    with db.session_scope() as session:
+        for engine in db.engines.values():
+            session.execute(text("SELECT 1"), bind_arguments={"bind": engine})
+        for engine in db.engines.values():
+            event.listen(engine, "checkin", checked_in)
+        getattr(session, end)()
+    assert len(served) == 1
+    db.dispose()
+
+
+@on("sqlite+pysqlite", "postgresql+psycopg", "postgresql+asyncpg", "mariadb+asyncmy")
+def test_work_after_a_commit_of_the_connection_itself(units: Units) -> None:
+    """SQLAlchemy refuses to commit what follows, so the unit of work is no success."""
+
+    def work(session: Session) -> None:
+        insert("committed")(session)
+        session.connection().commit()
+        session.scalar(text("SELECT 1"))
+        insert("lost")(session)
+
+    with pytest.raises(InvalidRequestError, match="inactive"):
+        units.run(work)
+    assert units.store.names() == ["committed"]
 
 
 def test_what_a_guard_refuses() -> None:

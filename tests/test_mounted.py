@@ -1,5 +1,6 @@
 """A WSGI app that is mounted in an ASGI app with the same database: one request, one session."""
 
+import asyncio
 import http.client
 import importlib
 import threading
@@ -11,6 +12,7 @@ import a2wsgi
 import pytest
 from fastapi import FastAPI, Request
 from flask import Flask, Response, stream_with_context
+from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse
@@ -154,6 +156,78 @@ def test_a_stream(site: Site, flask: Flask, store: Store, fails: str | None) -> 
                 response.read()
             assert wait_for(lambda: site.db.engine.pool.checkedout() == 0)
             assert store.names() == ["before", "user"]
+
+
+@pytest.mark.parametrize("fails", ["status", "orphan"])
+def test_a_middleware_beside_a_stream(site: Site, flask: Flask, store: Store, fails: str) -> None:
+    """What a middleware does once the response has begun is settled before the first byte, and by its own outcome."""
+    go_on, ended = threading.Event(), threading.Event()
+
+    @site.app.middleware("http")
+    async def log(request: Request, call_next: Any) -> Any:
+        response = await call_next(request)
+        session = site.db.session
+        if fails == "orphan":
+            await run_in_threadpool(add_orphan, session)
+            event.listen(session, "before_commit", lambda _: go_on.set(), once=True)
+            return response
+        await run_in_threadpool(insert("log"), session)
+        go_on.set()
+        await run_in_threadpool(ended.wait, 10)
+        await run_in_threadpool(insert("more"), session)
+        return PlainTextResponse("conflict", 409)
+
+    @flask.post("/stream")
+    def stream() -> Any:
+        insert("view")(site.plugin.session)  # type: ignore[attr-defined]
+
+        def chunks() -> Iterator[str]:
+            yield "one"
+            go_on.wait(3)
+            ended.set()
+
+        return Response(chunks(), 201)
+
+    with site.running():
+        assert site.get("/old/stream", "POST").status == (409 if fails == "status" else 500)
+        assert store.names() == ["view"]
+
+
+def test_a_middleware_that_does_not_wait(site: Site, flask: Flask, store: Store) -> None:
+    """An error that is sent while the view still runs is true: the view saves nothing."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Impatient:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+                return
+
+            async def ignore(message: Any) -> None:
+                pass
+
+            task = asyncio.create_task(self.app(scope, receive, ignore))
+            assert await run_in_threadpool(begun.wait, 10)
+            await PlainTextResponse("late", 504)(scope, receive, send)
+            go_on.set()
+            await asyncio.wait([task])
+            task.exception()
+
+    @flask.post("/slow")
+    def slow() -> Any:
+        insert("one")(site.plugin.session)  # type: ignore[attr-defined]
+        begun.set()
+        assert go_on.wait(10)
+        insert("two")(site.plugin.session)  # type: ignore[attr-defined]
+        return "", 201
+
+    site.app.add_middleware(Impatient)
+    with site.running():
+        assert site.get("/old/slow", "POST").status == 504
+    assert store.names() == []
 
 
 def test_what_follows_the_response(store: Store) -> None:

@@ -138,12 +138,14 @@ class HttpCycle(RequestCycle):
         self._has_trailers = message.get("trailers", False)
         if message["status"] >= 400:
             self._broken_off_by = None
+            if layer.outer is None and self.unit.lent and not self.unit.settled:
+                self.unit.doom(f"a middleware has responded with status {self.status} meanwhile")
             if layer.outer is None and not self.client.start:
                 error_received(self.unit, message["status"])
         elif self._broken_off_by is not None and layer.outer is None:
             raise self._broken_off_by
         if (
-            self.unit.lent
+            self.unit.at_work_in_thread
             or settle_if_idle(self.unit)
             or not layer.has_begun_transaction()
             or layer.inner_app_goes_on()
@@ -154,7 +156,9 @@ class HttpCycle(RequestCycle):
     def _last_sent(self, layer: Layer) -> Awaitable[None] | None:
         unit = self.unit
         layer.complete = True
-        runs_beside = unit.lent or unit.late_calls > 0  # another thread or task goes on, and settles itself
+        runs_beside = (
+            unit.at_work_in_thread or unit.late_calls > 0
+        )  # another thread or task goes on, and settles itself
         layer.left_unsettled = unit.active and not runs_beside
         if layer.outer is not None:
             return None

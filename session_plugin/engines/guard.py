@@ -120,6 +120,7 @@ class ConnectionGuard:
         "_many",
         "_mark",
         "_owner",
+        "_pooled",
         "_results",
         "_syntax",
         "commit_error",
@@ -155,6 +156,7 @@ class ConnectionGuard:
         self.ending: object = None
         self.wrote: bool = False
         self._info = connection.info
+        self._pooled = ref(connection.connection)
         self._dialect = connection.dialect
         backend = backend_for(self._dialect.name)
         self._syntax = backend.syntax
@@ -197,6 +199,8 @@ class ConnectionGuard:
             self.check_alive(pooled)
         if self.ending is not None:
             self.check_alone()
+            if self.commit_state == commits.COMMITTED and kind(statement, self._syntax):
+                self.commit_state = commits.OPEN  # the user's code has committed the connection itself, and goes on
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(TWO_AT_ONCE)
         self._owner = self._current_owner()
@@ -401,13 +405,23 @@ class ConnectionGuard:
         return backend.is_known_to_be_aborted(pooled)
 
 
-def guard_of(pooled: Any) -> ConnectionGuard | None:
-    """Return the guard of the session that holds the connection; None for a Core connection."""
+def guard_of(connection: Connection) -> ConnectionGuard | None:
+    """Return the guard of the session that holds ``connection``; None for a Core connection."""
+    return _guard_of(connection.connection)
+
+
+def _guard_of(pooled: PoolProxiedConnection) -> ConnectionGuard | None:
+    """As `guard_of`.
+
+    A session that has given the connection back may not have released its guard when somebody else takes it from the
+    pool, as another object.
+    """
     try:
         held: Callable[[], ConnectionGuard | None] | None = pooled.info.get(KEY)
     except NotImplementedError:
         return None  # a dialect's first connection, on which it asks the server for its version
-    return None if held is None else held()
+    guard = None if held is None else held()
+    return guard if guard is not None and guard._pooled() is pooled else None
 
 
 def guard_connections(engine: Engine) -> None:
@@ -447,7 +461,7 @@ def _execute_without_parameters(cursor: Any, statement: str, context: Any) -> bo
 def _guarded_execute(context: Any, call: Callable[..., None], *arguments: Any) -> bool | None:
     """Return True if the statement was executed here; None leaves it to SQLAlchemy."""
     pooled = context.root_connection.connection
-    guard = guard_of(pooled)
+    guard = _guard_of(pooled)
     if guard is None:
         return None
     guard.execute(pooled, call, *arguments)
@@ -511,7 +525,7 @@ def _commit(commit: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolPr
 
     @wraps(commit)
     def checked(pooled: PoolProxiedConnection) -> None:
-        guard = guard_of(pooled)
+        guard = _guard_of(pooled)
         if guard is None:
             commit(pooled)
         else:
@@ -547,6 +561,7 @@ def _commit_prepared(commit: Callable[..., None]) -> Callable[..., None]:
             commit(connection, xid, *how, **named)
             return
         guard.commit_state = commits.COMMITTING_PREPARED
+        guard.ending = guard._current_owner()  # after an explicit prepare() another one may end the transaction
         commit(connection, xid, *how, **named)
         guard.commit_state = commits.COMMITTED
 
@@ -584,7 +599,7 @@ def _alone(rollback: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolP
 
     @wraps(rollback)
     def alone(pooled: PoolProxiedConnection) -> None:
-        guard = guard_of(pooled)
+        guard = _guard_of(pooled)
         if guard is None:
             rollback(pooled)
         else:

@@ -157,8 +157,8 @@ def _note_begin(session: ScopeSession, transaction: SessionTransaction) -> None:
     if unit is None:
         return
     if transaction.parent is None:
-        unit.in_transaction = unit.has_begun = True  # first: another thread that closes sees it, or is seen here
         unit.begun_at = depth.get()
+        unit.in_transaction = unit.has_begun = True  # another thread that closes sees it, or is seen here
     if unit.closed:
         transaction.close()
         raise ScopeClosedError(unit.closed_message)

@@ -188,9 +188,15 @@ class TransactionState:
     def check_alone(self, error: BaseException | None = None) -> None:
         """Raise `ConcurrentUseError` if another thread or task waits for a statement or a COMMIT.
 
+        A flush that failed there has ended the transaction, and SQLAlchemy's own error says so at every use that
+        follows.
+
         Args:
             error: what SQLAlchemy has raised, which is then the cause.
         """
+        session = self._session()
+        if self.kept is not None and session is not None and not session.is_active:
+            return
         for guard in self._guards.values():
             guard.check_alone(error)
 

@@ -92,7 +92,8 @@ class UnitOfWork(Generic[S]):
         late_calls: how many callables that follow the response run now; see `late`.
         late_runners: by the `current.depth` at which such a callable runs, what runs it; an adapter sets it.
         serves: of an ASGI request, returns True if a WSGI environ is that of the same request; else None.
-        lent: True while a WSGI app that is mounted in an ASGI app works with it in a thread, and settles it.
+        lent: True while a WSGI app that is mounted in an ASGI app works with it in a thread, and settles its work.
+        lent_at: the `current.depth` of that app.
         cut_short: True once the body of such a WSGI app has raised.
         loop: the event loop that serves its request with threads, or an outer one's, or None.
         place: gives back its place among the sessions that have no permit yet, or None; see `permits`.
@@ -123,6 +124,7 @@ class UnitOfWork(Generic[S]):
     interrupt: KeyboardInterrupt | None = None
     serves: Callable[[Mapping[str, Any]], bool] | None = None
     lent: bool = False
+    lent_at: int = 0
     cut_short: bool = False
     loop: asyncio.AbstractEventLoop | None = None
     place: Callable[[], None] | None = None
@@ -225,6 +227,11 @@ class UnitOfWork(Generic[S]):
     def active(self) -> bool:
         """True if there is something to settle: a transaction, or a hook that waits for one."""
         return self.in_transaction or (self.has_session and bool(self.hooks.waiting))
+
+    @property
+    def at_work_in_thread(self) -> bool:
+        """True while it is lent, unless the transaction is that of a middleware, begun after the response had begun."""
+        return self.lent and not (self.settled and self.in_transaction and self.begun_at < self.lent_at)
 
     @property
     def wrote(self) -> bool:

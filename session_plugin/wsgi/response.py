@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..policy import Outcome
-from ..scope.current import innermost
+from ..scope.current import depth, innermost
 from ..scope.ending import close, error_received, settle, settle_if_idle
 from ..scope.unit_of_work import UnitOfWork
 
@@ -115,7 +115,7 @@ class Response:
             try:
                 unit.interrupted = not self._complete
                 if not settle_if_idle(unit) and unit.interrupted:
-                    settle(unit, Outcome(self._status, unit.error, unit.method, interrupted=True))
+                    self._settle_by(Outcome(self._status, unit.error, unit.method, interrupted=True))
             finally:
                 self._close_body()
         finally:
@@ -145,7 +145,7 @@ class Response:
         unit = self._unit
         if unit.has_session and not settle_if_idle(unit):
             complete = self._complete
-            settle(unit, Outcome(None, error, unit.method, interrupted=not complete, background=complete))
+            self._settle_by(Outcome(None, error, unit.method, interrupted=not complete, background=complete))
 
     def _pass_on_start(self) -> Callable[[bytes], object]:
         """Settle, and only then call the server's ``start_response``."""
@@ -194,16 +194,19 @@ class Response:
         if settle_if_idle(unit):
             return
         try:
-            settle(unit, Outcome.of_response(self._status, unit.error, unit.method))
+            self._settle_by(Outcome.of_response(self._status, unit.error, unit.method))
         except BaseException as error:
             self._failure = error
             raise
+
+    def _settle_by(self, outcome: Outcome) -> None:
+        settle(self._unit, outcome)
 
     def _fail(self, error: BaseException) -> None:
         """Roll back; if something is durable already, the client gets a success that is cut short, and not an error."""
         unit = self._unit
         try:
-            settle(unit, Outcome.raised(error, method=unit.method))
+            self._settle_by(Outcome.raised(error, method=unit.method))
         finally:
             if unit.saved and self._started is not None and not self._sent_bytes:
                 if (status := int(self._started[0].split(" ", 1)[0])) >= 400:
@@ -217,12 +220,14 @@ class Response:
 class MountedResponse(Response):
     """The response of an app that is mounted in an ASGI app, whose unit of work it settles and does not close.
 
-    The app runs in a thread, beside the layers of the ASGI app, which must not settle meanwhile.
+    The app runs in a thread, beside the layers of the ASGI app, which must not settle its work meanwhile.  Nor does it
+    settle theirs, which a middleware may begin once the response has begun.
     """
 
     def run(self, app: WSGIApplication, environ: WSGIEnvironment) -> Iterable[bytes]:
         """Call the app, and settle if it has called ``start_response`` by then."""
         self._unit.lent = True
+        self._unit.lent_at = depth.get()
         return super().run(app, environ)
 
     def __next__(self) -> bytes:
@@ -241,6 +246,10 @@ class MountedResponse(Response):
     def _settle(self) -> None:
         super()._settle()
         self._unit.return_permit()  # a long stream must not keep it from other requests
+
+    def _settle_by(self, outcome: Outcome) -> None:
+        if self._unit.at_work_in_thread:
+            super()._settle_by(outcome)
 
     def _end(self) -> None:
         self._unit.return_permit()

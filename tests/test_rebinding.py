@@ -10,10 +10,19 @@ import pytest
 from fastapi import Depends, FastAPI
 from flask import Flask
 from sqlalchemy import URL, Engine, create_engine, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
-from session_plugin import AsyncDatabase, ConfigurationError, Database, NoScopeError
+from session_plugin import (
+    AsyncDatabase,
+    ConfigurationError,
+    Database,
+    NoScopeError,
+    Policy,
+    read_only,
+    read_only_autocommit,
+)
 from session_plugin.asgi import SessionScopeMiddleware as ASGIMiddleware
 from session_plugin.database.interface import core_of
 from session_plugin.fastapi import AsyncSessionPlugin
@@ -375,6 +384,27 @@ def test_an_engine_that_was_replaced_is_disposed_of_with_the_others(folder: Fold
     assert before.pool.checkedin() == 1
     db.dispose()
     assert before.pool.checkedin() == 0
+
+
+@pytest.mark.parametrize("policy", [read_only_autocommit, read_only])
+def test_a_session_that_begins_after_a_change_begins_as_its_policy_says(folder: Folder, policy: Policy) -> None:
+    """Also where that needs a second pool for the engine that was replaced."""
+    settings = Settings()
+    settings.url = folder.url("one")
+    app, db = Flask(__name__), FlaskPlugin(lambda: settings.url)
+    db.init_app(app)
+    for _ in range(2):
+        with db.session_scope(policy=policy) as session:
+            settings.url = folder.url("two")
+            with db.session_scope(new=True) as other:
+                assert other.scalar(WHO) == "two"
+            assert session.scalar(WHO) == "one"
+            with pytest.raises(OperationalError, match="readonly"):
+                session.execute(text("insert into who values ('written')"))
+        settings.url = folder.url("one")
+    made = core_of(db).made_here
+    db.dispose()
+    assert not any(engine.pool.checkedin() for engine in made)
 
 
 @pytest.mark.filterwarnings("ignore:.*was deleted before being closed:ResourceWarning")

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Mapper, Session, sessionmaker
 
 from ..engines.event_loop import loop_of_worker_thread, running_loop
 from ..engines.forks import check_process
-from ..engines.making import require_greenlet, sync_engine
+from ..engines.making import require_greenlet
 from ..engines.registry import DEFAULT, Engines
 from ..engines.semaphore import MAX_PENDING_SESSIONS, ExtraThreads, FairSemaphore, PendingSessions
 from ..exceptions import ConfigurationError
@@ -71,7 +71,7 @@ class DatabaseCore(ABC):
         self._find_change: Callable[[bool], Configuration | None] | None = None
         self._disposed: bool = False
         self._changed: Configuration | None = None
-        self._retired: list[Any] = []
+        self._retired: list[Engines] = []
         self._configure(configuration)
         alive.add(self)
 
@@ -150,7 +150,7 @@ class DatabaseCore(ABC):
         self.check_may_change()
         before = self.engines
         self._configure(configuration)
-        self._retired += before.made_here  # a session that exists may still take a connection from their pools
+        self._retired.append(before)  # a session that exists may still take a connection from their pools
         self.close_retired()
         logger.info("What names the database has changed: sessions that are made from now on use the new one.")
 
@@ -161,7 +161,7 @@ class DatabaseCore(ABC):
     @property
     def made_here(self) -> list[Any]:
         """The engines that were made here, those that were replaced included."""
-        return [*self.engines.made_here, *self._retired]
+        return [engine for engines in (self.engines, *self._retired) for engine in engines.made_here]
 
     def with_own_options(self, configuration: Configuration) -> Configuration:
         """Return ``configuration`` without the options that are neither the session's nor the engine's."""
@@ -211,14 +211,16 @@ class DatabaseCore(ABC):
 
     def forget_connections(self) -> None:
         """Start with empty pools, and leave their connections alone."""
-        self.engines.forget_connections()
-        for engine in self._retired:
-            sync_engine(engine).dispose(close=False)
+        for engines in (self.engines, *self._retired):
+            engines.forget_connections()
         self._retired.clear()
 
     def engine_for(self, engine: Engine, policy: Policy, *, may_write: bool) -> Engine:
         """Return ``engine``, or its variant that begins as ``policy`` says."""
-        return self.engines.variants.engine_for(engine, policy, may_write=may_write)
+        engines = self.engines
+        if self._retired and engine not in engines.known:  # its session was made before a change
+            engines = next((before for before in self._retired if engine in before.known), engines)
+        return engines.variants.engine_for(engine, policy, may_write=may_write)
 
     def schema_connection(self, engine: Any) -> Any:
         """Return a block with a connection that creates or drops tables, and commits that."""
@@ -267,8 +269,9 @@ class SyncCore(DatabaseCore):
 
     def close_retired(self) -> None:
         """Close their pooled connections."""
-        for engine in self._retired:
-            engine.dispose()
+        for engines in self._retired:
+            for engine in engines.made_here:
+                engine.dispose()
 
     def dispose(self) -> None:
         """Close the pooled connections of the engines made here."""

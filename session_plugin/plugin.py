@@ -12,7 +12,7 @@ from sqlalchemy import MetaData
 
 from .database.configuration import Configuration, is_late
 from .database.interface import DatabaseInterface, core_of
-from .database.late_source import LateSource
+from .database.late_source import UNCHANGED, LateSource
 from .exceptions import ConfigurationError, NoScopeError
 from .policy import Policy, PolicyAbove, endpoint_policy, policies_above, wrapped_functions
 from .scope.current import entered_databases
@@ -149,6 +149,7 @@ class AppDatabase:
         self._settings = settings
         self._database: Any = None
         self._follows: bool = False
+        self._has_changed: bool = False
         self._making = threading.Lock()
         self._set_configuration(configuration)
 
@@ -171,8 +172,11 @@ class AppDatabase:
         """
         if self._database is None or self._follows:
             with self._making:
-                if self._follows and self._find_change(False) is not None:
-                    self._database = None
+                if self._follows:
+                    self._has_changed = self._has_changed or self._find_change(False) is not None
+                if self._has_changed:
+                    core_of(self._database).check_may_change()
+                    self._database, self._has_changed, self._follows = None, False, False
                 self._database = self._database or self._make()
         return self._database
 
@@ -189,8 +193,8 @@ class AppDatabase:
         if changed is not None:
             self._set_configuration(changed)
             return replace(changed, source=self._source())
-        source = None if self._late_source is None else self._late_source.named_anew(may_take_its_time)
-        return None if source is None else replace(self._configuration, source=self._completed(source))
+        source = UNCHANGED if self._late_source is None else self._late_source.named_anew(may_take_its_time)
+        return None if source is UNCHANGED else replace(self._configuration, source=self._completed(source))
 
     def _make(self) -> Any:
         given = self._configuration

@@ -368,6 +368,26 @@ def test_a_task_that_is_cancelled_while_it_waits() -> None:
     asyncio.run(scenario())
 
 
+def test_a_call_that_waits_for_another_one() -> None:
+    """A hook may call its own app in the event loop, where units of work with hooks end too, in any number."""
+    full = threading.Barrier(WORKERS)
+
+    async def inside(can_wait: bool) -> str:
+        return await in_anyio_thread(lambda: threading.current_thread().name, can_wait=can_wait)
+
+    def call(can_wait: bool) -> str:
+        full.wait(10)
+        return anyio.from_thread.run(asyncio.wait_for, inside(can_wait), 10)
+
+    async def scenario() -> None:
+        for can_wait in (False, True):
+            calls = [in_anyio_thread(partial(call, can_wait), can_wait=can_wait) for _ in range(WORKERS)]
+            assert all("AnyIO" in name for name in await asyncio.gather(*calls))
+        assert not threads._in_worker.get()
+
+    asyncio.run(scenario())
+
+
 def test_no_thread_of_anyio_can_be_started(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The call is made in another thread, and without any thread on the event loop."""
 

@@ -10,10 +10,19 @@ import pytest
 from fastapi import Depends, FastAPI
 from flask import Flask
 from sqlalchemy import URL, Engine, create_engine, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
-from session_plugin import AsyncDatabase, ConfigurationError, Database, NoScopeError
+from session_plugin import (
+    AsyncDatabase,
+    ConfigurationError,
+    Database,
+    NoScopeError,
+    Policy,
+    read_only,
+    read_only_autocommit,
+)
 from session_plugin.asgi import SessionScopeMiddleware as ASGIMiddleware
 from session_plugin.database.interface import core_of
 from session_plugin.fastapi import AsyncSessionPlugin
@@ -313,6 +322,149 @@ def test_a_database_that_a_function_names(folder: Folder) -> None:
             who(db)
     databases["now"] = Database(folder.engine("one"))
     assert who(db) == "one"
+
+
+def test_a_function_that_looks_up_a_mapping(folder: Folder) -> None:
+    """A mapping that is changed in place is another one."""
+    named: dict[str, Any] = {"default": {"url": folder.url("one")}}
+    db = FlaskPlugin(lambda: named)
+    app = Flask(__name__)
+    db.init_app(app)
+    assert who(db) == "one"
+    engine = db.engine
+    assert db.engine is engine
+    named["default"]["url"] = folder.url("two")
+    assert who(db) == "two"
+    named["default"] = folder.url("one")
+    assert who(db) == "one"
+    db.dispose()
+
+
+def test_a_function_that_no_longer_names_a_database(folder: Folder) -> None:
+    """Sessions raise, as before it named one, and are not made on the old database."""
+    settings = Settings()
+    settings.url = folder.url("one")
+    app, db = Flask(__name__), FlaskPlugin(lambda: settings.url)
+    db.init_app(app)
+    assert who(db) == "one"
+    settings.url = None
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="No database is configured"):
+            who(db)
+    settings.url = folder.url("one")
+    assert who(db) == "one"
+    db.dispose()
+
+
+def test_a_shared_database_is_not_replaced_while_it_is_isolated(folder: Folder) -> None:
+    """Otherwise a test would write to a database on which nothing is undone."""
+    databases = {"now": Database(folder.engine("one"))}
+    app, db = Flask(__name__), FlaskPlugin(lambda: databases["now"])
+    db.init_app(app)
+    with db.isolated():
+        databases["now"] = Database(folder.engine("two"))
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match=r"changed inside isolated\(\)"):
+                who(db)
+    assert who(db) == "two"
+
+
+def test_an_engine_that_was_replaced_is_disposed_of_with_the_others(folder: Folder) -> None:
+    """A session that exists may put a connection into its pool after the change."""
+    settings = Settings()
+    settings.url = folder.url("one")
+    app, db = Flask(__name__), FlaskPlugin(lambda: settings.url)
+    db.init_app(app)
+    before = db.engine
+    with db.session_scope() as session:
+        settings.url = folder.url("two")
+        with db.session_scope(new=True) as other:
+            assert other.scalar(WHO) == "two"
+        assert session.scalar(WHO) == "one"
+    assert before.pool.checkedin() == 1
+    db.dispose()
+    assert before.pool.checkedin() == 0
+
+
+@pytest.mark.parametrize("policy", [read_only_autocommit, read_only])
+def test_a_session_that_begins_after_a_change_begins_as_its_policy_says(folder: Folder, policy: Policy) -> None:
+    """Also where that needs a second pool for the engine that was replaced."""
+    settings = Settings()
+    settings.url = folder.url("one")
+    app, db = Flask(__name__), FlaskPlugin(lambda: settings.url)
+    db.init_app(app)
+    for _ in range(2):
+        with db.session_scope(policy=policy) as session:
+            settings.url = folder.url("two")
+            with db.session_scope(new=True) as other:
+                assert other.scalar(WHO) == "two"
+            assert session.scalar(WHO) == "one"
+            with pytest.raises(OperationalError, match="readonly"):
+                session.execute(text("insert into who values ('written')"))
+        settings.url = folder.url("one")
+    made = core_of(db).made_here
+    db.dispose()
+    assert not any(engine.pool.checkedin() for engine in made)
+
+
+@pytest.mark.filterwarnings("ignore:.*was deleted before being closed:ResourceWarning")
+def test_an_engine_that_was_replaced_on_another_event_loop(folder: Folder) -> None:
+    """Its connections ended with their event loop: ``dispose()`` on the next one leaves them alone."""
+    settings = Settings()
+    settings.url = folder.url("one", "sqlite+aiosqlite")
+    db = AsyncSessionPlugin(lambda: settings.url)
+    app = FastAPI()
+    db.init_app(app)
+
+    async def name() -> str:
+        async with db.session_scope() as session:
+            return str(await session.scalar(WHO))
+
+    async def name_and_dispose() -> str:
+        found = await name()
+        assert not core_of(db)._retired
+        await db.dispose()
+        return found
+
+    assert asyncio.run(name()) == "one"
+    settings.url = folder.url("two", "sqlite+aiosqlite")
+    assert asyncio.run(name_and_dispose()) == "two"
+
+
+def test_a_process_that_is_forked_while_a_change_is_looked_for(folder: Folder) -> None:
+    """The child does not wait for a lock that a thread of the parent held."""
+    db = Database(sessionmaker(folder.engine("one")))
+    core = core_of(db)
+    assert core._configuring.acquire()
+    core.forget_parent()
+    assert who(db) == "one"
+    assert core._configuring.acquire(blocking=False)
+
+
+def test_a_function_that_fails_when_a_database_is_replaced(folder: Folder) -> None:
+    """What it raises goes through each time, and the next success counts."""
+    databases: dict[str, Any] = {"now": Database(folder.engine("one"))}
+    calls = []
+
+    def get_database() -> Any:
+        calls.append(1)
+        if databases["fails"](len(calls)):
+            raise LookupError("no database")
+        return databases["now"]
+
+    databases["fails"] = lambda count: False
+    db = FlaskPlugin(get_database)
+    app = Flask(__name__)
+    db.init_app(app)
+    assert who(db) == "one"
+    called = len(calls)
+    databases["now"] = Database(folder.engine("two"))
+    databases["fails"] = lambda count: count > called + 2  # after the two calls that look for a change
+    for _ in range(3):
+        with pytest.raises(LookupError):
+            who(db)
+    databases["fails"] = lambda count: False
+    assert who(db) == "two"
 
 
 # -- session factories -------------------------------------------------------------------------

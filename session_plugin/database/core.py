@@ -71,6 +71,7 @@ class DatabaseCore(ABC):
         self._find_change: Callable[[bool], Configuration | None] | None = None
         self._disposed: bool = False
         self._changed: Configuration | None = None
+        self._retired: list[Engines] = []
         self._configure(configuration)
         alive.add(self)
 
@@ -137,20 +138,30 @@ class DatabaseCore(ABC):
                     self._changed = None
         return self
 
-    def _configure_anew(self, configuration: Configuration) -> None:
+    def check_may_change(self) -> None:
+        """Raise `ConfigurationError` if a test has isolated the database."""
         if self.isolated:
             raise ConfigurationError(
                 "What names the database was changed inside isolated(). Change it before the block, so that the block "
                 "isolates the new database."
             )
+
+    def _configure_anew(self, configuration: Configuration) -> None:
+        self.check_may_change()
         before = self.engines
         self._configure(configuration)
-        self.retire(before.made_here)
+        self._retired.append(before)  # a session that exists may still take a connection from their pools
+        self.close_retired()
         logger.info("What names the database has changed: sessions that are made from now on use the new one.")
 
     @abstractmethod
-    def retire(self, engines: list[Any]) -> None:
-        """Close the pooled connections of engines that were replaced; sessions that exist may still use them."""
+    def close_retired(self) -> None:
+        """Close the pooled connections of the engines that were replaced, unless only `dispose` can."""
+
+    @property
+    def made_here(self) -> list[Any]:
+        """The engines that were made here, those that were replaced included."""
+        return [engine for engines in (self.engines, *self._retired) for engine in engines.made_here]
 
     def with_own_options(self, configuration: Configuration) -> Configuration:
         """Return ``configuration`` without the options that are neither the session's nor the engine's."""
@@ -194,12 +205,22 @@ class DatabaseCore(ABC):
 
     def forget_parent(self) -> None:
         """In a forked child, start with empty pools and all permits, and leave the parent's sockets alone."""
-        self.engines.forget_connections()
+        self._configuring = threading.Lock()  # another thread of the parent may have held it
+        self.forget_connections()
         self.make_permits()
+
+    def forget_connections(self) -> None:
+        """Start with empty pools, and leave their connections alone."""
+        for engines in (self.engines, *self._retired):
+            engines.forget_connections()
+        self._retired.clear()
 
     def engine_for(self, engine: Engine, policy: Policy, *, may_write: bool) -> Engine:
         """Return ``engine``, or its variant that begins as ``policy`` says."""
-        return self.engines.variants.engine_for(engine, policy, may_write=may_write)
+        engines = self.engines
+        if self._retired and engine not in engines.known:  # its session was made before a change
+            engines = next((before for before in self._retired if engine in before.known), engines)
+        return engines.variants.engine_for(engine, policy, may_write=may_write)
 
     def schema_connection(self, engine: Any) -> Any:
         """Return a block with a connection that creates or drops tables, and commits that."""
@@ -246,16 +267,18 @@ class SyncCore(DatabaseCore):
         """Make a `sessionmaker`."""
         return _fixed(sessionmaker)(bind, class_=scope_session_class(class_), **options)
 
-    def retire(self, engines: list[Any]) -> None:
+    def close_retired(self) -> None:
         """Close their pooled connections."""
-        for engine in engines:
-            engine.dispose()
+        for engines in self._retired:
+            for engine in engines.made_here:
+                engine.dispose()
 
     def dispose(self) -> None:
         """Close the pooled connections of the engines made here."""
         self._disposed = True
-        for engine in self.engines.made_here:
+        for engine in self.made_here:
             engine.dispose()
+        self._retired.clear()
 
     def new_session(self, unit: UnitOfWork[Any] | None) -> Any:
         """Make a session."""
@@ -287,10 +310,6 @@ class AsyncCore(DatabaseCore):
     is_async: bool = True
     _loop: asyncio.AbstractEventLoop | None = None
 
-    def __init__(self, configuration: Configuration) -> None:
-        self._retired: list[Any] = []
-        super().__init__(configuration)
-
     def default_session_class(self) -> type[Any]:
         """Return `AsyncSession`."""
         require_greenlet()
@@ -307,9 +326,8 @@ class AsyncCore(DatabaseCore):
         options["sync_session_class"] = scope_session_class(sync_class)
         return _fixed(async_sessionmaker)(bind, class_=class_, **options)
 
-    def retire(self, engines: list[Any]) -> None:
-        """Keep them for `dispose`, which can await."""
-        self._retired += engines
+    def close_retired(self) -> None:
+        """Leave them to `dispose`, which can await."""
 
     def new_session(self, unit: UnitOfWork[Any] | None) -> Any:
         """Make a session on the running event loop.
@@ -343,14 +361,14 @@ class AsyncCore(DatabaseCore):
                 "pytest-asyncio, give fixtures and tests the same loop_scope."
             )
         if self._loop is not None:
-            self.engines.forget_connections()
+            self.forget_connections()
             gc.collect()  # closes the sockets of the loop that has ended, which are in reference cycles
         self._loop = loop
 
     async def dispose(self) -> None:
         """Close the pooled connections of the engines made here; then another event loop may use the database."""
         self._disposed = True
-        for engine in [*self.engines.made_here, *self._retired]:
+        for engine in self.made_here:
             await engine.dispose()
         self._retired.clear()
         self._loop = None

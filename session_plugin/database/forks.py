@@ -40,7 +40,7 @@ def dispose_at_exit() -> None:
     """
     for core in list(alive):
         if not core.is_async:
-            for engine in core.engines.made_here:
+            for engine in core.made_here:
                 engine.dispose()
 
 

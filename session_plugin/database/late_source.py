@@ -8,6 +8,9 @@ from typing import Any
 
 from sqlalchemy import URL
 
+UNCHANGED: Any = object()
+"""What `LateSource.named_anew` returns if nothing has changed; None is a change, to a database that is missing."""
+
 
 class LateSource:
     """What a function names, and whether that has changed.
@@ -26,22 +29,28 @@ class LateSource:
 
     def name(self) -> Any:
         """Return what the function names now."""
-        self._named = self._function()
-        self._is_followed = self._only_looks_up or not isinstance(self._named, str | URL | Mapping)
-        return self._named
+        now = self._function()
+        self._named = copied(now)
+        self._is_followed = self._only_looks_up or not isinstance(now, str | URL | Mapping)
+        return now
 
     def named_anew(self, may_take_its_time: bool) -> Any:
-        """Return what the function names now if that is not what it named before, else None."""
+        """Return what the function names now if that is not what it named before, else `UNCHANGED`."""
         if not (self._is_followed or may_take_its_time):
-            return None
+            return UNCHANGED
         now = self._function()
         if _are_same(now, self._named):
-            return None
+            return UNCHANGED
         if not _are_same(now, self._function()):
             self._is_followed = False  # it makes what it returns at each call, so a difference tells nothing
-            return None
-        self._named = now
+            return UNCHANGED
+        self._named = copied(now)
         return now
+
+
+def copied(value: Any) -> Any:
+    """Return a copy that does not change if ``value`` is a mapping that does."""
+    return {key: copied(given) for key, given in value.items()} if isinstance(value, Mapping) else value
 
 
 def _are_same(one: Any, other: Any) -> bool:

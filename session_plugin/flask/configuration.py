@@ -10,6 +10,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from ..database.configuration import Configuration
+from ..database.late_source import copied
 from ..engines.backends import backend_for
 from ..engines.registry import DEFAULT
 from ..exceptions import ConfigurationError
@@ -43,6 +44,7 @@ class FlaskSettings:
         Raises:
             ConfigurationError: a key has a value of the wrong type.
         """
+        noted = [copied(self._config.get(key)) for key in KEYS]  # first: another thread may change them meanwhile
         engines: dict[str, Any] = {}
         for key in ("SQLALCHEMY_BINDS", "SQLALCHEMY_ENGINES"):
             engines.update({name or DEFAULT: given for name, given in self._mapping(key).items()})
@@ -50,7 +52,7 @@ class FlaskSettings:
             engines[DEFAULT] = uri
         source = self.completed(engines or self._in_code.source)
         configuration = self._in_code.updated(source, self._mapping("SQLALCHEMY_ENGINE_OPTIONS"))
-        self._noted = [_copy(self._config.get(key)) for key in KEYS]
+        self._noted = noted
         return configuration
 
     def completed(self, source: Any) -> Any:
@@ -67,11 +69,6 @@ class FlaskSettings:
                 '{"reports": "sqlite:///reports.db"}.'
             )
         return value
-
-
-def _copy(value: Any) -> Any:
-    """Return a copy that does not change if ``value`` is a mapping that does."""
-    return {key: _copy(given) for key, given in value.items()} if isinstance(value, Mapping) else value
 
 
 def _engine_in_folder(folder: str, given: Any) -> Any:

@@ -22,6 +22,8 @@ _executors: dict[bool, concurrent.futures.ThreadPoolExecutor] = {}
 _limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[bool, Any]] = WeakKeyDictionary()
 _carriers: set[asyncio.Task[None]] = set()
 """The tasks of `in_anyio_thread`: an event loop keeps only weak references."""
+_in_worker: contextvars.ContextVar[bool] = contextvars.ContextVar("session_plugin_in_worker", default=False)
+"""True in the calls of `in_anyio_thread`, and in what these run on the event loop by ``anyio.from_thread``."""
 
 after_fork_in_child(_executors.clear)
 after_fork_in_child(_limiters.clear)
@@ -46,7 +48,8 @@ def in_anyio_thread(call: Callable[[], T], *, can_wait: bool) -> asyncio.Future[
     """As `in_thread`, in a worker thread of anyio if the app uses anyio: for calls that run code of the user.
 
     ``anyio.from_thread`` works in anyio's own worker threads only.  Such a thread costs more than one of `in_thread`.
-    The limits are ours, so that the call does not queue behind the endpoints here either.
+    The limits are ours, so that the call does not queue behind the endpoints here either.  One that another such call
+    waits for, since a hook calls the app in its own process, has no limit: the two would wait for each other.
 
     A task of anyio's waits for the thread.  Whatever becomes of that task, the call is made, and its end awaited:
     when an event loop ends, it cancels all of its tasks.
@@ -62,9 +65,11 @@ def in_anyio_thread(call: Callable[[], T], *, can_wait: bool) -> asyncio.Future[
 
 
 def _limiter(loop: asyncio.AbstractEventLoop, *, can_wait: bool) -> Any:
+    anyio: Any = sys.modules["anyio"]
+    if _in_worker.get():
+        return anyio.CapacityLimiter(1)
     limiters = _limiters.setdefault(loop, {})
     if can_wait not in limiters:
-        anyio: Any = sys.modules["anyio"]
         limiters[can_wait] = anyio.CapacityLimiter(WORKERS)
     return limiters[can_wait]
 
@@ -115,6 +120,7 @@ class _Work(Generic[T]):
 
     def make_here(self) -> None:
         """Make the call in the context of the caller, which anyio has copied and adapted to its worker thread."""
+        _in_worker.set(True)
         self._make(self._call)
 
     def _make(self, call: Callable[[], T]) -> None:

@@ -342,7 +342,7 @@ def test_what_a_guard_refuses() -> None:
 def test_the_next_owner_of_a_connection(units: Units, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool hands a connection on before the session that had it has left it; the next one is no second user."""
     kept: list[guard.ConnectionGuard] = []
-    monkeypatch.setattr(guard.ConnectionGuard, "release", kept.append)
+    monkeypatch.setattr(guard.ConnectionGuard, "release", lambda self: kept.append(self))
 
     def read(session: Session) -> Any:
         units.db.use(policy)

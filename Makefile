@@ -28,7 +28,7 @@ check: $(VENV)/.test  # the fast core, for while you work
 pytest:  # on what is installed, as .ci/matrix does
 	$(BIN)/python -u -m pytest $(PARALLEL) $(ARGUMENTS)
 
-test: $(VENV)/.test  # COVERAGE=1 shows which lines no test has run, and takes a third longer
+test: $(VENV)/.test  # COVERAGE=1 shows which lines no test has run; it needs Python 3.12 or newer
 ifdef COVERAGE
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -u -m coverage run -m pytest $(PARALLEL)

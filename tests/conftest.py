@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from typing import Any, NoReturn, TypeVar
 
 import hypothesis  # noqa: F401  calls gc.get_referrers() when imported, so it comes before gc.freeze()
 import pytest
-from greenlet import getcurrent
 
 from .drivers import ASYNC, SYNC
 from .harness import Harness, Store, inspecting_engines
@@ -52,14 +50,17 @@ NOT_QUICK = (
     "example_apps/test_demo.py",
     "tests/test_cancellation.py",
     "tests/test_crowds.py",
+    "tests/test_database.py",
     "tests/test_disorder.py",
+    "tests/test_docs.py",
     "tests/test_failing_parts.py",
+    "tests/test_imports.py",
     "tests/test_pools.py",
     "tests/test_threads.py",
 )
 """Not run with ``--quick``, in addition to NOT_CORE: these are slow or need the machine for themselves."""
 
-QUICK_DRIVERS = ("sqlite+pysqlite", "sqlite+aiosqlite", "postgresql+psycopg", "postgresql+psycopg_async")
+QUICK_DRIVERS = ("sqlite+pysqlite", "sqlite+aiosqlite", "postgresql+psycopg")
 """The drivers that ``--quick`` uses."""
 
 STEADY = (
@@ -130,41 +131,11 @@ def pytest_configure(config: pytest.Config) -> None:
     logging.root.manager.loggerDict = Loggers(logging.root.manager.loggerDict)
     if "TMPDIR" not in os.environ and is_large(MEMORY):
         os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
-    if sys.gettrace() is not None and sys.version_info < (3, 12):
-        keep_main_greenlets()
     faulthandler.register(signal.SIGTERM, file=os.dup(2), chain=True)  # a run that is stopped shows what it was doing
     if config.getoption("dist", "no") != "no":
         return  # the workers run the tests
     for name in ("COVERAGE_PROCESS_CONFIG", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
         os.environ.pop(name, None)
-
-
-main_greenlets: list[Any] = []
-"""The main greenlet of each thread that a module's tests have started; see `keep_main_greenlets`."""
-
-
-def keep_main_greenlets() -> None:
-    """Keep the main greenlet of each thread until the next module begins.
-
-    When a thread ends, greenlet has the main thread delete its main greenlet in a "pending call" of CPython.  That
-    calls Python code: coverage has a `WeakKeyDictionary` of greenlets.  If a second such call is waiting meanwhile,
-    a traced function that is entered in the first one never gets past its first instruction, on Python 3.11: its
-    DO_TRACING handles pending calls, which cannot be nested, and then dispatches the same instruction again.
-    """
-    start = threading.Thread.start
-
-    def start_and_keep(thread: threading.Thread) -> None:
-        run = thread.run
-
-        def keep_and_run() -> None:
-            del thread.run  # which would be in a cycle with the thread
-            main_greenlets.append(getcurrent())
-            run()
-
-        thread.run = keep_and_run  # type: ignore[method-assign]
-        start(thread)
-
-    threading.Thread.start = start_and_keep  # type: ignore[method-assign]
 
 
 class Loggers(dict[str, Any]):
@@ -300,7 +271,6 @@ def make_store(request: pytest.FixtureRequest, driver: str) -> Store:
 @pytest.fixture(autouse=True, scope="module")
 def garbage_of_before() -> None:
     """Freeze older objects, which would otherwise take most of the time of each gc.collect() in a module's tests."""
-    main_greenlets.clear()
     gc.collect()
     gc.freeze()
 

@@ -6,7 +6,7 @@ Each of these functions is a unit of work of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ref
 
@@ -41,11 +41,12 @@ def finished(response: R) -> R:
     """
     if response._on_close or not isinstance(response.response, list):
         response._on_close = LateCalls(list.__iter__(response._on_close), request.environ)
-    elif not (response.direct_passthrough or _overrides(type(response))):
+    elif not (response.direct_passthrough or _overrides(type(response))):  # type: ignore[arg-type]  # a class is hashable
         response.get_app_iter = partial(WholeBody, ref(response))  # type: ignore[method-assign]
     return response
 
 
+@lru_cache(maxsize=64)
 def _overrides(response_class: type[Response]) -> bool:
     return any(getattr(response_class, name) is not getattr(Response, name) for name in _RUN_LATE)
 

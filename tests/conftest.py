@@ -28,6 +28,7 @@ DEMAND = "SESSION_PLUGIN_TEST_DEMAND"
 
 NOT_CORE = (
     "tests/coming_from/*",
+    "tests/test_begin_blocks.py",
     "tests/test_bench.py",
     "tests/test_coming_from*",
     "tests/test_elsewhere*",

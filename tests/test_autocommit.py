@@ -36,6 +36,7 @@ from session_plugin import (
     read_only_autocommit,
 )
 from session_plugin.database.interface import core_of
+from session_plugin.engines.backends.interface import Backend
 from session_plugin.engines.variants import forbid_writing
 from session_plugin.scope import ending
 from session_plugin.scope.opening import open_unit_of_work
@@ -500,3 +501,8 @@ def test_an_unsupported_dialect_is_named() -> None:
     engine = create_mock_engine("mssql+pyodbc://", lambda *statement: None)
     with pytest.raises(ConfigurationError, match="outside a transaction on mssql"):
         forbid_writing(engine)  # type: ignore[arg-type]
+
+
+def test_another_database() -> None:
+    """Nothing is known of its errors."""
+    assert not Backend().has_refused_to_write(KeyError("read only"))

@@ -11,7 +11,8 @@ import httpx
 import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy import ForeignKey, event, insert, inspect, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.exc import IllegalStateChangeError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransaction, mapped_column, relationship
 
 from session_plugin import ConcurrentUseError, Database, NoScopeError, ReleaseError, ScopeClosedError, read_only
 from session_plugin.database.interface import core_of
@@ -599,3 +600,39 @@ def test_under_isolation(units: Units) -> None:
             units.run(work)
             assert count(outside) == 1
     assert units.store.names() == []
+
+
+def test_while_the_connection_is_being_released(units: Units) -> None:
+    """Neither another release() nor a statement may come between."""
+
+    def work(session: Any) -> None:
+        count(session)
+        session._unit_of_work.releases = True
+        with pytest.raises(ConcurrentUseError):
+            release(units.db)
+        with pytest.raises(ConcurrentUseError):
+            count(session)
+        session._unit_of_work.releases = False
+        release(units.db)
+        assert checked_out(units) == 0
+
+    units.run(work)
+
+
+@on("sqlite+pysqlite")
+def test_a_session_that_changes_its_state_meanwhile(units: Units, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLAlchemy's refusal says that another thread is at work."""
+
+    def refuse(transaction: SessionTransaction) -> None:
+        raise IllegalStateChangeError("it is being prepared", code="isce")
+
+    def work(session: Session) -> None:
+        count(session)
+        with monkeypatch.context() as patch:
+            patch.setattr(SessionTransaction, "close", refuse)
+            with pytest.raises(ConcurrentUseError) as raised:
+                release(units.db)
+        assert isinstance(raised.value.__cause__, IllegalStateChangeError)
+        release(units.db)
+
+    units.run(work)

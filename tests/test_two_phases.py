@@ -18,6 +18,7 @@ from session_plugin import AsyncDatabase, Database
 from .harness import Base, Child, Parent, add_orphan, insert, wait_for
 from .proxy import Proxy
 from .test_unknown_outcome import errors_in, notes_of, register_hooks
+from .units import Units, on
 
 STEM = re.compile(r"session_plugin-\d{8}T\d{6}Z-[0-9a-f]{12}-(\d+)-(\d+)")
 
@@ -259,3 +260,14 @@ def test_an_async_session(postgresql: Any, caplog: pytest.LogCaptureFixture) -> 
                 assert xid in ids
                 connection.exec_driver_sql(f"ROLLBACK PREPARED '{xid}'")
     proxy.close()
+
+
+@on("postgresql+psycopg")
+def test_two_phases_without_a_session(units: Units) -> None:
+    """A Core connection has no guard."""
+    with units.db.engine.connect() as connection:
+        transaction = connection.begin_twophase()
+        connection.execute(text("INSERT INTO parent (name) VALUES ('tea')"))
+        transaction.prepare()
+        transaction.rollback()
+    assert units.store.names() == []

@@ -244,6 +244,7 @@ class Isolation:
                 raise turn.broken
             if guard is not None:
                 guard.check_can_commit(connection.connection)
+                guard.ending = None  # the connection does not go back: the next turn, maybe another thread's, begins
             if self.next_commits and not turn.session.is_the_tests:
                 self.next_commits.pop(0)(connection)
             if turn.wrote:

@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import ForeignKey, create_engine, create_mock_engine, event, func, inspect, select, text
+from sqlalchemy import create_engine, create_mock_engine, event, func, inspect, select, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import (
-    DeclarativeBase,
-    Mapped,
     ORMExecuteState,
     Session,
     joinedload,
-    mapped_column,
-    relationship,
     selectinload,
     subqueryload,
 )
@@ -43,6 +39,7 @@ from session_plugin.scope.opening import open_unit_of_work
 
 from .drivers import MARIADB, POSTGRESQL, SQLITE, SYNC
 from .harness import Parent, add, insert
+from .library import Author, Book, Library
 from .units import Units, on
 
 SETTING = {
@@ -50,23 +47,6 @@ SETTING = {
     "postgresql": "SHOW default_transaction_read_only",
     "mariadb": "SELECT @@session.tx_read_only",
 }
-
-
-class Library(DeclarativeBase):
-    pass
-
-
-class Author(Library):
-    __tablename__ = "author"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    books: Mapped[list[Book]] = relationship(back_populates="author")
-
-
-class Book(Library):
-    __tablename__ = "book"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    author_id: Mapped[int] = mapped_column(ForeignKey("author.id"))
-    author: Mapped[Author] = relationship(back_populates="books")
 
 
 def reading(units: Units, work: Callable[[Session], Any]) -> Any:

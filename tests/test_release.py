@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy import ForeignKey, event, insert, inspect, select, text
+from sqlalchemy import event, insert, inspect, select, text
 from sqlalchemy.exc import IllegalStateChangeError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransaction, mapped_column, relationship
+from sqlalchemy.orm import Session, SessionTransaction
 
 from session_plugin import ConcurrentUseError, Database, NoScopeError, ReleaseError, ScopeClosedError, read_only
 from session_plugin.database.interface import core_of
@@ -21,6 +21,7 @@ from session_plugin.scope.permits import _end_loan
 
 from .drivers import ASYNC, MARIADB, POSTGRESQL, SYNC
 from .harness import Parent, add, count, release
+from .library import Author, Book, Library
 from .units import Units, on
 
 
@@ -543,26 +544,9 @@ def test_a_connection_that_was_lost(units: Units) -> None:
     assert units.store.names() == ["milk", "tea"]
 
 
-class Base(DeclarativeBase):
-    pass
-
-
-class Author(Base):
-    __tablename__ = "author"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    books: Mapped[list[Book]] = relationship(back_populates="author")
-
-
-class Book(Base):
-    __tablename__ = "book"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    author_id: Mapped[int] = mapped_column(ForeignKey("author.id"))
-    author: Mapped[Author] = relationship(back_populates="books")
-
-
 def test_a_relationship_is_loaded_later() -> None:
     """The objects stay in the session, which loads what they still miss on another connection."""
-    db = Database("sqlite://", metadata=Base.metadata)
+    db = Database("sqlite://", metadata=Library.metadata)
     db.create_all()
     with db.session_scope() as session:
         session.add(Author(id=1, books=[Book(id=1), Book(id=2)]))

@@ -156,9 +156,7 @@ class HttpCycle(RequestCycle):
     def _last_sent(self, layer: Layer) -> Awaitable[None] | None:
         unit = self.unit
         layer.complete = True
-        runs_beside = (
-            unit.at_work_in_thread or unit.late_calls > 0
-        )  # another thread or task goes on, and settles itself
+        runs_beside = unit.at_work_in_thread or unit.late_calls > 0  # another thread or task, which settles itself
         layer.left_unsettled = unit.active and not runs_beside
         if layer.outer is not None:
             return None

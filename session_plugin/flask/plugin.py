@@ -69,7 +69,6 @@ class SessionPlugin(Plugin[SyncS], SyncInterface[SyncS]):
     In the app's configuration, which wins over the constructor: ``SQLALCHEMY_DATABASE_URI``,
     ``SQLALCHEMY_ENGINES`` and ``SQLALCHEMY_BINDS`` (engines by name), and
     ``SQLALCHEMY_ENGINE_OPTIONS``.  A relative SQLite path lies in ``app.instance_path``.
-
     """
 
     _database_class: type[DatabaseInterface[Any]] = Database
